@@ -1,0 +1,342 @@
+"""A collection of scenes on disk: a folder of nerfstudio datasets (format: docs/data.md)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.views import SceneBatch, Views, make_cameras
+
+FORMAT = "nfldm-scene-collection"
+VERSION = 1
+DEPTH_UNIT_M = 0.001
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class BevClass:
+    """One class of the semantic bird's-eye-view maps."""
+
+    id: int
+    name: str
+    color: tuple[int, int, int]
+
+
+@dataclass
+class Scene:
+    """One scene in memory.
+
+    Attributes:
+        scene_id: its folder's name.
+        source: views for the encoder, batch shape `[N]`.
+        target: held-back views of the same place, batch shape `[M]`.
+        bev: `[h, w]` class ids, north up; None if the collection has no maps.
+    """
+
+    scene_id: str
+    source: Views
+    target: Views
+    bev: UInt8[np.ndarray, "height width"] | None = None
+
+
+@dataclass
+class SceneCollection:
+    """A folder with `collection.json` and `scenes/<id>/`.
+
+    Attributes:
+        root: the folder.
+        aabb: `[2, 3]`, the box all scenes share, in metres.
+        near, far: range of planar depth in metres.
+        image_size: (width, height) of all images.
+        splits: scene ids by split name.
+        places: by scene id, the map and the origin in the map's world (metres), where known.
+    """
+
+    root: Path
+    name: str
+    licence: str
+    aabb: Float[Tensor, "2 3"]
+    near: float
+    far: float
+    image_size: tuple[int, int]
+    splits: dict[str, list[str]]
+    places: dict[str, dict[str, Any]] = field(default_factory=dict)
+    bev_classes: list[BevClass] = field(default_factory=list)
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, root: Path | str) -> SceneCollection:
+        """Reads `collection.json`; images are read by `load_scene`.
+
+        Raises:
+            UserInputError: if the folder is missing, empty, or its description cannot be used.
+        """
+        root = Path(root)
+        if not root.is_dir():
+            raise UserInputError(f"There is no data folder {root}: make one with 'nfldm-collect vizdoom {root}'.")
+        path = root / "collection.json"
+        if not path.is_file():
+            raise UserInputError(
+                f"{root} has no collection.json, so it is not a scene collection: make one with 'nfldm-collect vizdoom' "
+                "or from your own captures with 'nfldm-collect import'."
+            )
+        description = read_json(path)
+        if not isinstance(description, dict) or description.get("format") != FORMAT:
+            raise UserInputError(f'{path} does not say "format": "{FORMAT}": see docs/data.md for the format.')
+        if description.get("version") != VERSION:
+            raise UserInputError(
+                f"{path} has version {description.get('version')}, but this release reads version {VERSION}: "
+                "collect or import the data again."
+            )
+        try:
+            collection = cls._from_description(root, description)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserInputError(
+                f"{path} is missing or has a wrong value for {error}: see docs/data.md for the format."
+            ) from error
+        collection._check_description(path)
+        return collection
+
+    @classmethod
+    def _from_description(cls, root: Path, description: dict[str, Any]) -> SceneCollection:
+        width, height = (int(n) for n in description["image_size"])
+        return cls(
+            root=root,
+            name=str(description["name"]),
+            licence=str(description["licence"]),
+            aabb=torch.tensor(description["aabb"], dtype=torch.float32),
+            near=float(description["near"]),
+            far=float(description["far"]),
+            image_size=(width, height),
+            splits={name: [str(i) for i in description["splits"].get(name, [])] for name in SPLITS},
+            places=dict(description.get("scenes", {})),
+            bev_classes=[BevClass(c["id"], c["name"], tuple(c["color"])) for c in description.get("bev_classes", [])],
+            made_by=dict(description.get("made_by", {})),
+        )
+
+    def _check_description(self, path: Path) -> None:
+        if self.aabb.shape != (2, 3) or not bool((self.aabb[1] > self.aabb[0]).all()):
+            raise UserInputError(f"aabb in {path} must be [[x, y, z], [x, y, z]], minimum before maximum, in metres.")
+        if not 0 < self.near < self.far:
+            raise UserInputError(f"near and far in {path} must satisfy 0 < near < far, in metres.")
+        if not self.splits["train"]:
+            raise UserInputError(f"{path} has no training scenes: list at least one in splits.train.")
+
+    @property
+    def scene_ids(self) -> list[str]:
+        """All scenes, in the order of the splits."""
+        return [scene_id for split in SPLITS for scene_id in self.splits[split]]
+
+    def split(self, name: str) -> list[str]:
+        """Scene ids of one split.
+
+        Raises:
+            UserInputError: if there are none.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"split must be one of {SPLITS}, not {name!r}")
+        if not self.splits[name]:
+            raise UserInputError(
+                f"{self.root} has no {name} split: list at least one scene under splits.{name} in its collection.json."
+            )
+        return self.splits[name]
+
+    def require_train_and_test(self) -> None:
+        """Raises `UserInputError` unless there are scenes to learn from and others to judge by."""
+        if len(self.scene_ids) < 2:
+            raise UserInputError(
+                f"{self.root} holds {len(self.scene_ids)} scene, but learning a distribution of scenes needs several: "
+                "collect or import more."
+            )
+        self.split("train")
+        self.split("test")
+
+    def scene_dir(self, scene_id: str) -> Path:
+        return self.root / "scenes" / scene_id
+
+    def load_scene(self, scene_id: str) -> Scene:
+        """Reads images, depths and poses of one scene and checks them.
+
+        Raises:
+            UserInputError: if a file is missing or broken, or a pose, an intrinsic or a depth cannot be right.
+        """
+        folder = self.scene_dir(scene_id)
+        transforms = read_transforms(folder)
+        source_names, target_names = transforms.source_names, transforms.target_names
+        scene = Scene(
+            scene_id,
+            source=_load_views(folder, transforms, source_names, self.image_size),
+            target=_load_views(folder, transforms, target_names, self.image_size),
+            bev=_load_bev(folder / "bev.png"),
+        )
+        for views in (scene.source, scene.target):
+            self._check_depth_unit(folder, views)
+        return scene
+
+    def _check_depth_unit(self, folder: Path, views: Views) -> None:
+        if views.depths is None or not bool((views.depths > 0).any()):
+            return
+        median = float(views.depths[views.depths > 0].median())
+        diagonal = float((self.aabb[1] - self.aabb[0]).norm())
+        if not 0.001 * diagonal < median < diagonal:
+            raise UserInputError(
+                f"The depths of {folder} have a median of {median:.4g} m, but the box is {diagonal:.4g} m across: "
+                "store planar depth as 16-bit PNG in millimetres."
+            )
+
+    def batch(self, scenes: list[Scene]) -> SceneBatch:
+        """Joins scenes of this collection; all must have equal numbers of views."""
+        return SceneBatch(
+            [scene.scene_id for scene in scenes],
+            Views.stack([scene.source for scene in scenes]),
+            Views.stack([scene.target for scene in scenes]),
+            self.aabb,
+        )
+
+
+@dataclass
+class Transforms:
+    """A checked `transforms.json`: one entry per frame, and which frames are source and target."""
+
+    path: Path
+    frames: dict[str, dict[str, Any]]
+    source_names: list[str]
+    target_names: list[str]
+
+
+def read_json(path: Path) -> Any:
+    """Parses a JSON file; `UserInputError` if it is missing, truncated or not text."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserInputError(f"{path} is missing: restore it or collect the data again.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserInputError(f"{path} is not valid JSON ({error}): restore it or collect the data again.") from None
+
+
+def read_transforms(folder: Path) -> Transforms:
+    """Reads and checks one scene's `transforms.json`.
+
+    Raises:
+        UserInputError: for a missing key, NaN, non-rigid or mirrored pose, or an impossible intrinsic.
+    """
+    path = folder / "transforms.json"
+    content = read_json(path)
+    if not isinstance(content, dict) or not content.get("frames"):
+        raise UserInputError(f"{path} has no frames: see docs/data.md for the format.")
+    frames: dict[str, dict[str, Any]] = {}
+    for frame in content["frames"]:
+        merged = {**{k: content[k] for k in ("fl_x", "fl_y", "cx", "cy", "w", "h") if k in content}, **frame}
+        missing = [k for k in ("file_path", "transform_matrix", "fl_x", "fl_y", "cx", "cy") if k not in merged]
+        if missing:
+            raise UserInputError(f"A frame of {path} lacks {', '.join(missing)}: see docs/data.md for the format.")
+        _check_frame(path, merged)
+        frames[merged["file_path"]] = merged
+    sources = content.get("train_filenames") or list(frames)
+    targets = content.get("test_filenames") or content.get("val_filenames") or list(frames)
+    unknown = [name for name in [*sources, *targets] if name not in frames]
+    if unknown:
+        raise UserInputError(f"{path} lists {unknown[0]} as a view, but has no frame of that name: add it or drop it.")
+    return Transforms(path, frames, sources, targets)
+
+
+def _check_frame(path: Path, frame: dict[str, Any]) -> None:
+    name = frame["file_path"]
+    try:
+        pose = np.asarray(frame["transform_matrix"], dtype=np.float64)
+        intrinsics = np.asarray([frame[k] for k in ("fl_x", "fl_y", "cx", "cy")], dtype=np.float64)
+    except (TypeError, ValueError):
+        raise UserInputError(f"The pose or the intrinsics of {name} in {path} are not numbers: repair them.") from None
+    if pose.shape not in ((3, 4), (4, 4)):
+        raise UserInputError(f"The pose of {name} in {path} is {pose.shape}, not 4 x 4: give camera-to-world matrices.")
+    if not np.isfinite(pose).all():
+        raise UserInputError(f"The pose of {name} in {path} contains NaN or infinity: remove the frame or repair it.")
+    if not np.isfinite(intrinsics).all() or (intrinsics[:2] <= 0).any():
+        raise UserInputError(
+            f"The focal length of {name} in {path} is {intrinsics[0]:g} x {intrinsics[1]:g} pixels: it must be positive."
+        )
+    rotation = pose[:3, :3]
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3:
+        raise UserInputError(
+            f"The rotation of {name} in {path} is not orthonormal: remove scale and shear from camera-to-world matrices."
+        )
+    if np.linalg.det(rotation) < 0:
+        raise UserInputError(
+            f"The pose of {name} in {path} is mirrored (determinant -1): give right-handed OpenGL camera-to-world matrices."
+        )
+
+
+def _load_views(folder: Path, transforms: Transforms, names: list[str], image_size: tuple[int, int]) -> Views:
+    frames = [transforms.frames[name] for name in names]
+    images = np.stack([read_image(folder / name, image_size) for name in names])
+    depths = None
+    if any("depth_file_path" in frame for frame in frames):
+        width, height = image_size
+        depths = np.stack(
+            [
+                read_depth(folder / frame["depth_file_path"], image_size)
+                if "depth_file_path" in frame
+                else np.zeros((height, width), np.float32)
+                for frame in frames
+            ]
+        )
+    width, height = image_size
+    poses = np.stack([np.asarray(frame["transform_matrix"], dtype=np.float32)[:3, :4] for frame in frames])
+    fx, fy, cx, cy = (torch.tensor([float(frame[k]) for frame in frames]) for k in ("fl_x", "fl_y", "cx", "cy"))
+    return Views(
+        make_cameras(torch.from_numpy(poses), fx, fy, cx, cy, height, width),
+        torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255),
+        None if depths is None else torch.from_numpy(depths)[:, None],
+    )
+
+
+def _open_image(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path)
+        image.load()
+    except FileNotFoundError:
+        raise UserInputError(f"{path} is missing: restore it or remove its frame from transforms.json.") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserInputError(f"{path} is not a readable image ({error}): restore it or collect it again.") from None
+    return image
+
+
+def _check_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    if size != expected:
+        raise UserInputError(
+            f"{path} is {size[0]} x {size[1]} pixels, but collection.json says {expected[0]} x {expected[1]}: resize it."
+        )
+
+
+def read_image(path: Path, image_size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
+    """An RGB image of the given (width, height)."""
+    image = _open_image(path)
+    _check_size(path, image.size, image_size)
+    return np.asarray(image.convert("RGB"))
+
+
+def read_depth(path: Path, image_size: tuple[int, int]) -> Float[np.ndarray, "height width"]:
+    """Planar depth in metres from a 16-bit PNG in millimetres; 0 is unknown."""
+    image = _open_image(path)
+    if image.mode not in ("I;16", "I;16B", "I"):
+        raise UserInputError(f"{path} has mode {image.mode}, but depth must be a 16-bit PNG in millimetres: convert it.")
+    _check_size(path, image.size, image_size)
+    return np.asarray(image).astype(np.float32) * DEPTH_UNIT_M
+
+
+def _load_bev(path: Path) -> UInt8[np.ndarray, "height width"] | None:
+    if not path.exists():
+        return None
+    image = _open_image(path)
+    if image.mode not in ("P", "L"):
+        raise UserInputError(f"{path} has mode {image.mode}, but a BEV map is a palette PNG of class ids: convert it.")
+    return np.asarray(image)

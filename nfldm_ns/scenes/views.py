@@ -1,0 +1,189 @@
+"""Posed images in memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from torch import Tensor
+
+
+@dataclass
+class Views:
+    """Images with cameras and, where known, depth; `*B` is any batch shape.
+
+    Attributes:
+        cameras: nerfstudio cameras of batch shape `[*B]`, intrinsics in pixels of `images`.
+        images: `[*B, 3, H, W]`, sRGB in [0, 1].
+        depths: `[*B, 1, H, W]`, planar z in metres, 0 is unknown; None if no view has depth.
+    """
+
+    cameras: Cameras
+    images: Float[Tensor, "*batch 3 height width"]
+    depths: Float[Tensor, "*batch 1 height width"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.images.shape[:-3])
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width)."""
+        return self.images.shape[-2], self.images.shape[-1]
+
+    def __getitem__(self, index) -> Views:
+        return Views(
+            index_cameras(self.cameras, index), self.images[index], None if self.depths is None else self.depths[index]
+        )
+
+    def to(self, device: torch.device | str) -> Views:
+        return Views(
+            self.cameras.to(device),
+            self.images.to(device),
+            None if self.depths is None else self.depths.to(device),
+        )
+
+    @staticmethod
+    def stack(views: list[Views]) -> Views:
+        """Adds a leading batch axis. Depth is kept if any has it; the others' is unknown (0)."""
+        depths = None
+        if any(view.depths is not None for view in views):
+            depths = torch.stack([_depths_or_unknown(view) for view in views])
+        return Views(
+            stack_cameras([view.cameras for view in views]), torch.stack([view.images for view in views]), depths
+        )
+
+
+@dataclass
+class SceneBatch:
+    """A batch of B scenes.
+
+    Attributes:
+        scene_ids: B names.
+        source: views the encoder sees, batch shape `[B, N]`.
+        target: views to be rendered, batch shape `[B, M]`.
+        aabb: `[2, 3]` in metres, shared by all.
+    """
+
+    scene_ids: list[str]
+    source: Views
+    target: Views
+    aabb: Float[Tensor, "2 3"]
+
+    def to(self, device: torch.device | str) -> SceneBatch:
+        return SceneBatch(self.scene_ids, self.source.to(device), self.target.to(device), self.aabb.to(device))
+
+
+def _depths_or_unknown(views: Views) -> Tensor:
+    if views.depths is not None:
+        return views.depths
+    return torch.zeros_like(views.images[..., :1, :, :])
+
+
+def make_cameras(
+    camera_to_worlds: Float[Tensor, "*batch 3 4"],
+    fx: Float[Tensor, "*batch"] | float,
+    fy: Float[Tensor, "*batch"] | float,
+    cx: Float[Tensor, "*batch"] | float,
+    cy: Float[Tensor, "*batch"] | float,
+    height: int,
+    width: int,
+) -> Cameras:
+    """Perspective nerfstudio cameras of any batch shape; intrinsics in pixels."""
+    shape = camera_to_worlds.shape[:-2]
+    device = camera_to_worlds.device
+
+    def full(value: Tensor | float) -> Tensor:
+        value = torch.as_tensor(value, dtype=torch.float32, device=device)
+        return value.expand(shape).reshape(*shape, 1).contiguous()
+
+    size = {"height": height, "width": width}
+    sizes = {name: torch.full((*shape, 1), value, dtype=torch.int64, device=device) for name, value in size.items()}
+    return Cameras(
+        camera_to_worlds=camera_to_worlds.float().contiguous(),
+        fx=full(fx),
+        fy=full(fy),
+        cx=full(cx),
+        cy=full(cy),
+        camera_type=torch.full((*shape, 1), CameraType.PERSPECTIVE.value, device=device),
+        **sizes,
+    )
+
+
+def _rebuild(cameras: Cameras, fields: dict[str, Tensor]) -> Cameras:
+    """Cameras with the given fields and one size for all, as `Views` needs."""
+    return make_cameras(
+        fields["camera_to_worlds"],
+        fields["fx"][..., 0],
+        fields["fy"][..., 0],
+        fields["cx"][..., 0],
+        fields["cy"][..., 0],
+        int(cameras.height.reshape(-1)[0]),
+        int(cameras.width.reshape(-1)[0]),
+    )
+
+
+_FIELDS = ("camera_to_worlds", "fx", "fy", "cx", "cy")
+
+
+def index_cameras(cameras: Cameras, index) -> Cameras:
+    """Cameras of a plain tensor index into the batch axes."""
+    return _rebuild(cameras, {name: getattr(cameras, name)[index] for name in _FIELDS})
+
+
+def stack_cameras(cameras: list[Cameras]) -> Cameras:
+    """Adds a leading batch axis; all must have one image size."""
+    sizes = {(int(c.height.reshape(-1)[0]), int(c.width.reshape(-1)[0])) for c in cameras}
+    if len(sizes) > 1:
+        raise ValueError(f"cameras of one batch must have one image size, not {sorted(sizes)}")
+    return _rebuild(cameras[0], {name: torch.stack([getattr(c, name) for c in cameras]) for name in _FIELDS})
+
+
+def resize_cameras(cameras: Cameras, height: int, width: int) -> Cameras:
+    """The same cameras with another number of pixels over the same field of view."""
+    scale_y = height / float(cameras.height.reshape(-1)[0])
+    scale_x = width / float(cameras.width.reshape(-1)[0])
+    return make_cameras(
+        cameras.camera_to_worlds,
+        cameras.fx[..., 0] * scale_x,
+        cameras.fy[..., 0] * scale_y,
+        cameras.cx[..., 0] * scale_x,
+        cameras.cy[..., 0] * scale_y,
+        height,
+        width,
+    )
+
+
+def rotate_cameras90(cameras: Cameras, quarter_turns: int) -> Cameras:
+    """Cameras turned with the scene, counter-clockwise about the z axis (see `VoxelGrid.rotate90`)."""
+    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
+    turn = cameras.camera_to_worlds.new_tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
+    fields = {name: getattr(cameras, name) for name in _FIELDS}
+    return _rebuild(cameras, {**fields, "camera_to_worlds": turn @ cameras.camera_to_worlds})
+
+
+def camera_rays(
+    cameras: Cameras, height: int, width: int
+) -> tuple[Float[Tensor, "*batch 3"], Float[Tensor, "*batch height width 3"]]:
+    """Origins and directions of rays through the centres of `height` x `width` cells of each image.
+
+    Directions are scaled to unit planar depth: `origin + z * direction` lies at planar depth z.
+
+    Returns:
+        origins `[*B, 3]` and directions `[*B, height, width, 3]`, in world space.
+    """
+    scaled = resize_cameras(cameras, height, width)
+    device = scaled.device
+    rows = torch.arange(height, device=device, dtype=torch.float32) + 0.5
+    columns = torch.arange(width, device=device, dtype=torch.float32) + 0.5
+    x = (columns - scaled.cx) / scaled.fx
+    y = (rows - scaled.cy) / scaled.fy
+    shape = (*scaled.shape, height, width)
+    local = torch.stack(
+        [x[..., None, :].expand(shape), -y[..., :, None].expand(shape), -torch.ones(shape, device=device)], dim=-1
+    )
+    rotation = scaled.camera_to_worlds[..., :3, :3]
+    directions = torch.einsum("...ij,...hwj->...hwi", rotation, local)
+    return scaled.camera_to_worlds[..., :3, 3], directions

@@ -1,0 +1,155 @@
+"""Writing scenes to disk so that nothing is ever left half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+from nfldm_ns.scenes.collection import DEPTH_UNIT_M, FORMAT, VERSION, BevClass
+from nfldm_ns.scenes.views import Views
+
+
+@contextlib.contextmanager
+def atomic_path(destination: Path) -> Iterator[Path]:
+    """A temporary path beside `destination`, renamed to it when the block ends well and removed when it fails.
+
+    Works for files and folders; an existing folder at the destination is replaced.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        yield temporary
+        if temporary.is_dir() and destination.exists():
+            shutil.rmtree(destination)
+        os.replace(temporary, destination)
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON in one step."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def write_image(path: Path, image: UInt8[np.ndarray, "height width 3"]) -> None:
+    """Writes an RGB PNG."""
+    Image.fromarray(image).save(path)
+
+
+def write_depth(path: Path, depth: Float[np.ndarray, "height width"]) -> None:
+    """Writes planar depth in metres as a 16-bit PNG in millimetres; values beyond 65.535 m become unknown (0)."""
+    millimetres = np.round(np.nan_to_num(depth) / DEPTH_UNIT_M)
+    millimetres[(millimetres < 0) | (millimetres > 65535)] = 0
+    Image.fromarray(millimetres.astype(np.uint16)).save(path)
+
+
+def write_bev(path: Path, bev: UInt8[np.ndarray, "height width"], classes: Sequence[BevClass]) -> None:
+    """Writes class ids as a palette PNG in the colours of the classes."""
+    image = Image.fromarray(bev)
+    palette = [0] * 768
+    for bev_class in classes:
+        palette[3 * bev_class.id : 3 * bev_class.id + 3] = bev_class.color
+    image.putpalette(palette)
+    image.save(path)
+
+
+def write_scene(
+    folder: Path,
+    source: Views,
+    target: Views,
+    bev: UInt8[np.ndarray, "height width"] | None = None,
+    bev_classes: Sequence[BevClass] = (),
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Writes one scene as a nerfstudio dataset, whole or not at all.
+
+    Args:
+        folder: the scene's folder; replaced if it exists.
+        source: views for the encoder, batch shape `[N]`; they become `train_filenames`.
+        target: held-back views, batch shape `[M]`; they become `val_filenames` and `test_filenames`.
+        extra: further keys for `transforms.json`.
+    """
+    with atomic_path(folder) as temporary:
+        frames = [*_write_views(temporary, "source", source), *_write_views(temporary, "target", target)]
+        names = [frame["file_path"] for frame in frames]
+        num_source = len(names) - target.shape[0]
+        content = {
+            "camera_model": "OPENCV",
+            "frames": frames,
+            "train_filenames": names[:num_source],
+            "val_filenames": names[num_source:],
+            "test_filenames": names[num_source:],
+            **(extra or {}),
+        }
+        write_json(temporary / "transforms.json", content)
+        if bev is not None:
+            write_bev(temporary / "bev.png", bev, bev_classes)
+
+
+def _write_views(folder: Path, role: str, views: Views) -> list[dict[str, Any]]:
+    height, width = views.image_size
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    frames = []
+    for i in range(views.shape[0]):
+        name = f"{role}_{i:02d}.png"
+        image = views.images[i].clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).cpu().numpy()
+        write_image(folder / "images" / name, image)
+        pose = np.eye(4)
+        pose[:3] = views.cameras.camera_to_worlds[i].double().cpu().numpy()
+        frame = {"file_path": f"images/{name}", "w": width, "h": height, "transform_matrix": pose.tolist()}
+        for key, value in (("fl_x", "fx"), ("fl_y", "fy"), ("cx", "cx"), ("cy", "cy")):
+            frame[key] = float(getattr(views.cameras, value)[i])
+        if views.depths is not None:
+            (folder / "depths").mkdir(exist_ok=True)
+            write_depth(folder / "depths" / name, views.depths[i, 0].float().cpu().numpy())
+            frame["depth_file_path"] = f"depths/{name}"
+        frames.append(frame)
+    return frames
+
+
+def write_collection(
+    root: Path,
+    *,
+    name: str,
+    licence: str,
+    aabb: Sequence[Sequence[float]],
+    near: float,
+    far: float,
+    image_size: tuple[int, int],
+    splits: dict[str, list[str]],
+    places: dict[str, dict[str, Any]],
+    bev_classes: Sequence[BevClass],
+    made_by: dict[str, Any],
+) -> None:
+    """Writes `collection.json`; arguments as the attributes of `SceneCollection`, `image_size` is (width, height)."""
+    write_json(
+        root / "collection.json",
+        {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": name,
+            "licence": licence,
+            "aabb": [list(corner) for corner in aabb],
+            "near": near,
+            "far": far,
+            "image_size": list(image_size),
+            "splits": splits,
+            "scenes": places,
+            "bev_classes": [{"id": c.id, "name": c.name, "color": list(c.color)} for c in bev_classes],
+            "made_by": made_by,
+        },
+    )
