@@ -1,0 +1,34 @@
+"""Fixtures that all tests share."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch starts its threads: spinning workers slow every neighbour down on small machines.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+from nfldm_ns.scenes.collection import SceneCollection
+from tests.synthetic import make_box_room_collection
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_every_time() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def box_room_collection(tmp_path_factory: pytest.TempPathFactory) -> SceneCollection:
+    """Three training, one validation and two test rooms at 32 x 32 pixels; shared, so read only."""
+    return make_box_room_collection(tmp_path_factory.mktemp("box_rooms"))
