@@ -1,0 +1,237 @@
+"""Stage 1: the scene auto-encoder (paper, Sec. 3.1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.decoder import ImageDecoder
+from nfldm_ns.autoencoder.encoder import ImageEncoder
+from nfldm_ns.autoencoder.lifting import box_exit_depth, depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
+from nfldm_ns.scenes.views import Views, camera_rays
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+
+@dataclass
+class RenderedViews:
+    """Rendered images of `[B, M]` cameras.
+
+    Attributes:
+        rgb: `[B, M, 3, H, W]`; in [0, 1] but not clamped, so that losses keep their gradients.
+        depth: `[B, M, 1, H, W]`, expected planar depth in metres.
+        accumulation: `[B, M, 1, H, W]` in [0, 1].
+        maps: the same at the resolution of the rays, with the features.
+    """
+
+    rgb: Float[Tensor, "batch views 3 height width"]
+    depth: Float[Tensor, "batch views 1 height width"]
+    accumulation: Float[Tensor, "batch views 1 height width"]
+    maps: FeatureMaps
+
+
+class SceneAutoencoder(ModelMixin, ConfigMixin):
+    """Images with poses to voxels (`encode`), and voxels to images of any camera (`render`).
+
+    Args:
+        grid_shape: voxels (Z, Y, X).
+        feature_channels: C of the voxels.
+        aabb: corners of the box in metres.
+        near, far: planar depth in metres; bins for lifting lie between `near` and the far corner of the box.
+        image_size: (height, width) of the images it is trained on.
+        focal_length: horizontal focal length in pixels at `image_size`; with the image's size it fixes the ray density
+            at which features are rendered whatever size is asked for.
+        feature_stride: image pixels per feature pixel, for encoder and decoder alike.
+        num_depth_bins: D.
+        depth_spacing: "linear" or "inverse".
+        encoder_input: "rgbd" takes depth where a view has it, as input and as prior of the densities; "rgb" is the
+            paper's way.
+        fusion: "occupancy" or "mean" (the paper's), see `fuse_frustums`.
+        num_samples, num_feature_samples: per rendered ray, see `render_feature_maps`.
+        encoder_channels, encoder_blocks, decoder_channels, decoder_blocks: network sizes.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        grid_shape: tuple[int, int, int] = (16, 48, 48),
+        feature_channels: int = 16,
+        aabb: tuple[tuple[float, float, float], tuple[float, float, float]] = ((-10, -10, -2.5), (10, 10, 4)),
+        near: float = 0.1,
+        far: float = 30.0,
+        image_size: tuple[int, int] = (64, 64),
+        focal_length: float = 51.2,
+        feature_stride: int = 2,
+        num_depth_bins: int = 40,
+        depth_spacing: str = "linear",
+        encoder_input: str = "rgbd",
+        fusion: str = "occupancy",
+        num_samples: int = 48,
+        num_feature_samples: int | None = 8,
+        encoder_channels: tuple[int, ...] = (32, 64),
+        encoder_blocks: int = 1,
+        decoder_channels: tuple[int, ...] = (48, 24),
+        decoder_blocks: int = 1,
+    ) -> None:
+        super().__init__()
+        if encoder_input not in ("rgb", "rgbd"):
+            raise ValueError(f"encoder_input must be 'rgb' or 'rgbd', not {encoder_input!r}")
+        box = torch.tensor(aabb, dtype=torch.float32)
+        self.register_buffer("box", box, persistent=False)
+        reach = float((box.abs().amax(0)).norm())
+        centres, widths = depth_bins(near, min(far, reach), num_depth_bins, depth_spacing)  # type: ignore[arg-type]
+        self.register_buffer("bin_centres", centres, persistent=False)
+        self.register_buffer("bin_widths", widths, persistent=False)
+        self.encoder = ImageEncoder(
+            5 if encoder_input == "rgbd" else 3,
+            num_depth_bins,
+            feature_channels,
+            feature_stride,
+            tuple(encoder_channels),
+            encoder_blocks,
+        )
+        self.decoder = ImageDecoder(feature_channels, feature_stride, tuple(decoder_channels), decoder_blocks)
+        self.density_bias = nn.Parameter(torch.tensor(-3.0))
+        # Densities (1/m before softplus) that a measured depth adds at the surface and removes before it.
+        self.prior_surface = nn.Parameter(torch.tensor(16.0))
+        self.prior_empty = nn.Parameter(torch.tensor(5.0))
+        self.background = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, feature_channels))
+
+    @property
+    def aabb(self) -> Float[Tensor, "2 3"]:
+        """Corners of the box in metres."""
+        return self.box
+
+    @property
+    def grid_shape(self) -> tuple[int, int, int]:
+        return tuple(self.config.grid_shape)
+
+    @property
+    def feature_channels(self) -> int:
+        return self.config.feature_channels
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """(height, width) it is trained on."""
+        return tuple(self.config.image_size)
+
+    def encode(self, views: Views) -> VoxelGrid:
+        """Source views of batch shape `[B, N]` to one grid per scene."""
+        batch, num_views = views.shape
+        logits, features = self._encode_images(views)
+        h, w = logits.shape[-2:]
+        logits = logits.reshape(batch, num_views, -1, h, w)
+        if self.config.encoder_input == "rgbd" and views.depths is not None:
+            logits = logits + self._depth_prior(views, h, w)
+        density = F.softplus(logits.float() + self.density_bias)
+        return fuse_frustums(
+            density,
+            features.reshape(batch, num_views, -1, h, w).float(),
+            views.cameras,
+            self.bin_centres,
+            self.bin_widths,
+            self.aabb,
+            self.grid_shape,
+            self.config.fusion,
+        )
+
+    def _encode_images(self, views: Views) -> tuple[Tensor, Tensor]:
+        inputs = views.images * 2 - 1
+        if self.config.encoder_input == "rgbd":
+            depths = views.depths if views.depths is not None else torch.zeros_like(views.images[..., :1, :, :])
+            inputs = torch.cat([inputs, depths / self.bin_centres[-1], (depths > 0).to(depths.dtype)], dim=-3)
+        inputs = inputs.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return self.encoder(inputs)
+
+    def _depth_prior(self, views: Views, h: int, w: int) -> Float[Tensor, "batch views bins h w"]:
+        """Logits that put density at the measured surface and none before it; zero where depth is unknown.
+
+        Surfaces beyond the box are painted onto its border, where the ray leaves it.
+        """
+        assert views.depths is not None
+        depth = downsample_depth(views.depths, h, w)
+        origins, directions = camera_rays(views.cameras, h, w)
+        _, leave = box_exit_depth(origins[:, :, None, None].expand_as(directions), directions, self.aabb)
+        known = depth > 0
+        border = leave[:, :, None] - self.bin_widths[0]
+        surface = torch.minimum(depth, border)
+        centres = self.bin_centres.view(-1, 1, 1)
+        distance = (centres - surface) / self.bin_widths.view(-1, 1, 1)
+        at_surface = (1 - distance.abs()).clamp(min=0)
+        before = (-distance).clamp(min=0, max=1)
+        return known * (self.prior_surface * at_surface - self.prior_empty * before)
+
+    def render(
+        self, grid: VoxelGrid, cameras: Cameras, height: int | None = None, width: int | None = None
+    ) -> RenderedViews:
+        """Renders a grid from cameras of batch shape `[B, M]`.
+
+        Args:
+            height, width: size of the images; by default that of the cameras. Features are rendered at the ray density
+                of training and the decoded image is resized to what was asked for.
+        """
+        height = height or int(cameras.height.reshape(-1)[0])
+        width = width or int(cameras.width.reshape(-1)[0])
+        rows, columns = self._ray_grid(cameras)
+        maps = render_feature_maps(
+            grid,
+            cameras,
+            rows,
+            columns,
+            self.config.near,
+            self.config.num_samples,
+            self.config.num_feature_samples,
+        )
+        return self.decode(maps, height, width)
+
+    def _ray_grid(self, cameras: Cameras) -> tuple[int, int]:
+        """Rows and columns of rays, so that a ray covers the same angle as in training."""
+        focal = float(cameras.fx.reshape(-1)[0]) / float(self.config.focal_length)
+        stride = self.config.feature_stride * focal
+        sizes = (int(cameras.height.reshape(-1)[0]), int(cameras.width.reshape(-1)[0]))
+        rows, columns = (max(4, round(size / stride)) for size in sizes)
+        return rows, columns
+
+    def decode(self, maps: FeatureMaps, height: int, width: int) -> RenderedViews:
+        """Feature maps to images of `height` x `width` pixels."""
+        batch, num_views = maps.features.shape[:2]
+        directions = F.normalize(maps.directions, dim=2).movedim(2, -1)
+        background = self.background(directions).movedim(-1, 2)
+        features = maps.features + (1 - maps.accumulation) * background
+        image = self.decoder(
+            features.flatten(0, 1).contiguous(memory_format=torch.channels_last), maps.accumulation.flatten(0, 1)
+        )
+        image = (image.float() + 1) / 2
+        if image.shape[-2:] != (height, width):
+            smaller = height < image.shape[-2]
+            image = F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False, antialias=smaller)
+        rgb = image.unflatten(0, (batch, num_views))
+
+        def resize(values: Tensor) -> Tensor:
+            return F.interpolate(values.flatten(0, 1), size=(height, width), mode="bilinear").unflatten(
+                0, (batch, num_views)
+            )
+
+        return RenderedViews(rgb, resize(maps.depth), resize(maps.accumulation), maps)
+
+
+def downsample_depth(
+    depths: Float[Tensor, "*batch 1 height width"], h: int, w: int
+) -> Float[Tensor, "*batch 1 h w"]:
+    """The nearest known depth of each cell: never a mean across an edge; 0 where all is unknown."""
+    height, width = depths.shape[-2:]
+    if height % h or width % w:
+        return F.interpolate(depths.flatten(0, -4), size=(h, w), mode="nearest-exact").reshape(*depths.shape[:-2], h, w)
+    cells = depths.unflatten(-2, (h, height // h)).unflatten(-1, (w, width // w))
+    cells = cells.movedim(-3, -2).flatten(-2)
+    nearest = torch.where(cells > 0, cells, torch.inf).amin(-1)
+    return torch.where(nearest.isinf(), torch.zeros_like(nearest), nearest)
