@@ -1,0 +1,104 @@
+"""Where a scene's cameras stand in a Doom map, and which places each split may use. Map units throughout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from nfldm_ns.collect.doom_geometry import EYE_HEIGHT, MAX_STEP, PLAYER_HEIGHT, UNITS_PER_METRE, DoomGeometry
+from nfldm_ns.collect.doom_wad import DoomMap
+
+NUM_SOURCE_VIEWS = 8
+_PLAYER_RADIUS = 16.0
+_ROOM_TO_STAND = 22.0
+_ATTEMPTS = 40
+
+
+@dataclass(frozen=True)
+class RigOptions:
+    """How the cameras of one scene stand around its place; lengths in metres, angles in degrees."""
+
+    num_target_views: int = 4
+    """Held-back views per scene."""
+    source_jitter: float = 0.3
+    """Greatest distance of a source view from the place."""
+    yaw_jitter: float = 8.0
+    """Greatest deviation of a source view from its eighth of a turn."""
+    target_distance: float = 1.5
+    """Greatest distance of a target view from the place."""
+    min_target_distance: float = 0.4
+    """Least distance of a target view from the place."""
+
+
+@dataclass(frozen=True)
+class Rig:
+    """Planned cameras of one scene: `[V, 3]` eyes and `[V]` angles in degrees, source views first, ordered by yaw."""
+
+    eyes: Float[np.ndarray, "views 3"]
+    angles: Float[np.ndarray, "views"]
+
+
+def can_stand(geometry: DoomGeometry, points: Float[np.ndarray, "points 2"]) -> Bool[np.ndarray, "points"]:
+    """Whether a player fits there: inside the map, under a high enough ceiling, clear of walls and ledges."""
+    sectors = geometry.sector_at(points)
+    headroom = geometry.ceiling[sectors] - geometry.floor[sectors]
+    return (sectors >= 0) & (headroom >= PLAYER_HEIGHT) & (geometry.clearance(points) > _ROOM_TO_STAND)
+
+
+def eyes_at(geometry: DoomGeometry, points: Float[np.ndarray, "points 2"]) -> Float[np.ndarray, "points 3"]:
+    """Camera positions of players standing at these points: above the highest floor they touch."""
+    reach = np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)]) * (_PLAYER_RADIUS - 1)
+    sectors = geometry.sector_at((points[:, None] + reach).reshape(-1, 2)).reshape(len(points), -1)
+    floors = np.where(sectors >= 0, geometry.floor[sectors], -np.inf).max(axis=1)
+    return np.concatenate([points, (floors + EYE_HEIGHT)[:, None]], axis=1)
+
+
+def candidate_spots(doom_map: DoomMap, geometry: DoomGeometry, seed: int, count: int) -> Float[np.ndarray, "count 2"]:
+    """Spots to try, in the order to try them: within sight of the things that the map's author placed."""
+    rng = np.random.default_rng(seed)
+    things = np.stack([doom_map.things["x"], doom_map.things["y"]], axis=-1).astype(np.float64)
+    things = things[geometry.sector_at(things) >= 0]
+    if not len(things):
+        return np.zeros((0, 2))
+    anchors = things[rng.integers(len(things), size=count)]
+    distance = rng.uniform(0, 6 * UNITS_PER_METRE, size=(count, 1))
+    angle = rng.uniform(0, 2 * np.pi, size=(count, 1))
+    spots = np.round(anchors + distance * np.concatenate([np.cos(angle), np.sin(angle)], axis=1))
+    return spots
+
+
+def plan_rig(geometry: DoomGeometry, spot: Float[np.ndarray, "2"], seed: int, options: RigOptions) -> Rig | None:
+    """Cameras of a scene at a spot, all in sight of it and on floors a step away at most; None if they do not fit."""
+    if not can_stand(geometry, spot[None])[0]:
+        return None
+    rng = np.random.default_rng(seed)
+    place = eyes_at(geometry, spot[None])[0]
+    near = _stations(geometry, place, rng, 0.0, options.source_jitter, NUM_SOURCE_VIEWS)
+    away = _stations(
+        geometry, place, rng, options.min_target_distance, options.target_distance, options.num_target_views
+    )
+    if near is None or away is None:
+        return None
+    step = 360 / NUM_SOURCE_VIEWS
+    yaws = rng.uniform(0, step) + step * np.arange(NUM_SOURCE_VIEWS)
+    yaws = yaws + rng.uniform(-options.yaw_jitter, options.yaw_jitter, NUM_SOURCE_VIEWS)
+    target_yaws = rng.uniform(0, 360, options.num_target_views)
+    return Rig(np.concatenate([near, away]), np.concatenate([yaws, target_yaws]) % 360)
+
+
+def _stations(
+    geometry: DoomGeometry, place: np.ndarray, rng: np.random.Generator, nearest: float, farthest: float, count: int
+) -> Float[np.ndarray, "count 3"] | None:
+    """Eyes of players around a place, distances in metres, uniform over the area; None if too few spots are free."""
+    share = rng.uniform((nearest / farthest) ** 2, 1, _ATTEMPTS) ** 0.5
+    angle = rng.uniform(0, 2 * np.pi, _ATTEMPTS)
+    points = place[:2] + (farthest * UNITS_PER_METRE * share * np.stack([np.cos(angle), np.sin(angle)])).T
+    points = points[can_stand(geometry, points)]
+    if len(points) < count:
+        return None
+    eyes = eyes_at(geometry, points)
+    eyes = eyes[(np.abs(eyes[:, 2] - place[2]) <= MAX_STEP) & geometry.sees(place, eyes)]
+    return eyes[:count] if len(eyes) >= count else None
