@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 CONNECT_TIMEOUT_S = 5.0
 FOLDER_VARIABLE = "NFLDM_WEIGHTS"
 COMMAND = "nfldm-weights get"
+COUNTER = "num_batches_tracked"
 
 WeightsName = Literal["lpips-vgg", "lpips-alex", "fid-inception"]
 Converter = Callable[[Path], dict[str, Tensor]]
@@ -130,7 +131,9 @@ def find_weights(name: str, folder: Path | str | None = None) -> Path:
     """
     path = _locate(name, folder)
     if path is None:
-        raise UserInputError(f"The pretrained weights '{name}' are not on this machine: get them with '{COMMAND} {name}'.")
+        raise UserInputError(
+            f"The pretrained weights '{name}' are not on this machine: get them with '{COMMAND} {name}'."
+        )
     _check_readable(name, path)
     return path
 
@@ -169,7 +172,7 @@ def read_weights(name: str, folder: Path | str | None = None) -> dict[str, Tenso
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}
-    expected = {key: tuple(value.shape) for key, value in _spec(name).module().state_dict().items()}
+    expected = {key: tuple(value.shape) for key, value in _weights_of(_spec(name).module()).items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if found != expected or metadata.get("content_sha256") != _content_sha256(tensors):
         raise _broken(name, path)
@@ -356,7 +359,8 @@ def _lpips_trunk_for(num_convolutions: int) -> dict[str, Tensor]:
 
 def _from_fidelity(path: Path) -> dict[str, Tensor]:
     state = torch.load(path, map_location="cpu", weights_only=True)
-    return {f"layers.{key}": value for key, value in state.items() if not key.startswith("fc.")}
+    wanted = _weights_of(_inception())
+    return {f"layers.{key}": value for key, value in state.items() if f"layers.{key}" in wanted}
 
 
 def _from_torchscript(path: Path) -> dict[str, Tensor]:
@@ -373,11 +377,14 @@ def _from_torchscript(path: Path) -> dict[str, Tensor]:
         tensors[f"{target}.bn.bias"] = state[f"{origin}.beta"]
         tensors[f"{target}.bn.running_mean"] = state[f"{origin}.mean"]
         tensors[f"{target}.bn.running_var"] = state[f"{origin}.var"]
-        tensors[f"{target}.bn.num_batches_tracked"] = torch.zeros(())
     return tensors
 
 
 # Using them
+
+
+def _weights_of(module: nn.Module) -> dict[str, Tensor]:
+    return {key: value for key, value in module.state_dict().items() if not key.endswith(COUNTER)}
 
 
 def _lpips_trunk(net: str) -> nn.Module:
@@ -427,7 +434,8 @@ def load_inception(folder: Path | str | None = None) -> InceptionFeatures:
         UserInputError: if its weights are not on this machine.
     """
     network = _inception()
-    network.load_state_dict(read_weights("fid-inception", folder), assign=True)
+    counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith(COUNTER)}
+    network.load_state_dict({**read_weights("fid-inception", folder), **counters}, assign=True)
     return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 

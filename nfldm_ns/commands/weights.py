@@ -1,0 +1,59 @@
+"""`nfldm-weights`: gets the pretrained weights that metrics and the perceptual loss need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Union
+
+import tyro
+
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.evaluation.weights import WEIGHTS, WeightsName, explicit_folder, fetch_weights, find_weights, read_weights
+
+
+@dataclass
+class Get:
+    """Download, check and convert pretrained weights into the cache; what is there already is only checked."""
+
+    names: tyro.conf.Positional[tuple[WeightsName, ...]] = field(default_factory=lambda: tuple(WEIGHTS))
+    """Which weights; all of them if none is named."""
+    folder: Path | None = None
+    """A folder to look into first, for converted weights or the original files."""
+
+    def main(self) -> None:
+        for name in self.names or tuple(WEIGHTS):
+            path = fetch_weights(name, self.folder)
+            read_weights(name, self.folder)
+            print(f"{name}: {path}")
+
+
+@dataclass
+class List:
+    """Say which pretrained weights are on this machine and where."""
+
+    folder: Path | None = None
+    """A folder to look into first."""
+
+    def main(self) -> None:
+        explicit_folder(self.folder)
+        for name, weights in WEIGHTS.items():
+            try:
+                where = str(find_weights(name, self.folder))
+            except UserInputError as error:
+                where = str(error)
+            print(f"{name}: {weights.about}\n    {where}")
+
+
+Command = Union[Annotated[Get, tyro.conf.subcommand("get")], Annotated[List, tyro.conf.subcommand("list")]]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    command = tyro.cli(Command, prog="nfldm-weights", description=__doc__, args=args)
+    with exit_on_bad_input():
+        command.main()
+
+
+if __name__ == "__main__":
+    main()
