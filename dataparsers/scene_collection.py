@@ -55,9 +55,11 @@ class SceneCollectionDataParser(DataParser):
         return self.config.scene
 
     @exit_on_bad_input()
-    def _generate_dataparser_outputs(self, split: str = "train", **kwargs) -> DataparserOutputs:
+    def _generate_dataparser_outputs(
+        self, split: str = "train", scene_id: Optional[str] = None, **kwargs
+    ) -> DataparserOutputs:
         collection = self.collection()
-        return scene_outputs(collection, self.scene_id(collection), split)
+        return scene_outputs(collection, scene_id or self.scene_id(collection), split)
 
 
 def scene_outputs(collection: SceneCollection, scene_id: str, split: str) -> DataparserOutputs:

@@ -55,6 +55,15 @@ class Views:
             stack_cameras([view.cameras for view in views]), torch.stack([view.images for view in views]), depths
         )
 
+    @staticmethod
+    def cat(views: list[Views]) -> Views:
+        """Joins views of one image size along the first batch axis. Depth is kept if any has it; the others' is unknown."""
+        depths = None
+        if any(view.depths is not None for view in views):
+            depths = torch.cat([_depths_or_unknown(view) for view in views])
+        fields = {name: torch.cat([getattr(view.cameras, name) for view in views]) for name in _FIELDS}
+        return Views(_rebuild(views[0].cameras, fields), torch.cat([view.images for view in views]), depths)
+
 
 @dataclass
 class SceneBatch:

@@ -1,0 +1,56 @@
+"""The sizes of all stages, by preset. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class SceneAutoencoderPreset:
+    """Stage 1.
+
+    Attributes:
+        network: sizes of `SceneAutoencoder` (box, depth range and image size come from the data).
+        loss: weights of `StageOneLossConfig`.
+        sampling: `SceneSamplerConfig`, what a training batch consists of.
+        max_num_iterations: training steps.
+        learning_rate: the highest of the cosine schedule.
+        warmup_steps: steps of rising learning rate.
+        precision: "fp32" or "bf16", arithmetic of the networks in training.
+        cost: parameters, memory and time per step, as measured.
+    """
+
+    network: dict[str, Any]
+    loss: dict[str, float] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+    max_num_iterations: int = 2000
+    learning_rate: float = 1e-3
+    warmup_steps: int = 50
+    precision: str = "fp32"
+    cost: str = ""
+
+
+SCENE_AUTOENCODER = {
+    "tiny": SceneAutoencoderPreset(
+        network={"grid_shape": (16, 48, 48), "feature_channels": 16, "num_depth_bins": 40},
+        sampling={"scenes_per_batch": 2, "num_target_views": 4},
+        max_num_iterations=1000,
+        learning_rate=2e-3,
+    ),
+    "base": SceneAutoencoderPreset(
+        network={
+            "grid_shape": (32, 128, 128),
+            "feature_channels": 32,
+            "num_depth_bins": 64,
+            "num_samples": 128,
+            "num_feature_samples": None,
+            "encoder_channels": (96, 192),
+            "decoder_channels": (128, 64),
+        },
+        sampling={"scenes_per_batch": 4, "num_target_views": 4},
+        max_num_iterations=100_000,
+        learning_rate=4e-4,
+        warmup_steps=1000,
+    ),
+}

@@ -1,0 +1,59 @@
+"""nerfstudio methods of stage 1: `nfldm-scene-ae-tiny` and `nfldm-scene-ae`."""
+
+from __future__ import annotations
+
+import torch
+from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.plugins.types import MethodSpecification
+
+from nfldm_ns.autoencoder.losses import StageOneLossConfig
+from nfldm_ns.autoencoder.nerfstudio_datamanager import SceneDataManagerConfig
+from nfldm_ns.autoencoder.nerfstudio_model import SceneAutoencoderModelConfig, SceneNetworkConfig
+from nfldm_ns.autoencoder.nerfstudio_pipeline import SceneAutoencoderPipelineConfig
+from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig, SceneAutoencoderTrainerConfig
+from nfldm_ns.autoencoder.scene_sampler import SceneSamplerConfig
+from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
+from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderPreset
+
+
+def scene_autoencoder_config(method_name: str, preset: SceneAutoencoderPreset) -> SceneAutoencoderTrainerConfig:
+    """A trainer's configuration of stage 1 for the device that is there."""
+    return SceneAutoencoderTrainerConfig(
+        method_name=method_name,
+        max_num_iterations=preset.max_num_iterations,
+        steps_per_save=500,
+        steps_per_eval_batch=100,
+        steps_per_eval_image=250,
+        steps_per_eval_all_images=10_000,
+        machine=MachineConfig(device_type="cuda" if torch.cuda.is_available() else "cpu"),
+        pipeline=SceneAutoencoderPipelineConfig(
+            datamanager=SceneDataManagerConfig(
+                dataparser=SceneCollectionDataParserConfig(), sampling=SceneSamplerConfig(**preset.sampling)
+            ),
+            model=SceneAutoencoderModelConfig(
+                network=SceneNetworkConfig(**preset.network),
+                loss=StageOneLossConfig(**preset.loss),
+                precision=preset.precision,
+            ),
+        ),
+        optimizers={
+            "autoencoder": {
+                "optimizer": AdamOptimizerConfig(lr=preset.learning_rate, eps=1e-8, max_norm=1.0),
+                "scheduler": CosineScheduleConfig(warmup_steps=preset.warmup_steps),
+            }
+        },
+        viewer=ViewerConfig(quit_on_train_completion=True),
+        vis="viewer+tensorboard",
+    )
+
+
+nfldm_scene_ae_tiny = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae-tiny", SCENE_AUTOENCODER["tiny"]),
+    description="NeuralField-LDM stage 1: scene auto-encoder, minutes on a CPU.",
+)
+
+nfldm_scene_ae = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae", SCENE_AUTOENCODER["base"]),
+    description="NeuralField-LDM stage 1: scene auto-encoder, one GPU.",
+)

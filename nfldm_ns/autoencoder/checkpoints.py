@@ -1,0 +1,110 @@
+"""Trained auto-encoders on disk, as the later stages read them: safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.scenes.writing import atomic_path
+
+FOLDER = "scene_autoencoder"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+RECORD = "training.json"
+
+
+def save_scene_autoencoder(autoencoder: SceneAutoencoder, run: Path, record: Mapping[str, Any]) -> Path:
+    """Writes `<run>/scene_autoencoder/` in one step.
+
+    Args:
+        run: the folder of a nerfstudio run.
+        record: what is to be known about the training, as JSON.
+    """
+    folder = run / FOLDER
+    with atomic_path(folder) as temporary:
+        autoencoder.save_pretrained(temporary)
+        (temporary / RECORD).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
+    return folder
+
+
+def scene_autoencoder_folder(path: Path | str) -> Path:
+    """The folder with the weights, from that folder, a run's folder or a run's config.yml.
+
+    Raises:
+        UserInputError: if there is none.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserInputError(f"There is no trained scene auto-encoder at {path}: give the config.yml of its run.")
+    run = path.parent if path.is_file() else path
+    for folder in (run / FOLDER, run):
+        if (folder / "config.json").is_file():
+            return folder
+    raise UserInputError(
+        f"{run} has no {FOLDER} folder, so no checkpoint was saved there: train with 'ns-train nfldm-scene-ae' first."
+    )
+
+
+def load_scene_autoencoder(path: Path | str) -> SceneAutoencoder:
+    """A trained auto-encoder, in evaluation mode on the CPU.
+
+    Args:
+        path: a run's `config.yml`, its folder, or its `scene_autoencoder` folder.
+
+    Raises:
+        UserInputError: if it is missing, truncated, or its weights are not those of its config.
+    """
+    folder = scene_autoencoder_folder(path)
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("_class_name") != SceneAutoencoder.__name__:
+        raise UserInputError(f"{folder / 'config.json'} does not describe a scene auto-encoder: give another folder.")
+    try:
+        autoencoder = SceneAutoencoder.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise UserInputError(f"{folder / 'config.json'} cannot be used ({error}): train stage 1 again.") from None
+    load_exactly(autoencoder, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    return autoencoder.eval()
+
+
+def read_training_record(path: Path | str) -> dict[str, Any]:
+    """What the training of an auto-encoder wrote down: `data`, `method`, `step`, `seconds`, ... (empty if nothing)."""
+    record = scene_autoencoder_folder(path) / RECORD
+    return read_json(record) if record.is_file() else {}
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file; `UserInputError` if it is missing or truncated."""
+    if not path.is_file():
+        raise UserInputError(f"{path} is missing: restore it or make it again.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    except SafetensorError as error:
+        raise UserInputError(f"{path} is damaged ({error}): restore it or make it again.") from None
+
+
+def check_state(module: torch.nn.Module, state: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raises `UserInputError` unless the tensors are exactly those of the module, by name and shape."""
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    for key in [*expected, *found]:
+        if expected.get(key) != found.get(key):
+            here, there = (f"{list(shape)}" if shape is not None else "missing" for shape in (expected.get(key), found.get(key)))
+            raise UserInputError(
+                f"{where} is of another preset or version ({key} is {there} there, but {here} in this configuration): "
+                "choose the method and sizes it was trained with."
+            )
+
+
+def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], where: Path | str) -> None:
+    """Loads tensors that must be exactly those of the module; `UserInputError` otherwise."""
+    check_state(module, state, where)
+    module.load_state_dict(dict(state))

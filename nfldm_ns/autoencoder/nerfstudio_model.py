@@ -1,0 +1,147 @@
+"""nerfstudio's model of stage 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Type
+
+import torch
+from nerfstudio.models.base_model import ModelConfig
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.autoencoder.voxel_model import VoxelModel
+from nfldm_ns.evaluation.metrics import psnr
+from nfldm_ns.scenes.views import SceneBatch, Views
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+
+@dataclass
+class SceneNetworkConfig:
+    """Sizes of `SceneAutoencoder`; box, depth range and image size come from the data."""
+
+    grid_shape: tuple[int, int, int] = (16, 48, 48)
+    """voxels (Z, Y, X)"""
+    feature_channels: int = 16
+    """channels of the voxels' features"""
+    feature_stride: int = 2
+    """image pixels per feature pixel, a power of two"""
+    num_depth_bins: int = 40
+    """depths along a pixel's ray at which densities are predicted"""
+    depth_spacing: Literal["linear", "inverse"] = "linear"
+    """how those depths are spaced"""
+    encoder_input: Literal["rgb", "rgbd"] = "rgbd"
+    """rgbd: depth is an input and a prior where a view has it; rgb: as in the paper"""
+    fusion: Literal["occupancy", "mean"] = "occupancy"
+    """how views are fused; mean: as in the paper"""
+    num_samples: int = 64
+    """density samples per rendered ray"""
+    num_feature_samples: int | None = 12
+    """of which so many, those of the largest weight, also read features; None reads all"""
+    encoder_channels: tuple[int, ...] = (48, 96)
+    """widths of the image encoder"""
+    encoder_blocks: int = 2
+    """residual blocks per width"""
+    decoder_channels: tuple[int, ...] = (64, 32)
+    """widths of the image decoder, one per doubling of the size and one before"""
+    decoder_blocks: int = 2
+    """residual blocks per width"""
+
+
+@dataclass
+class SceneAutoencoderModelConfig(ModelConfig):
+    """Configuration of `SceneAutoencoderModel`."""
+
+    _target: Type = field(default_factory=lambda: SceneAutoencoderModel)
+    """target class to instantiate"""
+    enable_collider: bool = False
+    """scenes are bounded by their box"""
+    network: SceneNetworkConfig = field(default_factory=SceneNetworkConfig)
+    """sizes of the auto-encoder"""
+    loss: StageOneLossConfig = field(default_factory=StageOneLossConfig)
+    """weights of the losses"""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """arithmetic of the convolutions in training"""
+
+
+class SceneAutoencoderModel(VoxelModel):
+    """Trains a `SceneAutoencoder` on batches of scenes, and renders the one scene on show."""
+
+    config: SceneAutoencoderModelConfig
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        data = self.kwargs["metadata"]
+        self.autoencoder = SceneAutoencoder(
+            **asdict(self.config.network),
+            aabb=tuple(tuple(corner) for corner in self.scene_box.aabb.tolist()),
+            **{key: data[key] for key in ("near", "far", "image_size", "focal_length")},
+        )
+        self._perceptual: tuple[nn.Module, ...] = ()  # a tuple, so that its weights stay out of our checkpoints
+        self._shown_views: Views | None = None
+        self._shown_grid: VoxelGrid | None = None
+
+    def prepare_training(self) -> None:
+        """Loads the perceptual distance; `UserInputError` if its weights are missing."""
+        if self.config.loss.lpips_mult:
+            from nfldm_ns.evaluation.weights import load_lpips
+
+            self._perceptual = (load_lpips("vgg").to(self.device),)
+
+    def get_param_groups(self) -> dict[str, list[nn.Parameter]]:
+        return {"autoencoder": list(self.autoencoder.parameters())}
+
+    def get_outputs(self, ray_bundle: Any) -> dict[str, Any]:
+        """Encodes a `SceneBatch` and renders its target views: `rendered` and `grid`. Cameras and rays: as `VoxelModel`."""
+        if not isinstance(ray_bundle, SceneBatch):
+            return super().get_outputs(ray_bundle)
+        self._shown_grid = None  # made by other weights
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            grid = self.autoencoder.encode(ray_bundle.source)
+            return {"rendered": self.autoencoder.render(grid, ray_bundle.target.cameras), "grid": grid}
+
+    def get_loss_dict(
+        self, outputs: Mapping[str, Any], batch: Mapping[str, Any], metrics_dict: Any = None
+    ) -> dict[str, Tensor]:
+        """Weighted losses of a batch of scenes; `batch["target"]` holds the true views."""
+        perceptual = self._perceptual[0] if self._perceptual else None
+        return stage_one_losses(
+            self.config.loss, outputs["rendered"], batch["target"], outputs["grid"], perceptual
+        )
+
+    @torch.no_grad()
+    def get_metrics_dict(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """PSNR of the batch in dB."""
+        return {"psnr": psnr(outputs["rendered"].rgb, batch["target"].images).mean()}
+
+    def get_image_metrics_and_images(
+        self, outputs: dict[str, Any], batch: dict[str, Any]
+    ) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """PSNR of one scene's target views, and a picture of real above rendered views."""
+        from nfldm_ns.autoencoder.novel_views import comparison
+
+        rgb, target = outputs["rendered"].rgb, batch["target"]
+        return {"psnr": float(psnr(rgb, target.images).mean())}, {"img": comparison(rgb[0], target[0])}
+
+    def show(self, source: Views) -> None:
+        """Puts a scene on show.
+
+        Args:
+            source: its source views, batch shape `[1, N]`.
+        """
+        self._shown_views = source.to(self.device)
+        self._shown_grid = None
+
+    @torch.no_grad()
+    def shown_grid(self) -> VoxelGrid:
+        """The scene on show, encoded by the present weights."""
+        if self._shown_grid is None:
+            if self._shown_views is None:
+                raise RuntimeError("no scene was put on show")
+            self._shown_grid = self.autoencoder.encode(self._shown_views)
+        return self._shown_grid
+
+    def renderer(self) -> SceneAutoencoder:
+        return self.autoencoder

@@ -1,0 +1,196 @@
+"""nerfstudio's trainer of stage 1: schedules that follow the length of the run, and checkpoints that are never half-written."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import pickle
+import re
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Type
+
+import yaml
+from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
+from nerfstudio.engine.trainer import Trainer
+from nerfstudio.utils import comms
+from torch.optim import Optimizer, lr_scheduler
+
+from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
+from nfldm_ns.autoencoder.nerfstudio_pipeline import SceneAutoencoderPipeline
+from nfldm_ns.autoencoder.run_folder import MovableTrainerConfig
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.scenes.writing import atomic_path
+
+
+@dataclass
+class CosineScheduleConfig(SchedulerConfig):
+    """Linear warm-up, then half a cosine."""
+
+    _target: Type = field(default_factory=lambda: CosineSchedule)
+    """target class to instantiate"""
+    warmup_steps: int = 100
+    """steps of rising learning rate, at most a tenth of the run"""
+    final_factor: float = 0.02
+    """learning rate at the end, relative to the highest"""
+    max_steps: int | None = None
+    """length; None follows --max-num-iterations"""
+
+
+class CosineSchedule(Scheduler):
+    """Builds the schedule of a `CosineScheduleConfig` whose length is known."""
+
+    config: CosineScheduleConfig
+
+    def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> lr_scheduler.LambdaLR:
+        if self.config.max_steps is None:
+            raise ValueError("the length of the schedule is not known")
+        total = self.config.max_steps
+        warmup = min(self.config.warmup_steps, total // 10)
+        final = self.config.final_factor
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
+            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        return lr_scheduler.LambdaLR(optimizer, factor)
+
+
+@dataclass
+class SceneAutoencoderTrainerConfig(MovableTrainerConfig):
+    """Configuration of `SceneAutoencoderTrainer`."""
+
+    _target: Type = field(default_factory=lambda: SceneAutoencoderTrainer)
+    """target class to instantiate"""
+
+    @exit_on_bad_input()
+    def save_config(self) -> None:
+        """Looks at the data first; the file itself is written once data and model are there (`write_config`)."""
+        manager = self.pipeline.datamanager
+        parser_config = copy.copy(manager.dataparser)
+        if manager.data is not None:
+            parser_config.data = Path(manager.data)
+        parser_config.setup().collection().require_train_and_test()
+
+    def write_config(self) -> None:
+        """Writes `config.yml` with absolute paths, so that it can be used from any folder."""
+        saved = copy.deepcopy(self)
+        saved.output_dir = self.output_dir.resolve()
+        manager = saved.pipeline.datamanager
+        for holder in (saved, manager, manager.dataparser):
+            if holder.data is not None:
+                holder.data = holder.data.resolve()
+        with atomic_path(self.get_base_dir() / "config.yml") as temporary:
+            temporary.write_text(yaml.dump(saved), encoding="utf-8")
+
+
+class SceneAutoencoderTrainer(Trainer):
+    """Trains stage 1; beside every checkpoint lies the auto-encoder as the later stages read it."""
+
+    config: SceneAutoencoderTrainerConfig
+    pipeline: SceneAutoencoderPipeline
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        super().setup(*args, **kwargs)
+        self._start_time = time.monotonic()
+
+    @exit_on_bad_input()
+    def setup_optimizers(self) -> Optimizers:
+        """Optimisers, with schedules that end with the run."""
+        if comms.is_main_process():  # now, because the viewer needs the run's folder next
+            self.config.write_config()
+        groups = copy.deepcopy(self.config.optimizers)
+        total = first_step(self.config) + self.config.max_num_iterations
+        for group in groups.values():
+            schedule = group["scheduler"]
+            if isinstance(schedule, CosineScheduleConfig) and schedule.max_steps is None:
+                schedule.max_steps = total
+        return Optimizers(groups, self.pipeline.get_param_groups())
+
+    @exit_on_bad_input()
+    def _load_checkpoint(self) -> None:
+        path = checkpoint_to_load(self.config)
+        try:
+            super()._load_checkpoint()
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserInputError(f"{path} cannot be resumed from ({reason}): give another --load-dir.") from error
+
+    @exit_on_bad_input()
+    def save_checkpoint(self, step: int) -> None:
+        """Writes a checkpoint and the auto-encoder, each in one step."""
+        if not comms.is_main_process():
+            return
+        folder, name = self.checkpoint_dir, f"step-{step:09d}.ckpt"
+        with atomic_path(folder / name) as temporary:
+            self.checkpoint_dir = temporary.with_suffix(".folder")
+            try:
+                super().save_checkpoint(step)
+                os.replace(self.checkpoint_dir / name, temporary)
+            except RuntimeError as error:  # torch's writer hides what the system said
+                raise UserInputError(
+                    f"The checkpoint could not be written to {folder} ({str(error).splitlines()[0]}): free some disk space."
+                ) from error
+            finally:
+                _remove_folder(self.checkpoint_dir)
+                self.checkpoint_dir = folder
+        if self.config.save_only_latest_checkpoint:
+            for old in folder.glob("*.ckpt"):
+                if old.name != name:
+                    old.unlink()
+        save_scene_autoencoder(self.pipeline.model.autoencoder, self.base_dir, self.record(step))
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What the later stages and reports want to know about this training."""
+        return {
+            "method": self.config.method_name,
+            "data": str(self.pipeline.datamanager.collection.root.resolve()),
+            "step": step,
+            "scenes_per_step": self.config.pipeline.datamanager.sampling.scenes_per_batch * self.world_size,
+            "seconds": round(time.monotonic() - self._start_time, 1),
+            "device": self.device,
+            "seed": self.config.machine.seed,
+        }
+
+
+def _remove_folder(folder: Path) -> None:
+    if folder.is_dir():
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+
+
+def checkpoint_to_load(config: SceneAutoencoderTrainerConfig) -> Path | None:
+    """The checkpoint that a run resumes from, by nerfstudio's rules; None to start from scratch.
+
+    Raises:
+        UserInputError: if there is none where one was asked for.
+    """
+    if config.load_dir is None:
+        path = config.load_checkpoint
+    else:
+        steps = [int(found[1]) for file in _files(config.load_dir) if (found := re.fullmatch(r"step-(\d+)\.ckpt", file.name))]
+        if not steps:
+            raise UserInputError(f"There is no checkpoint in {config.load_dir}: give the nerfstudio_models folder of a run.")
+        path = config.load_dir / f"step-{config.load_step if config.load_step is not None else max(steps):09d}.ckpt"
+    if path is not None and not path.is_file():
+        raise UserInputError(f"There is no checkpoint {path}: check --load-dir, --load-step and --load-checkpoint.")
+    return path
+
+
+def _files(folder: Path) -> list[Path]:
+    return list(folder.iterdir()) if folder.is_dir() else []
+
+
+def first_step(config: SceneAutoencoderTrainerConfig) -> int:
+    """The step a run starts with: 0, or the one after the checkpoint it resumes from."""
+    path = checkpoint_to_load(config)
+    if path is None:
+        return 0
+    found = re.fullmatch(r"step-(\d+)", path.stem)
+    return int(found[1]) + 1 if found else 0

@@ -1,0 +1,193 @@
+"""What nerfstudio's models of voxel grids have in common: cameras in, pictures out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras, CameraType
+from nerfstudio.cameras.rays import Frustums, RayBundle, RaySamples
+from nerfstudio.data.scene_box import OrientedBox
+from nerfstudio.field_components.field_heads import FieldHeadNames
+from nerfstudio.fields.base_field import Field
+from nerfstudio.models.base_model import Model
+from nerfstudio.viewer.viewer_elements import ViewerSlider
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.lifting import box_exit_depth
+from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.views import make_cameras
+from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
+
+EYE_SLAB = (-1.0, 0.5)  # metres about eye height: between floor and ceiling, so that walls show from above
+
+
+class VoxelGridField(Field):
+    """One scene's density and feature voxels as a nerfstudio field.
+
+    Args:
+        grid: a grid of one scene.
+        trainable: makes the voxels parameters.
+    """
+
+    def __init__(self, grid: VoxelGrid, trainable: bool = False) -> None:
+        super().__init__()
+        if grid.batch_size != 1:
+            raise ValueError(f"a field holds one scene, not {grid.batch_size}")
+        self.density = nn.Parameter(grid.density.float(), requires_grad=trainable)
+        self.features = nn.Parameter(grid.features.float(), requires_grad=trainable)
+        self.register_buffer("aabb", grid.aabb.float().clone())
+
+    def grid(self) -> VoxelGrid:
+        """The voxels; densities that an optimiser pushed below zero count as empty."""
+        return VoxelGrid(self.density.clamp(min=0), self.features, self.aabb)
+
+    def get_density(self, ray_samples: RaySamples) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch channels"]]:
+        """Trilinear density in 1/m, and the features as embedding."""
+        positions = ray_samples.frustums.get_positions()
+        density, features = self.grid().sample(positions.reshape(1, -1, 3))
+        shape = positions.shape[:-1]
+        return density.reshape(*shape, 1), features.reshape(*shape, -1)
+
+    def get_outputs(
+        self, ray_samples: RaySamples, density_embedding: Tensor | None = None
+    ) -> dict[FieldHeadNames, Tensor]:
+        """Features under `FieldHeadNames.SEMANTICS`: colours exist only after the image decoder."""
+        if density_embedding is None:
+            _, density_embedding = self.get_density(ray_samples)
+        return {FieldHeadNames.SEMANTICS: density_embedding}
+
+
+class VoxelModel(Model):
+    """Renders the grid of one scene for the viewer and `ns-render`. Subclasses say which grid and which renderer."""
+
+    def populate_modules(self) -> None:
+        super().populate_modules()
+        low, high = (float(z) for z in self.scene_box.aabb[:, 2])
+        default = tuple(min(max(z, low), high) for z in EYE_SLAB)
+        self.slab_low = ViewerSlider("From above: lowest z [m]", default[0], low, high, 0.1)
+        self.slab_high = ViewerSlider("From above: highest z [m]", default[1], low, high, 0.1)
+
+    def shown_grid(self) -> VoxelGrid:
+        """The grid of the scene on show, batch size 1."""
+        raise NotImplementedError
+
+    def renderer(self) -> SceneAutoencoder:
+        """What turns the grid into images."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """Pictures of one perspective camera at its own size.
+
+        Args:
+            camera: one camera, of batch shape `[]` or `[1]`.
+            obb_box: only what lies inside is shown.
+
+        Returns:
+            rgb `[H, W, 3]` in [0, 1]; depth `[H, W, 1]`, metres along the ray as everywhere in nerfstudio;
+            accumulation `[H, W, 1]`; density_from_above `[H, W, 1]`, opacity seen from above, north up.
+        """
+        grid = self.shown_grid()
+        if obb_box is not None:
+            grid = crop_grid(grid, obb_box)
+        cameras = single_camera(camera.to(self.device))
+        rendered = self.renderer().render(grid, cameras)
+        outputs = picture_dict(rendered, cameras)
+        height, width = outputs["rgb"].shape[:2]
+        outputs["density_from_above"] = density_from_above(
+            grid, height, width, self.slab_low.value, self.slab_high.value
+        )
+        return outputs
+
+    def get_outputs(self, ray_bundle: Any) -> dict[str, Tensor]:
+        """Depth and accumulation of single rays; colours need whole images (`get_outputs_for_camera`)."""
+        if isinstance(ray_bundle, Cameras):
+            return self.get_outputs_for_camera(ray_bundle)
+        return ray_depth(self.shown_grid(), ray_bundle, self.renderer().config.num_samples)
+
+    def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:
+        """`[H, W, 4]`: colours with the accumulation as opacity."""
+        return torch.cat([outputs[output_name], outputs["accumulation"]], dim=-1)
+
+
+def single_camera(camera: Cameras) -> Cameras:
+    """One nerfstudio camera with batch shape `[1, 1]`.
+
+    Raises:
+        UserInputError: if it is not a perspective camera.
+    """
+    if int(camera.camera_type.reshape(-1)[0]) != CameraType.PERSPECTIVE.value:
+        raise UserInputError("Voxel scenes are rendered by perspective cameras only: choose that camera type.")
+    fx, fy, cx, cy = (getattr(camera, name).reshape(1, 1) for name in ("fx", "fy", "cx", "cy"))
+    height, width = (int(size.reshape(-1)[0]) for size in (camera.height, camera.width))
+    return make_cameras(camera.camera_to_worlds.reshape(1, 1, 3, 4), fx, fy, cx, cy, height, width)
+
+
+def picture_dict(rendered: RenderedViews, cameras: Cameras) -> dict[str, Tensor]:
+    """The pictures of the one camera of a `[1, 1]` batch, channels last, depth along the ray."""
+    rgb, depth, accumulation = (
+        image[0, 0].permute(1, 2, 0) for image in (rendered.rgb.clamp(0, 1), rendered.depth, rendered.accumulation)
+    )
+    return {"rgb": rgb, "depth": depth * ray_lengths(cameras)[0, 0], "accumulation": accumulation}
+
+
+def ray_lengths(cameras: Cameras) -> Float[Tensor, "*batch height width 1"]:
+    """Length of the rays of each pixel per metre of planar depth."""
+    height, width = int(cameras.height.reshape(-1)[0]), int(cameras.width.reshape(-1)[0])
+    rows = torch.arange(height, device=cameras.device) + 0.5
+    columns = torch.arange(width, device=cameras.device) + 0.5
+    x = (columns - cameras.cx) / cameras.fx
+    y = (rows - cameras.cy) / cameras.fy
+    return (1 + x[..., None, :].square() + y[..., :, None].square()).sqrt()[..., None]
+
+
+def crop_grid(grid: VoxelGrid, box: OrientedBox) -> VoxelGrid:
+    """Without the density outside a box."""
+    centres = voxel_centres(grid.shape, grid.aabb)
+    inside = box.within(centres.reshape(-1, 3).to(box.T)).reshape(grid.shape)
+    return VoxelGrid(grid.density * inside.to(grid.density), grid.features, grid.aabb)
+
+
+def density_from_above(
+    grid: VoxelGrid, height: int, width: int, low: float, high: float
+) -> Float[Tensor, "height width 1"]:
+    """Opacity of the layer between two heights (metres) seen from above, north up, centred in an image of any size."""
+    centres = voxel_centres(grid.shape, grid.aabb)[:, 0, 0, 2]
+    layer = (centres >= low) & (centres <= high)
+    thickness = float(grid.voxel_size[2])
+    opacity = 1 - torch.exp(-(grid.density[0, 0].float() * layer[:, None, None]).sum(0) * thickness)
+    map_height, map_width = ((grid.aabb[1] - grid.aabb[0])[axis].item() for axis in (1, 0))
+    scale = min(height / map_height, width / map_width)
+    size = (max(1, int(map_height * scale)), max(1, int(map_width * scale)))
+    picture = F.interpolate(opacity.flip(0)[None, None], size=size, mode="nearest-exact")[0, 0]
+    top, left = (height - size[0]) // 2, (width - size[1]) // 2
+    return F.pad(picture, (left, width - size[1] - left, top, height - size[0] - top))[..., None]
+
+
+def ray_depth(grid: VoxelGrid, rays: RayBundle, num_samples: int) -> dict[str, Tensor]:
+    """Expected distance `[N, 1]` along rays and accumulation `[N, 1]`; rays that end nowhere reach the box's border."""
+    enter, leave = box_exit_depth(rays.origins, rays.directions, grid.aabb)
+    start = torch.minimum(enter.clamp(min=0), leave)
+    edges = torch.linspace(0, 1, num_samples + 1, device=grid.device)
+    edges = (start[..., None] + (leave - start)[..., None] * edges)[..., None]
+    frustums = Frustums(
+        rays.origins[..., None, :].expand(*edges.shape[:-2], num_samples, 3),
+        rays.directions[..., None, :].expand(*edges.shape[:-2], num_samples, 3),
+        edges[..., :-1, :],
+        edges[..., 1:, :],
+        torch.ones_like(edges[..., :-1, :]),
+    )
+    samples = RaySamples(frustums, deltas=edges[..., 1:, :] - edges[..., :-1, :])
+    density, _ = VoxelGridField(grid).get_density(samples)
+    weights = samples.get_weights(density)
+    accumulation = weights.sum(-2)
+    middles = (frustums.starts + frustums.ends) / 2
+    return {
+        "depth": (weights * middles).sum(-2) + (1 - accumulation) * leave[..., None],
+        "accumulation": accumulation,
+    }
+
