@@ -1,0 +1,92 @@
+"""Sizes and trainings of stages 2 and 3, by preset.
+
+| preset | for | latents |
+|---|---|---|
+| tiny | two CPU cores, minutes | c 16 x 4 x 12 x 12, f 16 x 48 x 48 |
+| base | one GPU, hours | c 8 x 8 x 16 x 16, f 8 x 64 x 64 |
+| paper | the paper's sizes | c 4 x 8 x 32 x 32, f 4 x 128 x 128 |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig
+from nfldm_ns.training import Schedule
+
+PresetName = Literal["tiny", "base", "paper"]
+
+
+@dataclass(frozen=True)
+class LatentPreset:
+    """A size of stage 2: arguments of `LatentAutoencoder`, and its training."""
+
+    model: dict[str, Any]
+    training: LatentTrainingConfig
+
+
+LATENT_PRESETS: dict[str, LatentPreset] = {
+    "tiny": LatentPreset(
+        model={},
+        training=LatentTrainingConfig(schedule=Schedule(max_steps=400, batch_size=4, learning_rate=1e-3)),
+    ),
+    "base": LatentPreset(
+        model={
+            "coarse_channels": 8,
+            "coarse_height": 8,
+            "fine_channels": 8,
+            "encoder_channels": (128, 192, 256),
+            "encoder_blocks": 2,
+            "fine_encoder_channels": 128,
+            "fine_encoder_blocks": 2,
+            "decoder_channels": (256, 256, 256),
+            "decoder_blocks": 2,
+            "fusion_channels": 256,
+            "fusion_blocks": 2,
+        },
+        training=LatentTrainingConfig(
+            schedule=Schedule(
+                max_steps=100_000,
+                batch_size=8,
+                learning_rate=3e-4,
+                warmup_steps=500,
+                mixed_precision="bf16",
+                log_every=50,
+                checkpoint_every=2000,
+            ),
+            losses=LatentLossConfig(lpips_mult=1.0),
+            num_views=6,
+        ),
+    ),
+    "paper": LatentPreset(
+        model={
+            "coarse_channels": 4,
+            "coarse_height": 8,
+            "fine_channels": 4,
+            "coarse_code_dim": 4,
+            "fine_code_dim": 4,
+            "encoder_channels": (256, 512, 512),
+            "encoder_blocks": 2,
+            "fine_encoder_channels": 256,
+            "fine_encoder_blocks": 2,
+            "decoder_channels": (512, 512, 512),
+            "decoder_blocks": 3,
+            "fusion_blocks": 0,
+            "linear_fine_path": False,
+        },
+        training=LatentTrainingConfig(
+            schedule=Schedule(
+                max_steps=300_000,
+                batch_size=4,
+                learning_rate=2e-4,
+                warmup_steps=1000,
+                mixed_precision="bf16",
+                log_every=50,
+                checkpoint_every=5000,
+            ),
+            num_views=6,
+            fine_dropout=0.0,
+        ),
+    ),
+}

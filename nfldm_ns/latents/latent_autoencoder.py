@@ -1,0 +1,319 @@
+"""Stage 2: the latent auto-encoder (paper, Sec. 3.2 and Table 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nfldm_ns.latents.blocks import (
+    ConditionalGroupNorm,
+    DownsamplingEncoder,
+    MidBlock,
+    ResBlock,
+    Upsample,
+    pack_channels_last,
+)
+from nfldm_ns.latents.quantizer import VectorQuantizer
+from nfldm_ns.latents.scene_latents import SceneLatents
+from nfldm_ns.latents.voxel_code import VoxelCode, linear_column_code
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+Box = tuple[tuple[float, float, float], tuple[float, float, float]]
+
+
+@dataclass
+class LatentReconstruction:
+    """What one training pass yields.
+
+    Attributes:
+        target: normalised voxels, `[B, (1 + C) * Z, Y, X]`.
+        reconstruction: the decoder's estimate of them.
+        grid: the estimate as voxels.
+        latents: g (sampled), c and f before quantisation.
+        kl: mean KL divergence of g from the unit Gaussian, in nats per scene.
+        commitment: squared distance of c and f from their codes.
+    """
+
+    target: Float[Tensor, "batch folded y x"]
+    reconstruction: Float[Tensor, "batch folded y x"]
+    grid: VoxelGrid
+    latents: SceneLatents
+    kl: Float[Tensor, ""]
+    commitment: Float[Tensor, ""]
+
+
+class LatentAutoencoder(ModelMixin, ConfigMixin):
+    """V to a global, a coarse and a fine latent, and back.
+
+    Density and features are concatenated and z is folded into channels, so that all networks are 2D CNNs over the
+    bird's-eye-view plane. Three separate encoders give g (a vector, small KL penalty), c (3D, vector-quantised) and f (2D
+    at full horizontal size, vector-quantised). The decoder is Table 8's: c -> conv -> MidBlock-CGN -> ResBlocks-CGN ->
+    (ResBlocks-CGN, upsample)s -> concatenate f -> conv -> split z, where CGN is group norm with scale and shift from g.
+
+    At small sizes V is hard to compress, so two things are added to the paper's: f also has a linear path into and out of
+    the network (`linear_fine_path`), which `fit` sets to the best linear code of the columns of V, and ResBlocks may
+    follow the concatenation (`fusion_blocks`). A latent is split into groups of `*_code_dim` channels, each of which is one
+    code of the shared codebook; the paper's four channels are one group.
+
+    Diffusion models the latents before quantisation; `decode` quantises them first.
+
+    Args:
+        grid_shape: voxels (Z, Y, X); Y and X are multiples of the downsampling.
+        feature_channels: C of the voxels.
+        aabb: corners of the box in metres.
+        global_dim: size of g.
+        coarse_channels, coarse_height: c is `[coarse_channels, coarse_height, Y / down, X / down]`.
+        fine_channels: f is `[fine_channels, Y, X]`.
+        coarse_codes, fine_codes, coarse_code_dim, fine_code_dim: codebook sizes and channels per code.
+        quantize: False leaves both latents continuous.
+        codebook_decay: of the moving averages that are the codebooks.
+        encoder_channels: widths of the encoders of g and c, finest first; downsampling is `2 ** (len - 1)`.
+        encoder_blocks: ResBlocks at each resolution of the encoders.
+        fine_encoder_channels, fine_encoder_blocks: the encoder of f, which keeps the resolution.
+        decoder_channels: widths at each resolution, coarsest first, as many as `encoder_channels`.
+        decoder_blocks: ResBlocks-CGN at each resolution (Table 8: 3).
+        fusion_channels, fusion_blocks: ResBlocks-CGN after the concatenation of f (Table 8: none).
+        linear_fine_path: whether f has the linear path.
+        density_transform, gate_alpha: see `VoxelCode`.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        grid_shape: tuple[int, int, int] = (16, 48, 48),
+        feature_channels: int = 16,
+        aabb: Box = ((-10, -10, -2.5), (10, 10, 4)),
+        global_dim: int = 128,
+        coarse_channels: int = 16,
+        coarse_height: int = 4,
+        fine_channels: int = 16,
+        coarse_codes: int = 1024,
+        fine_codes: int = 128,
+        coarse_code_dim: int = 4,
+        fine_code_dim: int = 2,
+        quantize: bool = True,
+        codebook_decay: float = 0.95,
+        encoder_channels: tuple[int, ...] = (48, 64, 128),
+        encoder_blocks: int = 1,
+        fine_encoder_channels: int = 64,
+        fine_encoder_blocks: int = 1,
+        decoder_channels: tuple[int, ...] = (128, 96, 64),
+        decoder_blocks: int = 1,
+        fusion_channels: int = 96,
+        fusion_blocks: int = 1,
+        linear_fine_path: bool = True,
+        density_transform: str = "log",
+        gate_alpha: float = 0.05,
+    ) -> None:
+        super().__init__()
+        self.downsampling = 2 ** (len(encoder_channels) - 1)
+        _check_sizes(self.config, self.downsampling)
+        folded = (1 + feature_channels) * grid_shape[0]
+        self.register_buffer("box", torch.tensor(aabb, dtype=torch.float32), persistent=False)
+        self.voxel_code = VoxelCode(feature_channels, grid_shape, aabb, density_transform, gate_alpha=gate_alpha)  # type: ignore[arg-type]
+        widths = tuple(encoder_channels)
+        self.global_encoder = DownsamplingEncoder(folded, widths, 2 * global_dim, encoder_blocks)
+        self.coarse_encoder = DownsamplingEncoder(folded, widths, coarse_channels * coarse_height, encoder_blocks)
+        self.fine_encoder = DownsamplingEncoder(folded, (fine_encoder_channels,), fine_channels, fine_encoder_blocks)
+        self.coarse_codebook = VectorQuantizer(coarse_code_dim, coarse_codes, codebook_decay)
+        self.fine_codebook = VectorQuantizer(fine_code_dim, fine_codes, codebook_decay)
+        self.decoder = _Decoder(
+            coarse_channels * coarse_height,
+            fine_channels,
+            folded,
+            tuple(decoder_channels),
+            decoder_blocks,
+            fusion_channels,
+            fusion_blocks,
+            global_dim,
+        )
+        self.linear_encoder = self.linear_decoder = None
+        if linear_fine_path:
+            self.linear_encoder = nn.Conv2d(folded, fine_channels, 1)
+            self.linear_decoder = nn.Conv2d(fine_channels, folded, 1)
+
+    @property
+    def grid_shape(self) -> tuple[int, int, int]:
+        return tuple(self.config.grid_shape)
+
+    @property
+    def feature_channels(self) -> int:
+        return self.config.feature_channels
+
+    @property
+    def aabb(self) -> Float[Tensor, "2 3"]:
+        """Corners of the box in metres."""
+        return self.box
+
+    @property
+    def coarse_shape(self) -> tuple[int, int, int, int]:
+        """Shape of c, (Cc, Zc, Yc, Xc)."""
+        _, y, x = self.grid_shape
+        down = self.downsampling
+        return self.config.coarse_channels, self.config.coarse_height, y // down, x // down
+
+    @property
+    def fine_shape(self) -> tuple[int, int, int]:
+        """Shape of f, (Cf, Y, X)."""
+        return (self.config.fine_channels, *self.grid_shape[1:])
+
+    def encode(self, grid: VoxelGrid, sample: bool = False) -> SceneLatents:
+        """Latents before quantisation.
+
+        Args:
+            sample: draw g from its posterior instead of taking the mean.
+        """
+        return self._encode(pack_channels_last(self.voxel_code.normalise(grid)), sample)[0]
+
+    def _encode(self, voxels: Float[Tensor, "batch folded y x"], sample: bool) -> tuple[SceneLatents, Tensor]:
+        mean, log_variance = self.global_encoder(voxels).mean(dim=(2, 3)).float().chunk(2, dim=1)
+        log_variance = log_variance.clamp(-20, 10)
+        g = mean + torch.randn_like(mean) * (log_variance / 2).exp() if sample else mean
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
+        coarse = self.coarse_encoder(voxels).unflatten(1, (self.config.coarse_channels, -1))
+        fine = self.fine_encoder(voxels)
+        if self.linear_encoder is not None:
+            fine = fine + self.linear_encoder(voxels)
+        return SceneLatents(g, coarse.float(), fine.float()), kl
+
+    def quantise(self, latents: SceneLatents) -> SceneLatents:
+        """c and f replaced by their nearest codes; unchanged where the model does not quantise."""
+        return self._quantise(latents)[0]
+
+    def _quantise(self, latents: SceneLatents) -> tuple[SceneLatents, Tensor]:
+        if not self.config.quantize:
+            return latents, latents.coarse.new_zeros(())
+        coarse, _, coarse_loss = self.coarse_codebook(latents.coarse)
+        fine, _, fine_loss = self.fine_codebook(latents.fine)
+        return SceneLatents(latents.global_latent, coarse, fine), coarse_loss + fine_loss
+
+    def decode(self, latents: SceneLatents, quantise: bool = True) -> VoxelGrid:
+        """Voxels of latents, which are quantised first unless they are codes already."""
+        codes = self.quantise(latents) if quantise else latents
+        return self.voxel_code.denormalise(self._decode(codes).float(), self.aabb)
+
+    def _decode(self, latents: SceneLatents) -> Float[Tensor, "batch folded y x"]:
+        fine = pack_channels_last(latents.fine)
+        voxels = self.decoder(latents.global_latent, pack_channels_last(latents.coarse.flatten(1, 2)), fine)
+        return voxels if self.linear_decoder is None else voxels + self.linear_decoder(fine)
+
+    def forward(self, grid: VoxelGrid, sample: bool = True, fine_dropout: float = 0.0) -> LatentReconstruction:
+        """One training pass.
+
+        Args:
+            sample: draw g from its posterior.
+            fine_dropout: probability with which a scene's f is zeroed, so that c learns to stand for the scene alone.
+        """
+        target = self.voxel_code.normalise(grid)
+        latents, kl = self._encode(pack_channels_last(target), sample)
+        codes, commitment = self._quantise(latents)
+        if fine_dropout > 0:
+            kept = torch.rand(latents.batch_size, 1, 1, 1, device=grid.device) >= fine_dropout
+            codes = SceneLatents(codes.global_latent, codes.coarse, codes.fine * kept)
+        reconstruction = self._decode(codes).float()
+        decoded = self.voxel_code.denormalise(reconstruction, self.aabb)
+        return LatentReconstruction(target, reconstruction, decoded, latents, kl, commitment)
+
+    @torch.no_grad()
+    def fit(self, batches: Sequence[VoxelGrid], density_weight: float = 2.5) -> None:
+        """Fits to training voxels what needs no gradient: statistics, the linear path of f, and the codebooks.
+
+        Args:
+            batches: grids, read several times.
+            density_weight: of a density's squared error against that of all features together.
+        """
+        self.voxel_code.fit(batches)
+        if self.linear_encoder is not None:
+            self._fit_linear_path(batches, density_weight)
+        if self.config.quantize:
+            latents = SceneLatents.cat([self.encode(grid) for grid in batches[:16]])
+            self.coarse_codebook.fit(latents.coarse)
+            self.fine_codebook.fit(latents.fine)
+
+    def _fit_linear_path(self, batches: Sequence[VoxelGrid], density_weight: float) -> None:
+        weights = torch.ones(1 + self.feature_channels)
+        weights[0] = density_weight * self.feature_channels
+        encoder, decoder, mean = linear_column_code(
+            (self.voxel_code.normalise(grid) for grid in batches),
+            self.config.fine_channels,
+            weights.repeat_interleave(self.grid_shape[0]),
+        )
+        self.linear_encoder.weight.copy_(encoder[:, :, None, None])
+        self.linear_encoder.bias.copy_(-encoder @ mean)
+        self.linear_decoder.weight.copy_(decoder[:, :, None, None])
+        self.linear_decoder.bias.copy_(mean)
+        for last in (self.fine_encoder.conv_out, self.decoder.conv_out):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+
+class _Decoder(nn.Module):
+    """Table 8 of the paper, for any sizes."""
+
+    def __init__(
+        self,
+        coarse_channels: int,
+        fine_channels: int,
+        out_channels: int,
+        channels: tuple[int, ...],
+        blocks: int,
+        fusion_channels: int,
+        fusion_blocks: int,
+        condition_dim: int,
+    ) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(coarse_channels, channels[0], 3, padding=1)
+        self.mid = MidBlock(channels[0], condition_dim)
+        self.lowest = _blocks(channels[0], condition_dim, blocks)
+        self.levels = nn.ModuleList(_blocks(width, condition_dim, blocks) for width in channels[:-1])
+        self.upsamples = nn.ModuleList(map(Upsample, channels[:-1], channels[1:]))
+        joined = channels[-1] + fine_channels
+        self.fusion_in = nn.Conv2d(joined, fusion_channels, 3, padding=1) if fusion_blocks else nn.Identity()
+        self.fusion = _blocks(fusion_channels, condition_dim, fusion_blocks)
+        last = fusion_channels if fusion_blocks else joined
+        self.norm_out = ConditionalGroupNorm(last, condition_dim) if fusion_blocks else None
+        self.conv_out = nn.Conv2d(last, out_channels, 3, padding=1)
+
+    def forward(
+        self,
+        global_latent: Float[Tensor, "batch dim"],
+        coarse: Float[Tensor, "batch coarse yc xc"],
+        fine: Float[Tensor, "batch fine y x"],
+    ) -> Float[Tensor, "batch out y x"]:
+        h = self.mid(self.conv_in(coarse), global_latent)
+        for block in self.lowest:
+            h = block(h, global_latent)
+        for blocks, upsample in zip(self.levels, self.upsamples, strict=True):
+            for block in blocks:
+                h = block(h, global_latent)
+            h = upsample(h)
+        h = self.fusion_in(torch.cat([h, fine.to(h.dtype)], dim=1))
+        for block in self.fusion:
+            h = block(h, global_latent)
+        if self.norm_out is not None:
+            h = F.silu(self.norm_out(h, global_latent))
+        return self.conv_out(h)
+
+
+def _blocks(channels: int, condition_dim: int, count: int) -> nn.ModuleList:
+    return nn.ModuleList(ResBlock(channels, channels, condition_dim) for _ in range(count))
+
+
+def _check_sizes(config, downsampling: int) -> None:
+    _, y, x = config.grid_shape
+    if y % downsampling or x % downsampling:
+        raise ValueError(f"a grid of {y} x {x} columns cannot be downsampled {downsampling} times")
+    if len(config.decoder_channels) != len(config.encoder_channels):
+        raise ValueError("encoder_channels and decoder_channels must name the same number of resolutions")
+    for channels, code_dim in ((config.coarse_channels, config.coarse_code_dim), (config.fine_channels, config.fine_code_dim)):
+        if channels % code_dim:
+            raise ValueError(f"{channels} channels cannot be split into codes of {code_dim}")

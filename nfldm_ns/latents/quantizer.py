@@ -1,0 +1,97 @@
+"""Vector quantisation with codebooks kept by moving averages."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+KMEANS_ITERATIONS = 10
+DEAD_CODE_SHARE = 0.02  # a code used less than this share of its fair part is moved to where data is
+
+
+class VectorQuantizer(nn.Module):
+    """A codebook shared by all groups of `code_dim` channels of a latent.
+
+    The codes are moving averages of the vectors nearest to them, and gradients pass straight through (VQ-VAE with
+    exponential moving averages). Codes that fall out of use are moved to random vectors of the batch. Distances are one
+    matrix product and sums one scatter, without one-hot matrices.
+
+    Args:
+        code_dim: channels per code; with several groups this is product quantisation.
+        num_codes: size of the codebook.
+        decay: of the moving averages.
+    """
+
+    def __init__(self, code_dim: int, num_codes: int, decay: float = 0.95) -> None:
+        super().__init__()
+        self.code_dim = code_dim
+        self.num_codes = num_codes
+        self.decay = decay
+        self.register_buffer("codes", torch.randn(num_codes, code_dim))
+        self.register_buffer("usage", torch.ones(num_codes))
+        self.register_buffer("sums", self.codes.clone())
+
+    def forward(
+        self, latent: Float[Tensor, "batch channels *space"]
+    ) -> tuple[Float[Tensor, "batch channels *space"], Int[Tensor, "batch groups *space"], Float[Tensor, ""]]:
+        """Quantises each group of channels; in training mode also moves the codes.
+
+        Returns:
+            the quantised latent, the codes' indices, and the commitment loss: the mean squared distance to the codes.
+        """
+        groups = latent.float().unflatten(1, (-1, self.code_dim)).movedim(2, -1)
+        vectors = groups.reshape(-1, self.code_dim)
+        indices = self.nearest(vectors.detach())
+        quantised = F.embedding(indices, self.codes)
+        loss = F.mse_loss(vectors, quantised)
+        if self.training and torch.is_grad_enabled():
+            self._update(vectors.detach(), indices)
+        passed = vectors + (quantised - vectors).detach()
+        passed = passed.reshape(groups.shape).movedim(-1, 2).flatten(1, 2)
+        return passed, indices.reshape(groups.shape[:-1]), loss
+
+    def nearest(self, vectors: Float[Tensor, "count dim"]) -> Int[Tensor, "count"]:
+        """Index of the nearest code of each vector."""
+        half_squares = 0.5 * self.codes.square().sum(dim=1)
+        return torch.addmm(half_squares, vectors, self.codes.T, alpha=-1).argmin(dim=1)
+
+    def fit(self, latent: Float[Tensor, "batch channels *space"]) -> None:
+        """Sets the codes to k-means centres of a latent's groups."""
+        vectors = latent.unflatten(1, (-1, self.code_dim)).movedim(2, -1).reshape(-1, self.code_dim)
+        pick = torch.randint(len(vectors), (self.num_codes,), device=vectors.device)
+        self.codes.copy_(vectors[pick])
+        for _ in range(KMEANS_ITERATIONS):
+            usage, sums = self._assign(vectors, self.nearest(vectors))
+            self.codes.copy_(torch.where(usage[:, None] > 0, sums / usage.clamp(min=1)[:, None], self.codes))
+        self.usage.copy_(usage)
+        self.sums.copy_(self.codes * usage[:, None])
+
+    def _assign(self, vectors: Tensor, indices: Tensor) -> tuple[Float[Tensor, "codes"], Float[Tensor, "codes dim"]]:
+        """Number and sum of the vectors of each code, over all processes."""
+        usage = torch.bincount(indices, minlength=self.num_codes).to(vectors.dtype)
+        sums = torch.zeros_like(self.codes).index_add_(0, indices, vectors)
+        if dist.is_initialized():
+            dist.all_reduce(usage)
+            dist.all_reduce(sums)
+        return usage, sums
+
+    @torch.no_grad()
+    def _update(self, vectors: Float[Tensor, "count dim"], indices: Int[Tensor, "count"]) -> None:
+        usage, sums = self._assign(vectors, indices)
+        self.usage.lerp_(usage, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        self.codes.copy_(self.sums / self.usage.clamp(min=1e-5)[:, None])
+        self._revive(vectors)
+
+    def _revive(self, vectors: Float[Tensor, "count dim"]) -> None:
+        fair = self.usage.sum() / self.num_codes
+        dead = self.usage < DEAD_CODE_SHARE * fair
+        replacements = vectors[torch.randint(len(vectors), (self.num_codes,), device=vectors.device)]
+        if dist.is_initialized():
+            dist.broadcast(replacements, 0)
+        self.codes.copy_(torch.where(dead[:, None], replacements, self.codes))
+        self.usage.copy_(torch.where(dead, fair, self.usage))
+        self.sums.copy_(torch.where(dead[:, None], replacements * fair, self.sums))

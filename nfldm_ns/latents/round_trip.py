@@ -1,0 +1,75 @@
+"""What is lost between V and its latents, judged by rendered novel views."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.evaluation.metrics import ImageMetrics
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.scene_latents import SceneLatents
+from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+
+@torch.no_grad()
+def evaluate_round_trip(
+    scene_autoencoder: SceneAutoencoder,
+    latent_autoencoder: LatentAutoencoder,
+    store: VoxelStore,
+    collection: SceneCollection,
+    scene_ids: Sequence[str],
+    *,
+    lpips: nn.Module | None = None,
+    batch_size: int = 4,
+    ablations: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Metrics of the target views of scenes, before and after the latents.
+
+    Args:
+        scene_ids: scenes of the store, usually those of the test split.
+        lpips: from `nfldm_ns.evaluation.weights.load_lpips`; None leaves LPIPS out.
+        ablations: also judge without the fine latent, and with latents that are not quantised.
+
+    Returns:
+        by name `stage1` (V itself), `stage2` (V after the round trip), `without_fine` (f zeroed), `without_coarse` (c
+        zeroed), `not_quantised`: `ImageMetrics.compute()`.
+    """
+    device = next(latent_autoencoder.parameters()).device
+    scene_autoencoder = scene_autoencoder.to(device).eval()
+    latent_autoencoder = latent_autoencoder.eval()
+    metrics: dict[str, ImageMetrics] = {}
+    for first in range(0, len(scene_ids), batch_size):
+        batch_ids = list(scene_ids[first : first + batch_size])
+        batch = collection.batch([collection.load_scene(scene_id) for scene_id in batch_ids])
+        target = batch.target.to(device)
+        grid = store.grid(batch_ids).to(device)
+        for name, decoded in _variants(latent_autoencoder, grid, ablations).items():
+            judge = metrics.setdefault(name, ImageMetrics(lpips))
+            _judge(judge, scene_autoencoder, decoded, target)
+    return {name: judge.compute() for name, judge in metrics.items()}
+
+
+def _variants(model: LatentAutoencoder, grid: VoxelGrid, ablations: bool) -> dict[str, VoxelGrid]:
+    latents = model.encode(grid)
+    variants = {"stage1": grid, "stage2": model.decode(latents)}
+    if ablations:
+        codes = model.quantise(latents)
+        zeroed_fine = SceneLatents(codes.global_latent, codes.coarse, torch.zeros_like(codes.fine))
+        zeroed_coarse = SceneLatents(codes.global_latent, torch.zeros_like(codes.coarse), codes.fine)
+        variants["without_fine"] = model.decode(zeroed_fine, quantise=False)
+        variants["without_coarse"] = model.decode(zeroed_coarse, quantise=False)
+        if model.config.quantize:
+            variants["not_quantised"] = model.decode(latents, quantise=False)
+    return variants
+
+
+def _judge(judge: ImageMetrics, scene_autoencoder: SceneAutoencoder, grid: VoxelGrid, target: Views) -> None:
+    rendered = scene_autoencoder.render(grid, target.cameras)
+    judge.update(rendered.rgb.clamp(0, 1), target.images)
+    judge.update_depth(rendered.depth, target, grid.aabb)

@@ -1,0 +1,242 @@
+"""Trains the latent auto-encoder (paper, Sec. 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.autoencoder.scene_sampler import SceneCache
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, LatentReconstruction
+from nfldm_ns.latents.voxel_code import VoxelCode
+from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore
+from nfldm_ns.scenes.views import Views, rotate_cameras90
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.scenes.writing import atomic_path
+from nfldm_ns.training import ProgressCallback, RunFolder, Schedule, batch_indices, train
+
+MODEL_FOLDER = "latent_autoencoder"
+FIT_SCENES = 256  # scenes that statistics and the linear code are fitted to
+
+
+@dataclass
+class LatentLossConfig:
+    """Weights of the losses of stage 2."""
+
+    voxel_mult: float = 1.0
+    """|V - V_hat| of normalised voxels."""
+    density_weight: float = 2.5
+    """The paper's weight of a density's error against the mean error of the features."""
+    empty_weight: float = 0.1
+    """Weight of a voxel that stops no light against one that stops all."""
+    rgb_mult: float = 8.0
+    """|i - i_hat| of images rendered from V_hat by the frozen stage 1."""
+    depth_mult: float = 0.05
+    """Squared error of the rendered depth in m^2."""
+    lpips_mult: float = 0.0
+    """Perceptual distance of the rendered images; needs the LPIPS weights."""
+    kl_mult: float = 1e-5
+    """KL divergence of g from the unit Gaussian, in nats per scene."""
+    commitment_mult: float = 0.25
+    """Squared distance of c and f from their codes."""
+
+
+@dataclass
+class LatentTrainingConfig:
+    """Training of the latent auto-encoder."""
+
+    schedule: Schedule = field(default_factory=Schedule)
+    losses: LatentLossConfig = field(default_factory=LatentLossConfig)
+    num_views: int = 3
+    """Views rendered per scene."""
+    fine_dropout: float = 0.1
+    """Share of scenes whose f is zeroed, so that c learns to stand alone."""
+    quarter_turns: bool = True
+    """Turn scenes by random multiples of 90 degrees."""
+
+
+def voxel_loss(
+    reconstruction: Float[Tensor, "batch folded y x"],
+    target: Float[Tensor, "batch folded y x"],
+    grid: VoxelGrid,
+    code: VoxelCode,
+    config: LatentLossConfig,
+) -> Float[Tensor, ""]:
+    """Weighted mean of |V - V_hat| of normalised voxels, density counting `density_weight` times.
+
+    A voxel's weight grows with its opacity: what stops no light is not seen. Where the target is empty, estimates below
+    zero are as good as zero.
+    """
+    z = code.num_z
+    opacity = code.gate(grid.density)
+    weight = config.empty_weight + (1 - config.empty_weight) * opacity
+    weight = (weight / weight.mean())[:, 0]
+    density, features = reconstruction.split([z, reconstruction.shape[1] - z], dim=1)
+    true_density, true_features = target.split([z, target.shape[1] - z], dim=1)
+    density = torch.where(true_density <= 0, density.clamp(min=0), density)
+    density_error = (density - true_density).abs()
+    feature_error = (features - true_features).abs().unflatten(1, (-1, z)).mean(dim=1)
+    return ((config.density_weight * density_error + feature_error) * weight).mean()
+
+
+class LatentLosses:
+    """Losses of one step.
+
+    Args:
+        model: the latent auto-encoder, possibly wrapped for several processes.
+        renderer: the frozen stage 1.
+        memory, cache: voxels and views of the training scenes.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        code: VoxelCode,
+        renderer: SceneAutoencoder,
+        memory: VoxelMemory,
+        cache: SceneCache,
+        config: LatentTrainingConfig,
+        accelerator: Accelerator,
+        lpips: Callable[[Tensor, Tensor], Tensor] | None,
+    ) -> None:
+        self.model, self.code, self.renderer = model, code, renderer
+        self.memory, self.cache, self.config = memory, cache, config
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.device = accelerator.device
+        self.lpips = lpips
+
+    def __call__(self, step: int) -> dict[str, Tensor]:
+        grid, views = self.batch(step)
+        result: LatentReconstruction = self.model(grid, fine_dropout=self.config.fine_dropout)
+        weights = self.config.losses
+        losses = {
+            "voxel_loss": weights.voxel_mult
+            * voxel_loss(result.reconstruction, result.target, grid, self.code, weights),
+            "kl_loss": weights.kl_mult * result.kl,
+            "commitment_loss": weights.commitment_mult * result.commitment,
+        }
+        if weights.rgb_mult or weights.depth_mult or weights.lpips_mult:
+            rendered = self.renderer.render(result.grid, views.cameras)
+            image_weights = StageOneLossConfig(weights.lpips_mult, weights.rgb_mult, weights.depth_mult)
+            losses.update(stage_one_losses(image_weights, rendered, views, result.grid, self.lpips))
+        return losses
+
+    def batch(self, step: int) -> tuple[VoxelGrid, Views]:
+        """Voxels of a step's scenes and views to compare their renderings with, turned together."""
+        schedule = self.config.schedule
+        indices = batch_indices(
+            len(self.memory), schedule.batch_size, step, schedule.seed, self.rank, self.world_size
+        )
+        views = Views.stack([self._draw_views(self.memory.scene_ids[i]) for i in indices]).to(self.device)
+        grid = self.memory.grid(indices, self.device)
+        if self.config.quarter_turns:
+            turns = int(torch.randint(4, ()))
+            grid = grid.rotate90(turns)
+            views = Views(rotate_cameras90(views.cameras, turns), views.images, views.depths)
+        return grid, views
+
+    def _draw_views(self, scene_id: str) -> Views:
+        scene = self.cache.load(scene_id)
+        views = Views.cat([scene.source, scene.target])
+        return views[torch.randperm(views.shape[0])[: self.config.num_views]]
+
+
+def train_latent_autoencoder(
+    store: VoxelStore,
+    output_dir: Path | str,
+    model_config: dict[str, Any],
+    config: LatentTrainingConfig,
+    *,
+    lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    cache_gib: float = 2.0,
+    on_progress: ProgressCallback | None = None,
+) -> LatentAutoencoder:
+    """Trains stage 2 on the training scenes of a store, continuing an interrupted run.
+
+    Args:
+        store: encoded scenes; their collection must be where it was when they were encoded.
+        output_dir: becomes a run folder (see `RunFolder`) with the model in `latent_autoencoder/`.
+        model_config: arguments of `LatentAutoencoder`; the voxels' shape and box come from the store.
+        lpips: a perceptual distance of images in [-1, 1], needed if `lpips_mult` is set.
+
+    Returns:
+        the trained model, on the device it was trained on, in evaluation mode.
+    """
+    accelerator = Accelerator(mixed_precision=config.schedule.mixed_precision)
+    torch.manual_seed(config.schedule.seed)
+    renderer = store.load_autoencoder().to(accelerator.device)
+    memory = store.load_all("train")
+    if not len(memory):
+        raise UserInputError(f"{store.root} has no training scenes: encode a collection that has some.")
+    _require_turnable(store, config)
+    model = new_latent_autoencoder(store, model_config).to(accelerator.device, memory_format=torch.channels_last)
+    identity = {
+        "kind": "latent auto-encoder",
+        "scene_autoencoder": store.autoencoder_hash,
+        "model": public_config(model),
+        "seed": config.schedule.seed,
+        "batch_size": config.schedule.batch_size,
+        "losses": asdict(config.losses),
+    }
+    folder = RunFolder(output_dir, identity)
+    if folder.checkpoint is None:
+        fit_memory = VoxelMemory(memory.voxels[:FIT_SCENES], memory.scene_ids[:FIT_SCENES], memory.aabb)
+        model.fit(fit_memory.batches(8, accelerator.device), config.losses.density_weight)
+    cache = SceneCache(store.load_collection(), cache_gib)
+
+    def make_losses(wrapped: nn.Module) -> LatentLosses:
+        return LatentLosses(wrapped, model.voxel_code, renderer, memory, cache, config, accelerator, lpips)
+
+    train(
+        folder, model, make_losses, config.schedule, accelerator, description="Latent auto-encoder", on_progress=on_progress
+    )
+    if accelerator.is_main_process:
+        with atomic_path(Path(output_dir) / MODEL_FOLDER) as temporary:
+            model.save_pretrained(temporary)
+    accelerator.wait_for_everyone()
+    return model.eval()
+
+
+def new_latent_autoencoder(store: VoxelStore, model_config: dict[str, Any]) -> LatentAutoencoder:
+    """An untrained model for the voxels of a store.
+
+    Raises:
+        UserInputError: if the sizes do not fit them.
+    """
+    low, high = store.aabb.tolist()
+    try:
+        return LatentAutoencoder(
+            **{
+                **model_config,
+                "grid_shape": store.grid_shape,
+                "feature_channels": store.feature_channels,
+                "aabb": (tuple(low), tuple(high)),
+            }
+        )
+    except ValueError as error:
+        raise UserInputError(f"This preset does not fit the voxels in {store.root} ({error}): choose another.") from None
+
+
+def public_config(model: nn.Module) -> dict[str, Any]:
+    """A model's configuration without diffusers' own entries."""
+    return {name: value for name, value in dict(model.config).items() if not name.startswith("_")}  # type: ignore[arg-type]
+
+
+def _require_turnable(store: VoxelStore, config: LatentTrainingConfig) -> None:
+    if not config.quarter_turns:
+        return
+    low, high = store.aabb[0, :2], store.aabb[1, :2]
+    square = store.grid_shape[1] == store.grid_shape[2] and torch.allclose(low, -high, atol=1e-4)
+    if not square or abs(float(high[0] - high[1])) > 1e-4:
+        raise UserInputError(
+            f"The box of {store.root} is not square around the origin, so its scenes cannot be turned: add --no-quarter-turns."
+        )

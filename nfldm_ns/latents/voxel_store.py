@@ -1,0 +1,306 @@
+"""V of every scene of a collection, on disk and in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.collection import SPLITS, SceneCollection, read_json
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.scenes.writing import atomic_path, write_json
+
+FORMAT = "nfldm-voxel-store"
+VERSION = 1
+AUTOENCODER_FOLDER = "scene_autoencoder"
+
+
+def load_scene_autoencoder(folder: Path | str) -> SceneAutoencoder:
+    """A trained stage 1, in evaluation mode.
+
+    Args:
+        folder: what `SceneAutoencoder.save_pretrained` wrote.
+
+    Raises:
+        UserInputError: if the folder is missing, broken, or holds something else.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise UserInputError(f"{folder} holds no scene auto-encoder: train one with 'ns-train nfldm-scene-ae' or fix the path.")
+    if read_json(folder / "config.json").get("_class_name") != "SceneAutoencoder":
+        raise UserInputError(f"{folder} holds another kind of model: give the folder of a scene auto-encoder.")
+    try:
+        model = SceneAutoencoder.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserInputError(f"The scene auto-encoder in {folder} cannot be loaded ({reason}): train it again.") from error
+    return model.eval().requires_grad_(False)
+
+
+def model_hash(model: torch.nn.Module) -> str:
+    """A fingerprint of a model's configuration and weights, in 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    config = {k: v for k, v in sorted(dict(model.config).items()) if not k.startswith("_")}
+    digest.update(json.dumps(config, sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@dataclass
+class VoxelStore:
+    """A folder of encoded scenes, `voxels.json` and `<scene_id>.safetensors` (half precision).
+
+    Attributes:
+        root: the folder.
+        description: content of `voxels.json`.
+    """
+
+    root: Path
+    description: dict[str, Any]
+
+    @classmethod
+    def open(cls, root: Path | str) -> VoxelStore:
+        """Reads the description and checks that every scene is there.
+
+        Raises:
+            UserInputError: if it is missing, of another version, or incomplete.
+        """
+        root = Path(root)
+        if not (root / "voxels.json").is_file():
+            raise UserInputError(f"{root} holds no encoded scenes: make them with 'nfldm-encode'.")
+        description = read_json(root / "voxels.json")
+        if not isinstance(description, dict) or (description.get("format"), description.get("version")) != (FORMAT, VERSION):
+            raise UserInputError(f"{root / 'voxels.json'} is not of format {FORMAT} {VERSION}: encode the scenes again.")
+        store = cls(root, description)
+        missing = [scene_id for scene_id in store.scene_ids if not store.path(scene_id).is_file()]
+        if missing:
+            raise UserInputError(
+                f"{root} lacks {len(missing)} of {len(store.scene_ids)} scenes: run 'nfldm-encode' again to complete it."
+            )
+        return store
+
+    @property
+    def splits(self) -> dict[str, list[str]]:
+        return self.description["splits"]
+
+    @property
+    def scene_ids(self) -> list[str]:
+        return [scene_id for split in SPLITS for scene_id in self.splits[split]]
+
+    @property
+    def autoencoder_hash(self) -> str:
+        """Fingerprint of the stage 1 that encoded the scenes."""
+        return self.description["scene_autoencoder"]
+
+    @property
+    def aabb(self) -> Tensor:
+        """`[2, 3]` in metres."""
+        return torch.tensor(self.description["aabb"], dtype=torch.float32)
+
+    @property
+    def grid_shape(self) -> tuple[int, int, int]:
+        return tuple(self.description["grid_shape"])  # type: ignore[return-value]
+
+    @property
+    def feature_channels(self) -> int:
+        return self.description["feature_channels"]
+
+    def path(self, scene_id: str) -> Path:
+        return self.root / f"{scene_id}.safetensors"
+
+    def load_collection(self) -> SceneCollection:
+        """The collection the scenes are from."""
+        return SceneCollection.open(self.description["collection"])
+
+    def load_autoencoder(self) -> SceneAutoencoder:
+        """The stage 1 that encoded the scenes, from its copy in the store."""
+        model = load_scene_autoencoder(self.root / AUTOENCODER_FOLDER)
+        self.require(model)
+        return model
+
+    def require(self, scene_autoencoder: SceneAutoencoder) -> None:
+        """Raises `UserInputError` unless this very stage 1 made the store."""
+        if model_hash(scene_autoencoder) != self.autoencoder_hash:
+            raise UserInputError(
+                f"The scenes in {self.root} were encoded by another scene auto-encoder: encode them again into another folder."
+            )
+
+    def load(self, scene_id: str) -> dict[str, Tensor]:
+        """`density` `[1, Z, Y, X]` and `features` `[C, Z, Y, X]` of one scene, in half precision.
+
+        Raises:
+            UserInputError: if the file is truncated or of another shape.
+        """
+        path = self.path(scene_id)
+        try:
+            voxels = load_file(path)
+            shapes = {name: tuple(voxels[name].shape) for name in ("density", "features")}
+        except (SafetensorError, KeyError, OSError) as error:
+            raise UserInputError(f"{path} cannot be read ({error}): delete it and run 'nfldm-encode' again.") from None
+        if shapes != {"density": (1, *self.grid_shape), "features": (self.feature_channels, *self.grid_shape)}:
+            raise UserInputError(f"{path} has voxels of another shape: delete it and run 'nfldm-encode' again.")
+        return voxels
+
+    def grid(self, scene_ids: list[str]) -> VoxelGrid:
+        """Voxels of some scenes, in single precision."""
+        voxels = [self.load(scene_id) for scene_id in scene_ids]
+        density, features = (torch.stack([v[name] for v in voxels]).float() for name in ("density", "features"))
+        return VoxelGrid(density, features, self.aabb)
+
+    def load_all(self, split: str) -> VoxelMemory:
+        """All scenes of a split in memory."""
+        return VoxelMemory([self.load(scene_id) for scene_id in self.splits[split]], self.splits[split], self.aabb)
+
+
+@dataclass
+class VoxelMemory:
+    """Scenes in memory, in half precision.
+
+    Attributes:
+        voxels: density and features of each scene.
+        scene_ids: their names.
+        aabb: `[2, 3]`.
+    """
+
+    voxels: list[dict[str, Tensor]]
+    scene_ids: list[str]
+    aabb: Tensor
+
+    def __len__(self) -> int:
+        return len(self.voxels)
+
+    def grid(self, indices: list[int], device: torch.device | str = "cpu") -> VoxelGrid:
+        """Voxels of some scenes, in single precision."""
+        density, features = (
+            torch.stack([self.voxels[i][name] for i in indices]).to(device).float() for name in ("density", "features")
+        )
+        return VoxelGrid(density, features, self.aabb.to(device))
+
+    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> VoxelBatches:
+        """All scenes in order, as a sequence of batches that are made when read."""
+        return VoxelBatches(self, batch_size, device)
+
+
+@dataclass
+class VoxelBatches:
+    """A sequence of the batches of a `VoxelMemory`."""
+
+    memory: VoxelMemory
+    batch_size: int
+    device: torch.device | str = "cpu"
+
+    def __len__(self) -> int:
+        return -(-len(self.memory) // self.batch_size)
+
+    def __getitem__(self, index: int | slice) -> VoxelGrid | list[VoxelGrid]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]  # type: ignore[misc]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first = index * self.batch_size
+        return self.memory.grid(list(range(first, min(first + self.batch_size, len(self.memory)))), self.device)
+
+    def __iter__(self) -> Iterator[VoxelGrid]:
+        return (self[i] for i in range(len(self)))  # type: ignore[misc]
+
+
+@torch.no_grad()
+def encode_collection(
+    collection: SceneCollection,
+    scene_autoencoder: SceneAutoencoder,
+    root: Path | str,
+    device: torch.device | str = "cpu",
+    on_progress: Callable[[float], None] | None = None,
+) -> VoxelStore:
+    """Encodes the source views of every scene of all splits; scenes that are there already are kept.
+
+    Also keeps a copy of stage 1 in the store.
+
+    Raises:
+        UserInputError: if the folder holds scenes of another collection or of another stage 1.
+    """
+    root = Path(root)
+    scene_autoencoder = scene_autoencoder.to(device).eval()
+    description = _describe(collection, scene_autoencoder)
+    _check_or_start(root, description, scene_autoencoder)
+    store = VoxelStore(root, description)
+    scene_ids = store.scene_ids
+    for i, scene_id in enumerate(track(scene_ids, "Encoding scenes", disable=on_progress is not None)):
+        if not _is_whole(store.path(scene_id)):
+            _encode_scene(collection, scene_autoencoder, scene_id, store.path(scene_id), device)
+        if on_progress is not None:
+            on_progress((i + 1) / len(scene_ids))
+    return VoxelStore.open(root)
+
+
+def _describe(collection: SceneCollection, scene_autoencoder: SceneAutoencoder) -> dict[str, Any]:
+    if not torch.allclose(collection.aabb, scene_autoencoder.aabb.cpu(), atol=1e-4):
+        raise UserInputError(
+            f"The scene auto-encoder was trained for the box {scene_autoencoder.aabb.tolist()}, but {collection.root} has "
+            f"{collection.aabb.tolist()}: use the collection it was trained on."
+        )
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "collection": str(collection.root.resolve()),
+        "scene_autoencoder": model_hash(scene_autoencoder),
+        "aabb": collection.aabb.tolist(),
+        "grid_shape": list(scene_autoencoder.grid_shape),
+        "feature_channels": scene_autoencoder.feature_channels,
+        "splits": {split: list(collection.splits[split]) for split in SPLITS},
+    }
+
+
+def _check_or_start(root: Path, description: dict[str, Any], scene_autoencoder: SceneAutoencoder) -> None:
+    path = root / "voxels.json"
+    if path.is_file():
+        before = read_json(path)
+        if before.get("scene_autoencoder") != description["scene_autoencoder"]:
+            raise UserInputError(
+                f"{root} holds scenes encoded by another scene auto-encoder: choose another output folder or delete it."
+            )
+        moved = {**before, "collection": description["collection"]}
+        if moved != description:
+            raise UserInputError(f"{root} holds scenes of another collection: choose another output folder or delete it.")
+    if not (root / AUTOENCODER_FOLDER / "config.json").is_file():
+        shutil.rmtree(root / AUTOENCODER_FOLDER, ignore_errors=True)
+        with atomic_path(root / AUTOENCODER_FOLDER) as temporary:
+            scene_autoencoder.save_pretrained(temporary)
+    write_json(path, description)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {"density", "features"} <= set(file.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
+def _encode_scene(
+    collection: SceneCollection,
+    scene_autoencoder: SceneAutoencoder,
+    scene_id: str,
+    path: Path,
+    device: torch.device | str,
+) -> None:
+    scene = collection.load_scene(scene_id)
+    grid = scene_autoencoder.encode(collection.batch([scene]).source.to(device))
+    voxels = {"density": grid.density[0], "features": grid.features[0]}
+    largest = torch.finfo(torch.float16).max
+    with atomic_path(path) as temporary:
+        save_file({name: v.clamp(-largest, largest).half().cpu().contiguous() for name, v in voxels.items()}, temporary)
