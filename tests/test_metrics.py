@@ -135,7 +135,7 @@ def test_fid_agrees_with_torchmetrics_and_is_symmetric(num_a: int, num_b: int, d
     b = torch.randn(num_b, d, dtype=torch.float64) @ mixing.T + 0.3
     expected = float(_compute_fid(a.mean(dim=0), a.T.cov(), b.mean(dim=0), b.T.cov()))
     ours = metrics.frechet_distance(a, b)
-    # torchmetrics takes roots of eigenvalues that are zero up to rounding, so where the rank is low it is the less exact
+    # torchmetrics takes roots of eigenvalues that are zero up to rounding, so at low rank it is the less exact
     assert ours == pytest.approx(expected, rel=1e-4)
     assert metrics.frechet_distance(b, a) == pytest.approx(ours, rel=1e-9)
     assert metrics.frechet_distance(a, a) == pytest.approx(0, abs=1e-9 * float(a.square().sum()))

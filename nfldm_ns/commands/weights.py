@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated, get_args
 
 import tyro
 
@@ -16,13 +16,13 @@ from nfldm_ns.evaluation.weights import WEIGHTS, WeightsName, explicit_folder, f
 class Get:
     """Download, check and convert pretrained weights into the cache; what is there already is only checked."""
 
-    names: tyro.conf.Positional[tuple[WeightsName, ...]] = field(default_factory=lambda: tuple(WEIGHTS))
-    """Which weights; all of them if none is named."""
+    names: tyro.conf.Positional[tuple[WeightsName, ...]] = field(default=get_args(WeightsName))
+    """Which weights."""
     folder: Path | None = None
     """A folder to look into first, for converted weights or the original files."""
 
     def main(self) -> None:
-        for name in self.names or tuple(WEIGHTS):
+        for name in self.names:
             path = fetch_weights(name, self.folder)
             read_weights(name, self.folder)
             print(f"{name}: {path}")
@@ -45,7 +45,7 @@ class List:
             print(f"{name}: {weights.about}\n    {where}")
 
 
-Command = Union[Annotated[Get, tyro.conf.subcommand("get")], Annotated[List, tyro.conf.subcommand("list")]]
+Command = Annotated[Get, tyro.conf.subcommand("get")] | Annotated[List, tyro.conf.subcommand("list")]
 
 
 def main(args: list[str] | None = None) -> None:

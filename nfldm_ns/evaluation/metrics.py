@@ -69,6 +69,8 @@ def depth_mae(
     """Sum of absolute depth errors in metres and number of pixels, over pixels with known depth.
 
     Args:
+        predicted: planar depth in metres.
+        true: likewise; 0 is unknown.
         mask: further restricts the pixels, for example `surface_inside_box`.
     """
     known = true > 0 if mask is None else (true > 0) & mask
@@ -164,6 +166,7 @@ def extract_features(
     Args:
         network: from `weights.load_inception`; images are moved to its device.
         batches: images in [0, 1], of any batch shape; an iterator keeps memory small.
+        batch_size: images that pass through the network at once.
     """
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     features = [network(images.to(device)).cpu().double() for images in _chunks(batches, batch_size)]
@@ -181,9 +184,9 @@ def _covariance_factor(features: Tensor) -> Tensor:
 def frechet_distance(real: Float[Tensor, "images features"], fake: Float[Tensor, "other_images features"]) -> float:
     """Frechet distance of the Gaussians fitted to two sets of features (Heusel et al. 2017); FID on Inception's.
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). With S1 = A^T A and S2 = B^T B the last trace is the sum of the singular
-    values of A B^T: exact and symmetric also where the covariances have no full rank (fewer images than features). FID
-    falls with the number of images, so state the number and compare only sets of equal sizes.
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)). With S1 = A^T A and S2 = B^T B the last trace is the sum of the
+    singular values of A B^T: exact and symmetric also where the covariances have no full rank (fewer images than
+    features). FID falls with the number of images, so state the number and compare only sets of equal sizes.
     """
     for features in (real, fake):
         if features.ndim != 2 or len(features) < 2:
@@ -216,7 +219,11 @@ def kernel_distance(
     The estimate is unbiased, so it may be slightly negative, and does not depend on the number of images.
 
     Args:
+        real: features of one set.
+        fake: features of the other; exchanging them changes nothing.
         subset_size: images per random subset; default: all images, one estimate.
+        num_subsets: how many subsets to average.
+        seed: of the choice of subsets.
     """
     real, fake = real.double(), fake.double()
     largest = min(len(real), len(fake))

