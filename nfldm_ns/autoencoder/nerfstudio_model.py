@@ -36,17 +36,17 @@ class SceneNetworkConfig:
     """rgbd: depth is an input and a prior where a view has it; rgb: as in the paper"""
     fusion: Literal["occupancy", "mean"] = "occupancy"
     """how views are fused; mean: as in the paper"""
-    num_samples: int = 64
+    num_samples: int = 48
     """density samples per rendered ray"""
-    num_feature_samples: int | None = 12
+    num_feature_samples: int | None = 8
     """of which so many, those of the largest weight, also read features; None reads all"""
-    encoder_channels: tuple[int, ...] = (48, 96)
+    encoder_channels: tuple[int, ...] = (32, 64)
     """widths of the image encoder"""
-    encoder_blocks: int = 2
+    encoder_blocks: int = 1
     """residual blocks per width"""
-    decoder_channels: tuple[int, ...] = (64, 32)
+    decoder_channels: tuple[int, ...] = (48, 24)
     """widths of the image decoder, one per doubling of the size and one before"""
-    decoder_blocks: int = 2
+    decoder_blocks: int = 1
     """residual blocks per width"""
 
 

@@ -1,0 +1,119 @@
+"""A generated scene on disk: voxels, latents, the renderer they need, and what made them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from safetensors.torch import save
+from torch import Tensor
+
+from nfldm_ns.autoencoder.checkpoints import load_exactly, read_safetensors
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.collection import read_json, read_transforms
+from nfldm_ns.scenes.views import make_cameras
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+FORMAT = "nfldm-generated-scene"
+VERSION = 1
+TENSORS = "scene.safetensors"
+DESCRIPTION = "scene.json"
+LARGEST_HALF = 60_000.0
+
+
+@dataclass
+class GeneratedScene:
+    """One scene and what is needed to render it.
+
+    Attributes:
+        grid: batch size 1.
+        renderer: a `SceneAutoencoder` without its image encoder: `render` works, `encode` does not.
+        cameras: where its images were rendered from, batch shape `[N]`; None if it has none (yet).
+        latents: by name, without batch axis.
+        provenance: seed, pipeline, versions: whatever its maker wrote down.
+    """
+
+    grid: VoxelGrid
+    renderer: SceneAutoencoder
+    cameras: Cameras | None = None
+    latents: dict[str, Tensor] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+def renderer_of(autoencoder: SceneAutoencoder) -> SceneAutoencoder:
+    """A frozen copy on the CPU without the image encoder."""
+    renderer = copy.deepcopy(autoencoder).cpu().float().eval().requires_grad_(False)
+    renderer.encoder = None  # type: ignore[assignment]
+    return renderer
+
+
+def half_precision(grid: VoxelGrid) -> VoxelGrid:
+    """The grid as it survives storage in half precision, in float32 on the CPU."""
+    density = grid.density.detach().cpu().float().clamp(0, LARGEST_HALF).half().float()
+    features = grid.features.detach().cpu().float().clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
+    return VoxelGrid(density, features, grid.aabb.detach().cpu().float())
+
+
+def write_scene_files(folder: Path, scene: GeneratedScene) -> None:
+    """Writes `scene.safetensors` and `scene.json` into an existing folder."""
+    tensors = {"density": scene.grid.density[0].half(), "features": scene.grid.features[0].half()}
+    tensors |= {f"latents.{name}": value.detach().cpu() for name, value in scene.latents.items()}
+    tensors |= {f"renderer.{name}": value for name, value in scene.renderer.state_dict().items()}
+    (folder / TENSORS).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "provenance": scene.provenance,
+        "aabb": scene.grid.aabb.tolist(),
+        "autoencoder": json.loads(scene.renderer.to_json_string()),
+    }
+    (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def load_generated_scene(folder: Path | str) -> GeneratedScene:
+    """Reads a generated scene from safetensors and JSON.
+
+    Raises:
+        UserInputError: if a file is missing, damaged, or does not fit the others.
+    """
+    folder = Path(folder)
+    path = folder / DESCRIPTION
+    if not path.is_file():
+        raise UserInputError(f"{folder} is no generated scene (it has no {DESCRIPTION}): make some with 'nfldm-sample'.")
+    description = read_json(path)
+    if not isinstance(description, dict) or (description.get("format"), description.get("version")) != (FORMAT, VERSION):
+        raise UserInputError(f"{path} is not of format {FORMAT}, version {VERSION}: sample the scene again.")
+    tensors = read_safetensors(folder / TENSORS)
+    try:
+        aabb = torch.tensor(description["aabb"], dtype=torch.float32)
+        grid = VoxelGrid(tensors["density"][None].float(), tensors["features"][None].float(), aabb)
+        renderer = renderer_of(SceneAutoencoder.from_config(description["autoencoder"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserInputError(f"{path} and {TENSORS} do not fit together ({error}): sample the scene again.") from None
+    load_exactly(renderer, _with_prefix(tensors, "renderer."), folder / TENSORS)
+    cameras = None
+    if (folder / "transforms.json").is_file():
+        cameras = _cameras(folder)
+    return GeneratedScene(
+        grid, renderer, cameras, _with_prefix(tensors, "latents."), dict(description.get("provenance", {}))
+    )
+
+
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def _cameras(folder: Path) -> Cameras:
+    transforms = read_transforms(folder)
+    frames = [transforms.frames[name] for name in transforms.source_names]
+    poses: Float[Tensor, "n 3 4"] = torch.tensor([frame["transform_matrix"][:3] for frame in frames])
+    intrinsics = (torch.tensor([float(frame[key]) for frame in frames]) for key in ("fl_x", "fl_y", "cx", "cy"))
+    return make_cameras(poses, *intrinsics, height=int(frames[0]["h"]), width=int(frames[0]["w"]))
