@@ -1,0 +1,90 @@
+# Nothing but make, git and Python 3.10-3.12 (with venv) is needed; everything else is installed into .venv.
+
+SHELL := /bin/bash
+BIN := .venv/bin
+STAMP := .venv/.installed
+UNFINISHED := .venv/.unfinished
+
+# The environment's commands (and its ffmpeg, for ns-render) come first.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Idle threads sleep instead of spinning, which would slow down whatever else runs here.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# viser asks for this reader of Record3D captures, which nothing here uses and which alone would need a C compiler.
+SKIPPED := ^pyliblzfse==
+
+CODE := nfldm_ns method_configs dataparsers tests benchmarks
+
+.PHONY: help setup demo test lint format constraints clean
+
+help:
+	@echo "make demo    set up, then train and sample the whole pipeline; ends in outputs/demo/index.html"
+	@echo "make test    set up, then run the tests"
+	@echo "make lint    set up, then check style, formatting and types"
+	@echo "make format  apply the formatting"
+	@echo "make setup   only set up .venv"
+
+setup: $(STAMP)
+
+demo: $(STAMP)
+	nfldm-demo $(ARGS)
+
+test: $(STAMP)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest $(ARGS)
+
+lint: $(STAMP) build/typecheck
+	ruff check $(CODE)
+	ruff format --check $(CODE)
+	mypy build/typecheck/nfldm_ns
+
+format: $(STAMP)
+	ruff check --fix $(CODE)
+	ruff format $(CODE)
+
+# The environment: repeated when the packages it should hold change, begun anew when its making was interrupted.
+$(STAMP): pyproject.toml constraints.txt
+	@python=$$(for candidate in $(PYTHON) python3 python3.12 python3.11 python3.10; do \
+	    $$candidate -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' >/dev/null 2>&1 \
+	        && echo $$candidate && break; done); \
+	if [ -e $(UNFINISHED) ] || ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    if [ -z "$$python" ]; then \
+	        echo "error: Python 3.10, 3.11 or 3.12 is needed: install one, or name it with 'make PYTHON=/path/to/python'." >&2; \
+	        exit 2; \
+	    fi; \
+	    if ! $$python -c 'import ensurepip, venv' >/dev/null 2>&1; then \
+	        echo "error: $$python cannot make virtual environments: install its venv module" \
+	            "(on Debian and Ubuntu: sudo apt install $$(basename $$python)-venv)." >&2; \
+	        exit 2; \
+	    fi; \
+	    echo "Making .venv with $$($$python --version)"; \
+	    mkdir -p .venv && touch $(UNFINISHED) && $$python -m venv --clear .venv && touch $(UNFINISHED) || exit 2; \
+	fi
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' || \
+	    { echo "error: .venv holds another Python than 3.10-3.12: remove it and run make again." >&2; exit 2; }
+	@echo "Installing packages into .venv (several GB; minutes the first time)"
+	@grep -vE '^#|$(SKIPPED)' constraints.txt > .venv/requirements.txt
+	@$(BIN)/python -m pip install --quiet --no-deps -r .venv/requirements.txt
+	@$(BIN)/python -m pip install --quiet --no-deps -e .
+	@ln -sf "$$($(BIN)/python -c 'import imageio_ffmpeg; print(imageio_ffmpeg.get_ffmpeg_exe())')" $(BIN)/ffmpeg
+	@rm -f $(UNFINISHED) && touch $@
+	@echo "Ready: 'source $(BIN)/activate' puts the nfldm-* and ns-* commands on your PATH"
+
+# The type checker sees the folders where they are installed.
+build/typecheck:
+	@mkdir -p $@/nfldm_ns
+	@ln -sfn $(CURDIR)/method_configs $(CURDIR)/dataparsers $(CURDIR)/nfldm_ns/* $@/nfldm_ns/
+.PHONY: build/typecheck
+
+# Needs uv. Keeps the versions there are; 'make constraints ARGS="--upgrade-package diffusers"' moves one.
+constraints:
+	uv pip compile --quiet --universal --python-version 3.10 --extra dev --no-header --no-annotate $(ARGS) \
+	    pyproject.toml --output-file constraints.txt
+	sed -i -E "s/(python_full_version < '3\.13'|platform_machine == 'x86_64'|sys_platform == 'linux')( and )?//g; \
+	    s/ and *$$//; s/ *; *$$//" constraints.txt
+	sed -i '1i # Every package of a reproducible set-up (Linux x86_64, Python 3.10-3.12), as "make setup" installs it.\
+	# Made by "make constraints", which keeps these versions unless pyproject.toml asks for others.\
+	# fpsample stays at its last release with wheels, so that no compiler is needed.' constraints.txt
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache .mypy_cache
