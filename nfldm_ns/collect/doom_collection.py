@@ -18,7 +18,17 @@ import torch
 import vizdoom
 
 from nfldm_ns.collect.doom_geometry import BEV_CLASSES, UNITS_PER_METRE, DoomGeometry
-from nfldm_ns.collect.doom_places import NUM_SOURCE_VIEWS, Rig, RigOptions, candidate_spots, plan_rig
+from nfldm_ns.collect.doom_places import (
+    NUM_SOURCE_VIEWS,
+    Region,
+    Rig,
+    RigOptions,
+    can_stand,
+    candidate_spots,
+    hold_out_regions,
+    in_split,
+    plan_rig,
+)
 from nfldm_ns.collect.doom_renderer import HALF_FOV_TANGENT, DoomRenderer, Frame
 from nfldm_ns.collect.doom_wad import DoomMap, Wad
 from nfldm_ns.errors import UserInputError
@@ -78,6 +88,8 @@ class Stream:
 
     map: str
     split: str
+    regions: tuple[tuple[str, Region], ...] = ()
+    gap: float = 0.0
 
     @property
     def seed(self) -> int:
@@ -123,8 +135,11 @@ class SceneMaker:
     def scenes(self, root: Path, stream: Stream) -> Iterator[str]:
         """Writes scene after scene and yields their ids; scenes already on disk are not made again."""
         spots = candidate_spots(self._map, self._geometry, stream.seed + self.options.seed, _CANDIDATES_PER_STREAM)
+        usable = in_split(spots, stream.split, dict(stream.regions), stream.gap)
         taken = np.zeros((0, 2))
         for i, spot in enumerate(spots):
+            if not usable[i]:
+                continue
             if len(taken) and np.hypot(*(taken - spot).T).min() < self.options.min_distance * UNITS_PER_METRE:
                 continue
             folder = root / "scenes" / stream.scene_id(i)
@@ -280,6 +295,19 @@ def split_maps(maps: Sequence[str], test_maps: Sequence[str], fractions: dict[st
     return {name: split.get(name, "train") for name in maps}
 
 
+def split_places(name: str, fractions: dict[str, float], options: SceneOptions) -> list[Stream]:
+    """Streams of one map when places are held out: those of two splits are further apart than the box."""
+    wad_name, level = name.split("/")
+    doom_map = Wad(wad_path(wad_name)).read_map(level)
+    geometry = DoomGeometry(doom_map)
+    spots = candidate_spots(doom_map, geometry, options.seed, 2000)
+    spots = spots[can_stand(geometry, spots)]
+    extent = max(options.aabb[1][axis] - options.aabb[0][axis] for axis in (0, 1))
+    gap = (extent + 2 * options.rig.source_jitter) * UNITS_PER_METRE
+    regions = hold_out_regions(spots, fractions, gap)
+    return [Stream(name, split, tuple(regions.items()), gap) for split in ("train", *regions)]
+
+
 @dataclass(frozen=True)
 class Report:
     """What a collection run did."""
@@ -302,14 +330,19 @@ def collect(
     fractions: dict[str, float],
     options: SceneOptions,
     workers: int,
+    hold_out: Literal["maps", "places"] = "maps",
     on_scene: Callable[[str], None] = lambda scene_id: None,
 ) -> Report:
     """Makes or completes a collection."""
     begun = time.monotonic()
-    _check_journal(root, {"maps": list(maps), "test_maps": list(test_maps), "fractions": fractions, **asdict(options)})
-    split_of = split_maps(maps, test_maps, fractions, options.seed)
-    streams = [Stream(name, split_of[name]) for name in maps]
-    totals = {name: round(num_scenes * fractions.get(name, 0)) if name in split_of.values() else 0 for name in SPLITS}
+    _check_journal(root, {"maps": list(maps), "test_maps": list(test_maps), "fractions": fractions, "hold_out": hold_out, **asdict(options)})
+    if hold_out == "places":
+        streams = [stream for name in maps for stream in split_places(name, fractions, options)]
+    else:
+        split_of = split_maps(maps, test_maps, fractions, options.seed)
+        streams = [Stream(name, split_of[name]) for name in maps]
+    held_out = {stream.split for stream in streams}
+    totals = {name: round(num_scenes * fractions.get(name, 0)) if name in held_out else 0 for name in SPLITS}
     totals["train"] = num_scenes - totals["val"] - totals["test"]
     existing = {path.parent.name for path in root.glob("scenes/*/transforms.json")}
 

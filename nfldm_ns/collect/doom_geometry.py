@@ -24,7 +24,7 @@ BEV_CLASSES = (
     BevClass(5, "open air", (130, 190, 235)),
     BevClass(6, "closed", (150, 50, 50)),
 )
-_LIQUIDS = (b"NUKAGE", b"FWATER", b"SWATER", b"LAVA", b"BLOOD", b"SLIME", b"WATER")
+_LIQUIDS = (b"NUKAGE", b"FWATER", b"SWATER", b"LAVA", b"BLOOD", b"WATER", b"SLIME0", b"SLIME10", b"SLIME11", b"SLIME12")
 
 
 class DoomGeometry:
@@ -57,23 +57,34 @@ class DoomGeometry:
     def sector_at(self, points: Float[np.ndarray, "points 2"]) -> Int[np.ndarray, "points"]:
         """Sector of each point, -1 in the void."""
         x, y = points[:, :1], points[:, 1:] + _NUDGE
-        (x1, y1), (x2, y2) = self.start.T, self.end.T
-        crosses = (y1 > y) != (y2 > y)
+        low, high = np.minimum(self.start, self.end), np.maximum(self.start, self.end)
+        lines = np.flatnonzero(
+            (low[:, 1] <= y.max(initial=-np.inf))
+            & (high[:, 1] >= y.min(initial=np.inf))
+            & (high[:, 0] > x.min(initial=np.inf))
+        )
+        if not len(lines):
+            return np.full(len(points), -1)
+        (x1, y1), (x2, y2) = self.start[lines].T, self.end[lines].T
         with np.errstate(divide="ignore", invalid="ignore"):
-            at = x1 + (y - y1) / (y2 - y1) * (x2 - x1)
-        at = np.where(crosses & (at > x), at, np.inf)
+            at = x1 + (y - y1) * ((x2 - x1) / (y2 - y1))
+        at = np.where(((y1 > y) != (y2 > y)) & (at > x), at, np.inf)
         nearest = at.argmin(axis=1)
-        faces_west = np.where(y2 > y1, self.back, self.front)
+        faces_west = np.where(y2 > y1, self.back[lines], self.front[lines])
         hit = np.isfinite(at[np.arange(len(at)), nearest])
         return np.where(hit, faces_west[nearest], -1)
 
-    def clearance(self, points: Float[np.ndarray, "points 2"]) -> Float[np.ndarray, "points"]:
-        """Distance to the nearest line that a player cannot walk across."""
-        start, edge = self.start[self._blocking], (self.end - self.start)[self._blocking]
+    def clearance(self, points: Float[np.ndarray, "points 2"], reach: float = 64.0) -> Float[np.ndarray, "points"]:
+        """Distance to the nearest line that a player cannot walk across, as far as `reach`."""
+        low, high = np.minimum(self.start, self.end), np.maximum(self.start, self.end)
+        if not len(points):
+            return np.zeros(0)
+        close = ((low <= points.max(0) + reach) & (high >= points.min(0) - reach)).all(axis=1) & self._blocking
+        start, edge = self.start[close], (self.end - self.start)[close]
         offset = points[:, None] - start
         along = (offset * edge).sum(-1) / np.maximum((edge**2).sum(-1), 1e-9)
         nearest = offset - np.clip(along, 0, 1)[..., None] * edge
-        return np.sqrt((nearest**2).sum(-1).min(axis=1))
+        return np.sqrt((nearest**2).sum(-1).min(axis=1, initial=reach**2))
 
     def sees(self, origin: Float[np.ndarray, "3"], points: Float[np.ndarray, "points 3"]) -> Bool[np.ndarray, "points"]:
         """Whether the straight line from `origin` to each point passes through openings only."""

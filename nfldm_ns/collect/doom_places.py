@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,3 +102,48 @@ def _stations(
     eyes = eyes_at(geometry, points)
     eyes = eyes[(np.abs(eyes[:, 2] - place[2]) <= MAX_STEP) & geometry.sees(place, eyes)]
     return eyes[:count] if len(eyes) >= count else None
+
+
+@dataclass(frozen=True)
+class Region:
+    """A square of held-out places: all within `radius` of the centre in x and in y."""
+
+    centre: tuple[float, float]
+    radius: float
+
+    def distance(self, points: Float[np.ndarray, "points 2"]) -> Float[np.ndarray, "points"]:
+        """How far outside of the region points lie, in x or in y, whichever is farther; negative inside."""
+        return np.abs(points - self.centre).max(axis=-1) - self.radius
+
+
+def hold_out_regions(
+    spots: Float[np.ndarray, "points 2"], fractions: Mapping[str, float], gap: float
+) -> dict[str, Region]:
+    """Chooses a region for each held-out split of one map so that as many spots as possible remain for training.
+
+    Args:
+        spots: a sample of the map's places.
+        fractions: share of the spots by name of the held-out split.
+        gap: least distance in x or in y between places of two splits.
+    """
+    regions: dict[str, Region] = {}
+    for name, fraction in fractions.items():
+        free = spots[in_split(spots, "train", regions, gap)]
+        if fraction <= 0 or not len(free):
+            continue
+        spread = np.abs(free[:, None] - free).max(axis=-1)
+        radii = np.quantile(spread, min(1.0, fraction * len(spots) / len(free)), axis=1)
+        remaining = (spread > (radii + gap)[:, None]).sum(axis=1)
+        best = int(remaining.argmax())
+        regions[name] = Region((float(free[best, 0]), float(free[best, 1])), float(radii[best]))
+    return regions
+
+
+def in_split(
+    points: Float[np.ndarray, "points 2"], split: str, regions: Mapping[str, Region], gap: float
+) -> Bool[np.ndarray, "points"]:
+    """Whether places belong to a split: inside its own region, if it has one, and clear of all others by the gap."""
+    kept = np.ones(len(points), dtype=bool)
+    for name, region in regions.items():
+        kept &= region.distance(points) <= 0 if name == split else region.distance(points) > gap
+    return kept

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -26,6 +26,8 @@ class Vizdoom:
     test_maps: tuple[str, ...] = ()
     """Maps held out for testing; by default a share of the maps chosen by the seed."""
     test_fraction: float = 0.1
+    hold_out: Literal["maps", "places"] = "maps"
+    """What the test split keeps for itself: whole maps, or places of every map, further than the box from all others."""
     val_fraction: float = 0.0
     aabb: tuple[float, float, float, float, float, float] = (-10, -10, -2.5, 10, 10, 4)
     """The box around each place in metres: minimum x y z, maximum x y z."""
@@ -35,6 +37,7 @@ class Vizdoom:
     min_brightness: float = 0.12
     min_depth: float = 2.0
     min_inside: float = 0.6
+    min_view_depth: float = 0.7
     min_light: int = 0
     keep_sprites: bool = False
 
@@ -52,7 +55,7 @@ class Vizdoom:
             keep_sprites=self.keep_sprites,
             rig=RigOptions(num_target_views=self.num_target_views),
             accept=doom.PlaceFilter(
-                min_brightness=self.min_brightness, min_depth=self.min_depth, min_inside=self.min_inside
+                min_brightness=self.min_brightness, min_depth=self.min_depth, min_inside=self.min_inside, min_view_depth=self.min_view_depth
             ),
         )
         known = doom.all_maps()
@@ -64,7 +67,7 @@ class Vizdoom:
             task = progress.add_task("scenes", total=self.num_scenes)
             report = doom.collect(
                 self.out, self.num_scenes, maps, test_maps, fractions, options, self.workers,
-                lambda _: progress.advance(task),
+                hold_out=self.hold_out, on_scene=lambda _: progress.advance(task),
             )
         counts = ", ".join(f"{count} {name}" for name, count in report.num_scenes.items() if count)
         print(f"{self.out}: {counts} scenes")
