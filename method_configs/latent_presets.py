@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig
 from nfldm_ns.training import Schedule
 
@@ -24,6 +25,15 @@ class LatentPreset:
 
     model: dict[str, Any]
     training: LatentTrainingConfig
+
+
+@dataclass(frozen=True)
+class DiffusionPreset:
+    """Sizes of the three denoisers, and their trainings."""
+
+    models: dict[Stage, dict[str, Any]]
+    training: dict[Stage, DiffusionTrainingConfig]
+    quarter_turns: bool = True
 
 
 LATENT_PRESETS: dict[str, LatentPreset] = {
@@ -88,5 +98,66 @@ LATENT_PRESETS: dict[str, LatentPreset] = {
             num_views=6,
             fine_dropout=0.0,
         ),
+    ),
+}
+
+
+def _on_gpu(max_steps: int, batch_size: int, learning_rate: float = 1e-4) -> DiffusionTrainingConfig:
+    return DiffusionTrainingConfig(
+        schedule=Schedule(
+            max_steps=max_steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            warmup_steps=1000,
+            mixed_precision="bf16",
+            log_every=100,
+            checkpoint_every=5000,
+        ),
+        ema_decay=0.9999,
+    )
+
+
+DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
+    "tiny": DiffusionPreset(
+        models={
+            "global": {"width": 256, "num_layers": 4},
+            "coarse": {"channels": (96, 160), "attention": (False, True), "layers": 1},
+            "fine": {"channels": (48, 64, 96), "attention": (False, False, True), "layers": 1},
+        },
+        training={
+            "global": DiffusionTrainingConfig(schedule=Schedule(max_steps=1500, batch_size=64, learning_rate=1e-3)),
+            "coarse": DiffusionTrainingConfig(schedule=Schedule(max_steps=600, batch_size=16, learning_rate=1e-3)),
+            "fine": DiffusionTrainingConfig(schedule=Schedule(max_steps=500, batch_size=8, learning_rate=1e-3)),
+        },
+    ),
+    "base": DiffusionPreset(
+        models={
+            "global": {"width": 1024, "num_layers": 8},
+            "coarse": {"channels": (192, 384), "attention": (True, True), "layers": 2, "context_dim": 256},
+            "fine": {"channels": (128, 256, 384, 512), "attention": (False, False, True, True), "layers": 2, "context_dim": 256},
+        },
+        training={"global": _on_gpu(100_000, 256), "coarse": _on_gpu(200_000, 64), "fine": _on_gpu(200_000, 32)},
+    ),
+    "paper": DiffusionPreset(
+        models={
+            "global": {"width": 2048, "num_layers": 12},
+            "coarse": {
+                "channels": (256, 512, 512),
+                "attention": (True, True, True),
+                "layers": 2,
+                "context_dim": 512,
+                "head_dim": 64,
+            },
+            "fine": {
+                "channels": (128, 256, 512, 512),
+                "attention": (False, False, True, True),
+                "layers": 2,
+                "context_dim": 512,
+                "head_dim": 64,
+                "coarse_channels": 64,
+            },
+        },
+        training={"global": _on_gpu(500_000, 256), "coarse": _on_gpu(500_000, 32), "fine": _on_gpu(500_000, 16)},
+        quarter_turns=False,
     ),
 }

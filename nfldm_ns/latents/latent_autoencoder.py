@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from diffusers.configuration_utils import register_to_config
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.blocks import (
     ConditionalGroupNorm,
     DownsamplingEncoder,
@@ -23,8 +26,10 @@ from nfldm_ns.latents.blocks import (
 from nfldm_ns.latents.quantizer import VectorQuantizer
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_code import VoxelCode, linear_column_code
+from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
+MODEL_FOLDER = "latent_autoencoder"
 Box = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
@@ -189,6 +194,10 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         """c and f replaced by their nearest codes; unchanged where the model does not quantise."""
         return self._quantise(latents)[0]
 
+    def quantise_coarse(self, coarse: Float[Tensor, "batch cc zc yc xc"]) -> Float[Tensor, "batch cc zc yc xc"]:
+        """c replaced by its nearest codes."""
+        return self.coarse_codebook(coarse)[0] if self.config.quantize else coarse
+
     def _quantise(self, latents: SceneLatents) -> tuple[SceneLatents, Tensor]:
         if not self.config.quantize:
             return latents, latents.coarse.new_zeros(())
@@ -317,3 +326,28 @@ def _check_sizes(config, downsampling: int) -> None:
     for channels, code_dim in ((config.coarse_channels, config.coarse_code_dim), (config.fine_channels, config.fine_code_dim)):
         if channels % code_dim:
             raise ValueError(f"{channels} channels cannot be split into codes of {code_dim}")
+
+
+def load_latent_autoencoder(folder: Path | str) -> LatentAutoencoder:
+    """A trained stage 2, in evaluation mode on the CPU.
+
+    Args:
+        folder: what `save_pretrained` wrote, or the training run that contains it.
+
+    Raises:
+        UserInputError: if it is missing, truncated, or its weights are not those of its config.
+    """
+    folder = Path(folder)
+    if (folder / MODEL_FOLDER / "config.json").is_file():
+        folder = folder / MODEL_FOLDER
+    if not (folder / "config.json").is_file():
+        raise UserInputError(f"{folder} holds no latent auto-encoder: train one with 'nfldm-train-latent-ae'.")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("_class_name") != LatentAutoencoder.__name__:
+        raise UserInputError(f"{folder / 'config.json'} does not describe a latent auto-encoder: give another folder.")
+    try:
+        model = LatentAutoencoder.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise UserInputError(f"{folder / 'config.json'} cannot be used ({error}): train stage 2 again.") from None
+    load_exactly(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    return model.eval().requires_grad_(False)

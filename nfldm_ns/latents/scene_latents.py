@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from nfldm_ns.autoencoder.checkpoints import read_safetensors
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.writing import atomic_path
 
@@ -67,10 +66,7 @@ class SceneLatents:
         Raises:
             UserInputError: if the file is missing, truncated or holds something else.
         """
-        try:
-            tensors = load_file(path)
-            return SceneLatents(*(tensors[name] for name in _FIELDS))
-        except FileNotFoundError:
-            raise UserInputError(f"{path} is missing: sample or encode the scene again.") from None
-        except (SafetensorError, KeyError) as error:
-            raise UserInputError(f"{path} does not hold latents ({error}): sample or encode the scene again.") from None
+        tensors = read_safetensors(Path(path))
+        if set(tensors) != set(_FIELDS):
+            raise UserInputError(f"{path} does not hold the latents of scenes: give a file with {', '.join(_FIELDS)}.")
+        return SceneLatents(*(tensors[name] for name in _FIELDS))

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.losses import depth_loss
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, LatentReconstruction
+from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder, LatentReconstruction
 from nfldm_ns.latents.voxel_code import VoxelCode
 from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore
 from nfldm_ns.scenes.views import Views, rotate_cameras90
@@ -24,7 +25,6 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training import ProgressCallback, RunFolder, Schedule, batch_indices, train
 
-MODEL_FOLDER = "latent_autoencoder"
 FIT_SCENES = 256  # scenes that statistics and the linear code are fitted to
 
 
@@ -125,9 +125,19 @@ class LatentLosses:
             "commitment_loss": weights.commitment_mult * result.commitment,
         }
         if weights.rgb_mult or weights.depth_mult or weights.lpips_mult:
-            rendered = self.renderer.render(result.grid, views.cameras)
-            image_weights = StageOneLossConfig(weights.lpips_mult, weights.rgb_mult, weights.depth_mult)
-            losses.update(stage_one_losses(image_weights, rendered, views, result.grid, self.lpips))
+            losses.update(self.image_losses(result.grid, views))
+        return losses
+
+    def image_losses(self, grid: VoxelGrid, views: Views) -> dict[str, Tensor]:
+        """Losses of views rendered by the frozen stage 1."""
+        weights = self.config.losses
+        rendered = self.renderer.render(grid, views.cameras)
+        losses = {"rgb_loss": weights.rgb_mult * F.l1_loss(rendered.rgb, views.images)}
+        if views.depths is not None:
+            losses["depth_loss"] = weights.depth_mult * depth_loss(rendered.maps, views, grid.aabb)
+        if weights.lpips_mult:
+            images = (rendered.rgb.flatten(0, 1) * 2 - 1, views.images.flatten(0, 1) * 2 - 1)
+            losses["lpips_loss"] = weights.lpips_mult * self.lpips(*images).mean()
         return losses
 
     def batch(self, step: int) -> tuple[VoxelGrid, Views]:

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_safetensors
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SPLITS, SceneCollection, read_json
@@ -25,28 +26,6 @@ from nfldm_ns.scenes.writing import atomic_path, write_json
 FORMAT = "nfldm-voxel-store"
 VERSION = 1
 AUTOENCODER_FOLDER = "scene_autoencoder"
-
-
-def load_scene_autoencoder(folder: Path | str) -> SceneAutoencoder:
-    """A trained stage 1, in evaluation mode.
-
-    Args:
-        folder: what `SceneAutoencoder.save_pretrained` wrote.
-
-    Raises:
-        UserInputError: if the folder is missing, broken, or holds something else.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise UserInputError(f"{folder} holds no scene auto-encoder: train one with 'ns-train nfldm-scene-ae' or fix the path.")
-    if read_json(folder / "config.json").get("_class_name") != "SceneAutoencoder":
-        raise UserInputError(f"{folder} holds another kind of model: give the folder of a scene auto-encoder.")
-    try:
-        model = SceneAutoencoder.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserInputError(f"The scene auto-encoder in {folder} cannot be loaded ({reason}): train it again.") from error
-    return model.eval().requires_grad_(False)
 
 
 def model_hash(model: torch.nn.Module) -> str:
@@ -128,7 +107,7 @@ class VoxelStore:
 
     def load_autoencoder(self) -> SceneAutoencoder:
         """The stage 1 that encoded the scenes, from its copy in the store."""
-        model = load_scene_autoencoder(self.root / AUTOENCODER_FOLDER)
+        model = load_scene_autoencoder(self.root / AUTOENCODER_FOLDER).requires_grad_(False)
         self.require(model)
         return model
 
@@ -146,11 +125,8 @@ class VoxelStore:
             UserInputError: if the file is truncated or of another shape.
         """
         path = self.path(scene_id)
-        try:
-            voxels = load_file(path)
-            shapes = {name: tuple(voxels[name].shape) for name in ("density", "features")}
-        except (SafetensorError, KeyError, OSError) as error:
-            raise UserInputError(f"{path} cannot be read ({error}): delete it and run 'nfldm-encode' again.") from None
+        voxels = read_safetensors(path)
+        shapes = {name: tuple(value.shape) for name, value in voxels.items()}
         if shapes != {"density": (1, *self.grid_shape), "features": (self.feature_channels, *self.grid_shape)}:
             raise UserInputError(f"{path} has voxels of another shape: delete it and run 'nfldm-encode' again.")
         return voxels

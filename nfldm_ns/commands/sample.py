@@ -1,0 +1,63 @@
+"""`nfldm-sample`: new scenes from a trained generator."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+
+
+@dataclass
+class Sample:
+    """Sample scenes; each becomes a folder that is a nerfstudio run and a nerfstudio dataset.
+
+    Scene i has the seed `--seed` + i and does not depend on how many are sampled.
+    """
+
+    pipeline: tyro.conf.Positional[Path]
+    """A trained generator: the pipeline folder of nfldm-train-diffusion."""
+    num_scenes: int = 8
+    seed: int = 0
+    output_dir: Path = Path("outputs/generated")
+    """Scenes go to scene_<seed>/ in here."""
+    num_inference_steps: int = 30
+    """Denoising steps of each of the three latents."""
+    batch_size: int = 1
+    """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
+    device: str | None = None
+    """cpu or cuda; by default what is there."""
+
+    def run(self) -> None:
+        import torch
+        from rich.progress import track
+
+        from nfldm_ns.diffusion.pipeline import load_pipeline
+        from nfldm_ns.diffusion.sampling import sample_scenes
+
+        if self.num_scenes < 1 or self.batch_size < 1 or self.num_inference_steps < 1:
+            raise UserInputError("--num-scenes, --batch-size and --num-inference-steps must be at least 1: give larger numbers.")
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline = load_pipeline(self.pipeline).to(device)
+        scenes = sample_scenes(
+            pipeline,
+            self.output_dir,
+            self.num_scenes,
+            self.seed,
+            num_inference_steps=self.num_inference_steps,
+            batch_size=self.batch_size,
+            source=str(self.pipeline),
+        )
+        for folder in track(scenes, "Sampling scenes", total=self.num_scenes):
+            print(folder)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    command = tyro.cli(Sample, prog="nfldm-sample", args=args)
+    with exit_on_bad_input():
+        command.run()
+
+
+if __name__ == "__main__":
+    main()

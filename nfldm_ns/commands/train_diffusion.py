@@ -1,0 +1,77 @@
+"""`nfldm-train-diffusion`: stage 3."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nfldm_ns.errors import exit_on_bad_input
+
+
+@dataclass
+class TrainDiffusion:
+    """Train the denoisers of the global, the coarse and the fine latent; an interrupted run continues where it stopped.
+
+    When all three are there, they are saved as one pipeline. The three trainings are independent: run them one after
+    the other (all) or each on its own machine. On several GPUs start with `accelerate launch -m
+    nfldm_ns.commands.train_diffusion`.
+    """
+
+    stage: tyro.conf.Positional[Literal["global", "coarse", "fine", "all"]]
+    """Which denoiser."""
+    voxels: Path
+    """Encoded scenes, from nfldm-encode."""
+    latent_autoencoder: Path
+    """The run of nfldm-train-latent-ae."""
+    output_dir: Path
+    """One run folder per denoiser, and pipeline/ when all are trained."""
+    preset: Literal["tiny", "base", "paper"] = "tiny"
+    max_steps: int | None = None
+    """Optimiser steps of each denoiser; by default the preset's, as all below."""
+    time_budget_s: float | None = None
+    """Each denoiser's training ends after this many seconds if that comes first."""
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    quarter_turns: bool | None = None
+    """Also learn from the scenes turned by multiples of 90 degrees."""
+    seed: int = 0
+
+    def run(self) -> None:
+        import torch
+
+        from nfldm_ns.diffusion.latent_memory import encode_latents
+        from nfldm_ns.diffusion.training import STAGES, save_pipeline, train_denoiser
+        from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
+        from nfldm_ns.latents.voxel_store import VoxelStore
+        from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS
+
+        store = VoxelStore.open(self.voxels)
+        latent_autoencoder = load_latent_autoencoder(self.latent_autoencoder)
+        latent_autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        preset = DIFFUSION_PRESETS[self.preset]
+        turns = preset.quarter_turns if self.quarter_turns is None else self.quarter_turns
+        memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns)
+        names = ("max_steps", "time_budget_s", "batch_size", "learning_rate", "mixed_precision", "seed")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        for stage in STAGES if self.stage == "all" else (self.stage,):
+            training = preset.training[stage]
+            training = replace(
+                training, schedule=replace(training.schedule, **given), prediction_type=self.prediction_type
+            )
+            train_denoiser(stage, memory, latent_autoencoder, self.output_dir / stage, preset.models[stage], training)
+        saved = save_pipeline(self.output_dir, store.load_autoencoder(), latent_autoencoder)
+        print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    command = tyro.cli(TrainDiffusion, prog="nfldm-train-diffusion", args=args)
+    with exit_on_bad_input():
+        command.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`nfldm-train-latent-ae`: stage 2."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nfldm_ns.errors import exit_on_bad_input
+
+
+@dataclass
+class TrainLatentAutoencoder:
+    """Train the latent auto-encoder on encoded scenes; an interrupted run continues where it stopped.
+
+    On several GPUs start it with `accelerate launch -m nfldm_ns.commands.train_latent_ae`.
+    """
+
+    voxels: Path
+    """Encoded scenes, from nfldm-encode."""
+    output_dir: Path
+    """Folder of the run; the model goes to its latent_autoencoder folder."""
+    preset: Literal["tiny", "base", "paper"] = "tiny"
+    max_steps: int | None = None
+    """Optimiser steps; by default the preset's, as all below."""
+    time_budget_s: float | None = None
+    """Ends after this many seconds if that comes first."""
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    seed: int = 0
+    quantize: bool = True
+    """Vector-quantise c and f, as the paper does."""
+    quarter_turns: bool | None = None
+    """Turn scenes by random multiples of 90 degrees."""
+    evaluate: bool = True
+    """At the end render novel views of held-out scenes, before and after the latents."""
+
+    def run(self) -> None:
+        from nfldm_ns.evaluation.weights import load_lpips
+        from nfldm_ns.latents.training import train_latent_autoencoder
+        from nfldm_ns.latents.voxel_store import VoxelStore
+        from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
+
+        store = VoxelStore.open(self.voxels)
+        preset = LATENT_PRESETS[self.preset]
+        names = ("max_steps", "time_budget_s", "batch_size", "learning_rate", "mixed_precision", "seed")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        training = replace(preset.training, schedule=replace(preset.training.schedule, **given))
+        if self.quarter_turns is not None:
+            training = replace(training, quarter_turns=self.quarter_turns)
+        lpips = load_lpips("vgg") if training.losses.lpips_mult else None
+        model_config = {**preset.model, "quantize": self.quantize}
+        model = train_latent_autoencoder(store, self.output_dir, model_config, training, lpips=lpips)
+        print(f"The latent auto-encoder is in {self.output_dir / 'latent_autoencoder'}")
+        if self.evaluate and store.splits["test"]:
+            self.report(store, model)
+
+    def report(self, store, model) -> None:
+        from nfldm_ns.latents.round_trip import evaluate_round_trip
+        from nfldm_ns.scenes.writing import write_json
+
+        metrics = evaluate_round_trip(
+            store.load_autoencoder(), model, store, store.load_collection(), store.splits["test"]
+        )
+        write_json(self.output_dir / "evaluation.json", metrics)
+        print(f"Novel views of {len(store.splits['test'])} held-out scenes:")
+        for name, values in metrics.items():
+            print(f"  {name:15s} " + "  ".join(f"{key} {value:.3f}" for key, value in values.items()))
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    command = tyro.cli(TrainLatentAutoencoder, prog="nfldm-train-latent-ae", args=args)
+    with exit_on_bad_input():
+        command.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,295 @@
+"""The three denoisers of the hierarchy (paper, Sec. 3.3).
+
+Each predicts, as its scheduler says (velocity by default), from a noisy latent in normalised units: zero mean and unit
+variance per channel, with the statistics kept as buffers. Conditions are given in their own units.
+
+`scene_code` is what psi_g models: the global latent g and the camera trajectory, concatenated, `[B, G + 5 N]`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nfldm_ns.diffusion.trajectory import CAMERA_DIM, Intrinsics
+
+MIN_STD = 1e-2
+TIME_CHANNELS = 128
+
+
+class Normaliser(nn.Module):
+    """Per-channel mean and standard deviation of a latent, as buffers."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("std", torch.ones(channels))
+
+    def fit(self, values: Float[Tensor, "batch channels *space"]) -> None:
+        """Computes the statistics; channels that hardly vary are not blown up."""
+        flat = values.double().movedim(1, -1).flatten(0, -2)
+        self.mean.copy_(flat.mean(0))
+        self.std.copy_(flat.std(0).clamp(min=MIN_STD))
+
+    def forward(self, values: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
+        """To normalised units."""
+        shape = (-1, *[1] * (values.ndim - 2))
+        return (values - self.mean.view(shape)) / self.std.view(shape)
+
+    def inverse(self, values: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
+        """Back to the latent's own units."""
+        shape = (-1, *[1] * (values.ndim - 2))
+        return values * self.std.view(shape) + self.mean.view(shape)
+
+
+class _ResidualLayer(nn.Module):
+    """Two linear layers with a skip connection, modulated by the time embedding."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear1 = nn.Linear(width, 2 * width)
+        self.linear2 = nn.Linear(2 * width, width)
+        nn.init.zeros_(self.linear2.weight)
+        nn.init.zeros_(self.linear2.bias)
+
+    def forward(self, x: Float[Tensor, "batch width"], time: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
+        scale, shift = self.modulation(time).chunk(2, dim=-1)
+        h = self.norm(x) * (1 + scale) + shift
+        return x + self.linear2(F.silu(self.linear1(h)))
+
+
+class GlobalDenoiser(ModelMixin, ConfigMixin):
+    """psi_g: residual linear layers with skip connections, on g and the camera trajectory.
+
+    Args:
+        global_dim: size of g.
+        num_cameras: N cameras in the trajectory; 0 leaves it out.
+        intrinsics: fx, fy, cx, cy in pixels of the cameras of a generated scene.
+        image_size: (height, width) of their images.
+        width, num_layers: network size; the first half of the layers is linked to the second by skip connections.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        global_dim: int = 128,
+        num_cameras: int = 8,
+        intrinsics: Intrinsics = (51.2, 51.2, 32.0, 32.0),
+        image_size: tuple[int, int] = (64, 64),
+        width: int = 256,
+        num_layers: int = 4,
+    ) -> None:
+        super().__init__()
+        if num_layers % 2:
+            raise ValueError(f"num_layers must be even, not {num_layers}")
+        dim = global_dim + CAMERA_DIM * num_cameras
+        self.code = Normaliser(dim)
+        self.time = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU())
+        self.linear_in = nn.Linear(dim, width)
+        self.down = nn.ModuleList(_ResidualLayer(width) for _ in range(num_layers // 2))
+        self.skips = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(num_layers // 2))
+        self.up = nn.ModuleList(_ResidualLayer(width) for _ in range(num_layers // 2))
+        self.norm_out = nn.LayerNorm(width)
+        self.linear_out = nn.Linear(width, dim)
+        nn.init.zeros_(self.linear_out.weight)
+        nn.init.zeros_(self.linear_out.bias)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (G + 5 N,)."""
+        return (self.config.global_dim + CAMERA_DIM * self.config.num_cameras,)
+
+    def forward(self, sample: Float[Tensor, "batch code"], timestep: Int[Tensor, "batch"]) -> Float[Tensor, "batch code"]:
+        """Predicts from a noisy scene code in normalised units."""
+        time = self.time(get_timestep_embedding(timestep, TIME_CHANNELS).to(sample.dtype))
+        h = self.linear_in(sample)
+        kept = []
+        for layer in self.down:
+            h = layer(h, time)
+            kept.append(h)
+        for layer, skip in zip(self.up, self.skips, strict=True):
+            h = layer(skip(torch.cat([h, kept.pop()], dim=-1)), time)
+        return self.linear_out(F.silu(self.norm_out(h)))
+
+    def split(self, scene_code: Float[Tensor, "batch code"]) -> tuple[Tensor, Tensor]:
+        """g `[B, G]` and the trajectory `[B, 5 N]` of a scene code."""
+        return scene_code.split([self.config.global_dim, CAMERA_DIM * self.config.num_cameras], dim=-1)
+
+
+def _unet(
+    in_channels: int,
+    out_channels: int,
+    code_dim: int,
+    channels: tuple[int, ...],
+    attention: tuple[bool, ...],
+    layers: int,
+    context_dim: int,
+    head_dim: int,
+) -> UNet2DConditionModel:
+    """A U-Net with self- and cross-attention where `attention` says so, and the scene code as class embedding.
+
+    The embedding's scale and shift follow each group norm: the paper's conditional group norm.
+    """
+    down = tuple("CrossAttnDownBlock2D" if flag else "DownBlock2D" for flag in attention)
+    up = tuple("CrossAttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(attention))
+    return UNet2DConditionModel(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        block_out_channels=channels,
+        down_block_types=down,
+        up_block_types=up,
+        mid_block_type="UNetMidBlock2DCrossAttn",
+        layers_per_block=layers,
+        cross_attention_dim=context_dim,
+        attention_head_dim=tuple(max(width // head_dim, 1) for width in channels),
+        norm_num_groups=_groups(channels),
+        class_embed_type="projection",
+        projection_class_embeddings_input_dim=code_dim,
+        resnet_time_scale_shift="scale_shift",
+    )
+
+
+def _groups(channels: tuple[int, ...]) -> int:
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in channels))
+
+
+class CoarseDenoiser(ModelMixin, ConfigMixin):
+    """psi_c: a U-Net over c with z folded into channels, conditioned on the scene code.
+
+    Args:
+        coarse_shape: (Cc, Zc, Yc, Xc).
+        code_dim: G + 5 N.
+        channels: widths at each resolution, finest first; Yc and Xc are multiples of `2 ** (len - 1)`.
+        attention: where self- and cross-attention are used; the lowest resolution always has them in the middle.
+        layers: residual layers per resolution.
+        context_dim: width of the cross-attention's tokens.
+        head_dim: channels per attention head.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        coarse_shape: tuple[int, int, int, int] = (16, 4, 12, 12),
+        code_dim: int = 168,
+        channels: tuple[int, ...] = (96, 192),
+        attention: tuple[bool, ...] = (True, True),
+        layers: int = 2,
+        context_dim: int = 128,
+        head_dim: int = 32,
+    ) -> None:
+        super().__init__()
+        folded = coarse_shape[0] * coarse_shape[1]
+        self.latent = Normaliser(folded)
+        self.code = Normaliser(code_dim)
+        self.token = nn.Linear(code_dim, context_dim)
+        self.unet = _unet(folded, folded, code_dim, tuple(channels), tuple(attention), layers, context_dim, head_dim)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (Cc Zc, Yc, Xc)."""
+        cc, zc, yc, xc = self.config.coarse_shape
+        return cc * zc, yc, xc
+
+    def forward(
+        self,
+        sample: Float[Tensor, "batch folded yc xc"],
+        timestep: Int[Tensor, "batch"],
+        scene_code: Float[Tensor, "batch code"],
+        context: Float[Tensor, "batch tokens dim"] | None = None,
+    ) -> Float[Tensor, "batch folded yc xc"]:
+        """Predicts from a noisy c in normalised units, z folded into channels.
+
+        Args:
+            context: further tokens for cross-attention, for example of a bird's-eye-view map.
+        """
+        code = self.code(scene_code)
+        tokens = _with_token(self.token(code), context)
+        return self.unet(sample, timestep, tokens, class_labels=code).sample
+
+
+class FineDenoiser(ModelMixin, ConfigMixin):
+    """psi_f: a U-Net over f, conditioned on the scene code and on c, which is upsampled and concatenated.
+
+    Args:
+        fine_shape: (Cf, Y, X).
+        coarse_shape: (Cc, Zc, Yc, Xc).
+        coarse_channels: channels that c is projected to before it is upsampled.
+        code_dim, channels, attention, layers, context_dim, head_dim: as in `CoarseDenoiser`.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        fine_shape: tuple[int, int, int] = (16, 48, 48),
+        coarse_shape: tuple[int, int, int, int] = (16, 4, 12, 12),
+        coarse_channels: int = 32,
+        code_dim: int = 168,
+        channels: tuple[int, ...] = (64, 96, 128),
+        attention: tuple[bool, ...] = (False, False, True),
+        layers: int = 1,
+        context_dim: int = 128,
+        head_dim: int = 32,
+    ) -> None:
+        super().__init__()
+        folded = coarse_shape[0] * coarse_shape[1]
+        self.latent = Normaliser(fine_shape[0])
+        self.coarse = Normaliser(folded)
+        self.code = Normaliser(code_dim)
+        self.token = nn.Linear(code_dim, context_dim)
+        self.project_coarse = nn.Conv2d(folded, coarse_channels, 3, padding=1)
+        self.unet = _unet(
+            fine_shape[0] + coarse_channels,
+            fine_shape[0],
+            code_dim,
+            tuple(channels),
+            tuple(attention),
+            layers,
+            context_dim,
+            head_dim,
+        )
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, (Cf, Y, X)."""
+        return tuple(self.config.fine_shape)
+
+    def forward(
+        self,
+        sample: Float[Tensor, "batch fine y x"],
+        timestep: Int[Tensor, "batch"],
+        scene_code: Float[Tensor, "batch code"],
+        coarse: Float[Tensor, "batch cc zc yc xc"],
+        context: Float[Tensor, "batch tokens dim"] | None = None,
+        coarse_noise: float = 0.0,
+    ) -> Float[Tensor, "batch fine y x"]:
+        """Predicts from a noisy f in normalised units.
+
+        Args:
+            coarse: c, quantised: what the decoder will see.
+            context: further tokens for cross-attention.
+            coarse_noise: standard deviation of noise on the normalised c (conditioning augmentation in training).
+        """
+        code = self.code(scene_code)
+        tokens = _with_token(self.token(code), context)
+        guide = self.coarse(coarse.flatten(1, 2))
+        if coarse_noise > 0:
+            guide = guide + coarse_noise * torch.randn_like(guide)
+        guide = F.interpolate(self.project_coarse(guide), size=sample.shape[-2:], mode="bilinear", align_corners=False)
+        return self.unet(torch.cat([sample, guide], dim=1), timestep, tokens, class_labels=code).sample
+
+
+def _with_token(token: Float[Tensor, "batch dim"], context: Tensor | None) -> Float[Tensor, "batch tokens dim"]:
+    return token[:, None] if context is None else torch.cat([token[:, None], context], dim=1)

@@ -1,0 +1,122 @@
+"""Latents of all training scenes, encoded once and kept in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from rich.progress import track
+from torch import Tensor
+
+from nfldm_ns.diffusion.trajectory import Intrinsics, cameras_to_trajectory, turn_trajectory
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.scenes.collection import SceneCollection, read_transforms
+from nfldm_ns.scenes.views import index_cameras, make_cameras
+
+ENCODE_BATCH = 4
+
+
+@dataclass
+class LatentMemory:
+    """Latents of S scenes in T quarter turns.
+
+    Attributes:
+        scene_code: `[S, T, G + 5 N]`, g and the trajectory of the source cameras.
+        coarse: `[S, T, Cc, Zc, Yc, Xc]`, before quantisation, in half precision.
+        coarse_codes: the same, quantised.
+        fine: `[S, T, Cf, Y, X]`, before quantisation, in half precision.
+        num_cameras: N.
+        intrinsics: fx, fy, cx, cy of the first scene's cameras, in pixels.
+        image_size: (height, width).
+    """
+
+    scene_code: Float[Tensor, "scenes turns code"]
+    coarse: Float[Tensor, "scenes turns cc zc yc xc"]
+    coarse_codes: Float[Tensor, "scenes turns cc zc yc xc"]
+    fine: Float[Tensor, "scenes turns cf y x"]
+    num_cameras: int
+    intrinsics: Intrinsics
+    image_size: tuple[int, int]
+
+    def __len__(self) -> int:
+        return self.scene_code.shape[0]
+
+    @property
+    def num_turns(self) -> int:
+        return self.scene_code.shape[1]
+
+    def pick(self, name: str, indices: list[int], turns: Tensor, device: torch.device | str) -> Tensor:
+        """One attribute of some scenes, each in its turn, in single precision."""
+        return getattr(self, name)[torch.tensor(indices), turns].to(device).float()
+
+
+@torch.no_grad()
+def encode_latents(
+    store: VoxelStore,
+    latent_autoencoder: LatentAutoencoder,
+    scene_ids: Sequence[str],
+    quarter_turns: bool = True,
+    num_cameras: int | None = None,
+) -> LatentMemory:
+    """Encodes scenes of a store, each in four turns or as it is.
+
+    Args:
+        num_cameras: length of the trajectory; by default the least number of source views of these scenes. Scenes with
+            more contribute evenly spaced ones.
+
+    Raises:
+        UserInputError: if a scene has fewer cameras than `num_cameras`.
+    """
+    device = next(latent_autoencoder.parameters()).device
+    cameras = [_source_cameras(store.load_collection(), scene_id) for scene_id in scene_ids]
+    fewest = min(c.shape[0] for c in cameras)
+    num_cameras = fewest if num_cameras is None else num_cameras
+    if fewest < num_cameras:
+        raise UserInputError(
+            f"A scene of {store.description['collection']} has {fewest} source views, but the model was trained with "
+            f"{num_cameras}: collect scenes with as many."
+        )
+    trajectories = torch.stack([cameras_to_trajectory(_spread(c, num_cameras)) for c in cameras])
+    turns = range(4) if quarter_turns else range(1)
+    parts: dict[str, list[Tensor]] = {"g": [], "coarse": [], "coarse_codes": [], "fine": []}
+    batches = [list(scene_ids[i : i + ENCODE_BATCH]) for i in range(0, len(scene_ids), ENCODE_BATCH)]
+    for batch in track(batches, "Encoding latents", transient=True):
+        grid = store.grid(batch).to(device)
+        turned = [latent_autoencoder.encode(grid.rotate90(turn) if turn else grid) for turn in turns]
+        codes = [latent_autoencoder.quantise(latents).coarse for latents in turned]
+        parts["g"].append(torch.stack([latents.global_latent for latents in turned], 1).cpu())
+        parts["coarse"].append(torch.stack([latents.coarse for latents in turned], 1).half().cpu())
+        parts["coarse_codes"].append(torch.stack(codes, 1).half().cpu())
+        parts["fine"].append(torch.stack([latents.fine for latents in turned], 1).half().cpu())
+    turned_trajectories = torch.stack([turn_trajectory(trajectories, turn) for turn in turns], dim=1)
+    first = cameras[0]
+    return LatentMemory(
+        torch.cat([torch.cat(parts["g"]), turned_trajectories], dim=-1),
+        torch.cat(parts["coarse"]),
+        torch.cat(parts["coarse_codes"]),
+        torch.cat(parts["fine"]),
+        num_cameras,
+        tuple(float(getattr(first, name)[0]) for name in ("fx", "fy", "cx", "cy")),  # type: ignore[arg-type]
+        (int(first.height[0]), int(first.width[0])),
+    )
+
+
+def _source_cameras(collection: SceneCollection, scene_id: str) -> Cameras:
+    """Source cameras of a scene, without reading its images."""
+    transforms = read_transforms(collection.scene_dir(scene_id))
+    frames = [transforms.frames[name] for name in transforms.source_names]
+    poses = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float32)[:, :3]
+    fx, fy, cx, cy = (torch.tensor([float(frame[k]) for frame in frames]) for k in ("fl_x", "fl_y", "cx", "cy"))
+    width, height = collection.image_size
+    return make_cameras(poses, fx, fy, cx, cy, height, width)
+
+
+def _spread(cameras: Cameras, count: int) -> Cameras:
+    """`count` evenly spaced cameras of a sequence."""
+    total = cameras.shape[0]
+    return index_cameras(cameras, torch.arange(count) * total // max(count, 1))

@@ -1,0 +1,260 @@
+"""The trained generator: g, then c, then f, then V (paper, Sec. 3.3)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers.utils import BaseOutput
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.trajectory import trajectory_to_cameras
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.scene_latents import SceneLatents
+from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+StepCallback = Callable[["NFLDMPipeline", int, int, dict[str, Any]], dict[str, Any]]
+
+
+@dataclass
+class NFLDMPipelineOutput(BaseOutput):
+    """Generated scenes.
+
+    Attributes:
+        grids: voxels of all scenes; None if only latents were asked for.
+        latents: g, c and f before quantisation.
+        cameras: sampled source cameras, batch shape `[B, N]`.
+    """
+
+    grids: VoxelGrid | None
+    latents: SceneLatents
+    cameras: Cameras
+
+
+class NFLDMPipeline(DiffusionPipeline):
+    """Samples scenes.
+
+    Args:
+        scene_autoencoder: stage 1; renders the scenes.
+        latent_autoencoder: stage 2; turns latents into voxels.
+        global_denoiser, coarse_denoiser, fine_denoiser: stage 3.
+        scheduler: any scheduler of diffusers whose prediction type is that of the training.
+    """
+
+    model_cpu_offload_seq = "global_denoiser->coarse_denoiser->fine_denoiser->latent_autoencoder->scene_autoencoder"
+
+    def __init__(
+        self,
+        scene_autoencoder: SceneAutoencoder,
+        latent_autoencoder: LatentAutoencoder,
+        global_denoiser: GlobalDenoiser,
+        coarse_denoiser: CoarseDenoiser,
+        fine_denoiser: FineDenoiser,
+        scheduler: SchedulerMixin,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            scene_autoencoder=scene_autoencoder,
+            latent_autoencoder=latent_autoencoder,
+            global_denoiser=global_denoiser,
+            coarse_denoiser=coarse_denoiser,
+            fine_denoiser=fine_denoiser,
+            scheduler=scheduler,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_scenes: int = 1,
+        generator: Generators = None,
+        num_inference_steps: int = 30,
+        output_type: str = "grid",
+        clip: float | None = None,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> NFLDMPipelineOutput:
+        """Samples `num_scenes` scenes.
+
+        Args:
+            generator: one for all, or one per scene; with one per scene a scene does not depend on the others.
+            num_inference_steps: denoising steps of each of the three latents.
+            output_type: "grid", or "latent" to skip decoding.
+            clip: limits sampled latents to this many standard deviations; None leaves them alone.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, {"stage": ..., "latents": ...})` after each
+                step; may return `{"latents": ...}` to go on with. Latents are in normalised units.
+        """
+        if output_type not in ("grid", "latent"):
+            raise ValueError(f"output_type must be 'grid' or 'latent', not {output_type!r}")
+
+        def sample(stage: str, denoiser: nn.Module, **conditions: Tensor) -> Tensor:
+            noise = self.prepare_noise(num_scenes, denoiser.sample_shape, generator)  # type: ignore[arg-type]
+            latents = self.denoise(
+                stage, denoiser, noise, num_inference_steps, generator, callback_on_step_end, **conditions
+            )
+            return latents if clip is None else latents.clamp(-clip, clip)
+
+        scene_code = self.global_denoiser.code.inverse(sample("global", self.global_denoiser))
+        global_latent, trajectory = self.global_denoiser.split(scene_code)
+        coarse = self.coarse_denoiser.latent.inverse(sample("coarse", self.coarse_denoiser, scene_code=scene_code))
+        coarse = coarse.unflatten(1, self.latent_autoencoder.coarse_shape[:2])
+        codes = self.latent_autoencoder.quantise_coarse(coarse)
+        fine = self.fine_denoiser.latent.inverse(
+            sample("fine", self.fine_denoiser, scene_code=scene_code, coarse=codes)
+        )
+        latents = SceneLatents(global_latent, coarse, fine)
+        config = self.global_denoiser.config
+        cameras = trajectory_to_cameras(
+            trajectory, self.latent_autoencoder.aabb, tuple(config.intrinsics), tuple(config.image_size)
+        )
+        grids = self.latent_autoencoder.decode(latents) if output_type == "grid" else None
+        return NFLDMPipelineOutput(grids=grids, latents=latents, cameras=cameras)
+
+    def prepare_noise(
+        self, num_scenes: int, shape: tuple[int, ...], generator: Generators
+    ) -> Float[Tensor, "scenes *shape"]:
+        """Initial noise, scaled as the scheduler wants it."""
+        generators = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
+        if isinstance(generators, list) and len(generators) != num_scenes:
+            raise ValueError(f"{len(generators)} generators were given for {num_scenes} scenes")
+        noise = randn_tensor(
+            (num_scenes, *shape), generator=generators, device=self._execution_device, dtype=self.fine_denoiser.dtype
+        )
+        return noise * self.scheduler.init_noise_sigma
+
+    def denoise(
+        self,
+        stage: str,
+        denoiser: nn.Module,
+        latents: Float[Tensor, "scenes *shape"],
+        num_inference_steps: int,
+        generator: Generators = None,
+        callback: StepCallback | None = None,
+        **conditions: Tensor,
+    ) -> Float[Tensor, "scenes *shape"]:
+        """Runs one denoiser from noise to a sample, in normalised units."""
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        extra = self._step_arguments(generator)
+        with self.progress_bar(total=num_inference_steps) as progress:
+            for step, timestep in enumerate(self.scheduler.timesteps):
+                scaled = self.scheduler.scale_model_input(latents, timestep)
+                batch_time = timestep.to(latents.device).expand(len(latents))
+                predicted = denoiser(scaled, batch_time, **conditions)
+                latents = self.scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[0]
+                if callback is not None:
+                    result = callback(self, step, int(timestep), {"stage": stage, "latents": latents})
+                    latents = result.get("latents", latents)
+                progress.update()
+        return latents
+
+    def _step_arguments(self, generator: Generators) -> dict[str, Any]:
+        accepts = "generator" in inspect.signature(self.scheduler.step).parameters
+        if not accepts:
+            return {}
+        single = generator is None or isinstance(generator, torch.Generator)
+        return {"generator": generator if single else list(generator)}  # type: ignore[arg-type]
+
+
+def scene_generators(seed: int, num_scenes: int, device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """One generator per scene, seeded `seed`, `seed + 1`, ...: scene i is the same however many are sampled."""
+    return [torch.Generator(device).manual_seed(seed + i) for i in range(num_scenes)]
+
+
+COMPONENTS = {
+    "scene_autoencoder": SceneAutoencoder,
+    "latent_autoencoder": LatentAutoencoder,
+    "global_denoiser": GlobalDenoiser,
+    "coarse_denoiser": CoarseDenoiser,
+    "fine_denoiser": FineDenoiser,
+}
+
+
+def load_pipeline(folder: Path | str) -> NFLDMPipeline:
+    """Reads a trained generator from a folder and checks it.
+
+    Raises:
+        UserInputError: if a component is missing, truncated, or does not fit the others.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise UserInputError(f"{folder} has no model_index.json, so it is not a trained generator: fix the path.")
+    index = read_json(folder / "model_index.json")
+    if not isinstance(index, dict) or index.get("_class_name") != "NFLDMPipeline":
+        raise UserInputError(f"{folder} holds another kind of pipeline: give the folder of an NFLDMPipeline.")
+    components = {name: _load_component(folder / name, cls) for name, cls in COMPONENTS.items()}
+    if not (folder / "scheduler" / "scheduler_config.json").is_file():
+        raise UserInputError(f"{folder} lacks scheduler/scheduler_config.json: restore it or save the pipeline again.")
+    try:
+        pipeline = NFLDMPipeline.from_pretrained(folder, **components)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserInputError(f"{folder} cannot be loaded ({reason}): save the pipeline again.") from error
+    check_agreement(pipeline, folder)
+    return pipeline
+
+
+def _load_component(folder: Path, cls: type) -> nn.Module:
+    """A component whose weights are exactly those its configuration asks for."""
+    if not (folder / "config.json").is_file():
+        raise UserInputError(f"{folder.parent} lacks the component {folder.name}: restore it or save the pipeline again.")
+    config = read_json(folder / "config.json")
+    try:
+        if config.get("_class_name") != cls.__name__:
+            raise ValueError(f"it is a {config.get('_class_name')}")
+        component = cls.from_config(config)  # type: ignore[attr-defined]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserInputError(f"{folder / 'config.json'} does not describe a {cls.__name__} ({error}): restore it.") from None
+    load_exactly(component, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    return component.eval()
+
+
+def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline") -> None:
+    """Raises `UserInputError` unless the components were made for each other, as far as shapes tell."""
+    stage1, stage2 = pipeline.scene_autoencoder, pipeline.latent_autoencoder
+    global_config = pipeline.global_denoiser.config
+    coarse_config, fine_config = pipeline.coarse_denoiser.config, pipeline.fine_denoiser.config
+    code_dim = pipeline.global_denoiser.sample_shape[0]
+    facts = [
+        ("grid shape", "latent_autoencoder", stage2.grid_shape, "scene_autoencoder", stage1.grid_shape),
+        ("feature channels", "latent_autoencoder", stage2.feature_channels, "scene_autoencoder", stage1.feature_channels),
+        ("box", "latent_autoencoder", stage2.aabb.tolist(), "scene_autoencoder", stage1.aabb.tolist()),
+        ("size of g", "global_denoiser", global_config.global_dim, "latent_autoencoder", stage2.config.global_dim),
+        ("shape of c", "coarse_denoiser", tuple(coarse_config.coarse_shape), "latent_autoencoder", stage2.coarse_shape),
+        ("shape of c", "fine_denoiser", tuple(fine_config.coarse_shape), "latent_autoencoder", stage2.coarse_shape),
+        ("shape of f", "fine_denoiser", tuple(fine_config.fine_shape), "latent_autoencoder", stage2.fine_shape),
+        ("size of the scene code", "coarse_denoiser", coarse_config.code_dim, "global_denoiser", code_dim),
+        ("size of the scene code", "fine_denoiser", fine_config.code_dim, "global_denoiser", code_dim),
+    ]
+    for what, name, value, other, expected in facts:
+        if value != expected:
+            raise UserInputError(
+                f"In {where} the {what} of {name} is {value}, but that of {other} is {expected}: use components of one training."
+            )
+
+
+def assemble_pipeline(
+    scene_autoencoder: SceneAutoencoder,
+    latent_autoencoder: LatentAutoencoder,
+    global_denoiser: GlobalDenoiser,
+    coarse_denoiser: CoarseDenoiser,
+    fine_denoiser: FineDenoiser,
+    scheduler: DPMSolverMultistepScheduler,
+) -> NFLDMPipeline:
+    """A checked pipeline, all on the CPU in single precision and evaluation mode."""
+    models = (scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser)
+    pipeline = NFLDMPipeline(*(model.cpu().float().eval() for model in models), scheduler)  # type: ignore[arg-type]
+    check_agreement(pipeline)
+    return pipeline
