@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
@@ -118,8 +119,19 @@ class SceneAutoencoderTrainer(Trainer):
         try:
             super()._load_checkpoint()
         except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            self._discard_config()
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserInputError(f"{path} cannot be resumed from ({reason}): give another --load-dir.") from error
+        except SystemExit:
+            self._discard_config()
+            raise
+
+    def _discard_config(self) -> None:
+        """Leaves no run behind that never trained."""
+        if not self.checkpoint_dir.exists():
+            (self.base_dir / "config.yml").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.base_dir.rmdir()
 
     @exit_on_bad_input()
     def save_checkpoint(self, step: int) -> None:
