@@ -26,7 +26,7 @@ def describe_os_error(error: OSError, path: Path | str | None = None) -> str:
         path: where it happened, if the error itself does not know.
     """
     where = error.filename or path or "the output folder"
-    if error.errno == errno.ENOSPC:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full while writing {where}: free some space or choose another output folder."
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{where} is not writable: choose another output folder or change its permissions."

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch starts its threads: spinning workers slow every neighbour down on small machines.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -32,3 +35,19 @@ def _same_random_numbers_every_time() -> None:
 def box_room_collection(tmp_path_factory: pytest.TempPathFactory) -> SceneCollection:
     """Three training, one validation and two test rooms at 32 x 32 pixels; shared, so read only."""
     return make_box_room_collection(tmp_path_factory.mktemp("box_rooms"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=32k", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)

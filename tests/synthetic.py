@@ -79,9 +79,7 @@ def level_cameras(
 ) -> Cameras:
     """Upright cameras with square images; yaw in radians, counter-clockwise from x."""
     cos, sin, zero, one = yaws.cos(), yaws.sin(), torch.zeros_like(yaws), torch.ones_like(yaws)
-    right, up, back = (
-        torch.stack(axis, dim=-1) for axis in ((sin, -cos, zero), (zero, zero, one), (-cos, -sin, zero))
-    )
+    right, up, back = (torch.stack(axis, dim=-1) for axis in ((sin, -cos, zero), (zero, zero, one), (-cos, -sin, zero)))
     focal = torch.full_like(yaws, image_size / 2 / math.tan(field_of_view / 2))
     centre = torch.full_like(yaws, image_size / 2)
     camera_to_worlds = torch.stack([right, up, back, positions], dim=-1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,8 +87,8 @@ class SceneCollection:
         path = root / "collection.json"
         if not path.is_file():
             raise UserInputError(
-                f"{root} has no collection.json, so it is not a scene collection: make one with 'nfldm-collect vizdoom' "
-                "or from your own captures with 'nfldm-collect import'."
+                f"{root} has no collection.json, so it is not a scene collection: make one with "
+                "'nfldm-collect vizdoom', or from your own captures with 'nfldm-collect import'."
             )
         description = read_json(path)
         if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -99,10 +100,12 @@ class SceneCollection:
             )
         try:
             collection = cls._from_description(root, description)
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            raise UserInputError(f"{path} lacks {error}: see docs/data.md for the format.") from None
+        except (AttributeError, IndexError, TypeError, ValueError) as error:
             raise UserInputError(
-                f"{path} is missing or has a wrong value for {error}: see docs/data.md for the format."
-            ) from error
+                f"{path} has a value of a wrong kind ({error}): see docs/data.md for the format."
+            ) from None
         collection._check_description(path)
         return collection
 
@@ -124,10 +127,15 @@ class SceneCollection:
         )
 
     def _check_description(self, path: Path) -> None:
-        if self.aabb.shape != (2, 3) or not bool((self.aabb[1] > self.aabb[0]).all()):
+        if self.aabb.shape != (2, 3) or not bool((self.aabb.isfinite().all() & (self.aabb[1] > self.aabb[0])).all()):
             raise UserInputError(f"aabb in {path} must be [[x, y, z], [x, y, z]], minimum before maximum, in metres.")
         if not 0 < self.near < self.far:
             raise UserInputError(f"near and far in {path} must satisfy 0 < near < far, in metres.")
+        if min(self.image_size) < 1:
+            raise UserInputError(f"image_size in {path} must be [width, height] in pixels, both positive.")
+        twice = [scene_id for scene_id, count in Counter(self.scene_ids).items() if count > 1]
+        if twice:
+            raise UserInputError(f"{path} lists the scene {twice[0]} more than once: splits must not share scenes.")
         if not self.splits["train"]:
             raise UserInputError(f"{path} has no training scenes: list at least one in splits.train.")
 
@@ -194,7 +202,19 @@ class SceneCollection:
             )
 
     def batch(self, scenes: list[Scene]) -> SceneBatch:
-        """Joins scenes of this collection; all must have equal numbers of views."""
+        """Joins scenes of this collection.
+
+        Raises:
+            UserInputError: if their numbers of source or target views differ.
+        """
+        first = (scenes[0].source.shape[0], scenes[0].target.shape[0])
+        for scene in scenes:
+            number = (scene.source.shape[0], scene.target.shape[0])
+            if number != first:
+                raise UserInputError(
+                    f"Scene {scenes[0].scene_id} of {self.root} has {first[0]} source and {first[1]} target views, "
+                    f"but {scene.scene_id} has {number[0]} and {number[1]}: give all scenes the same numbers."
+                )
         return SceneBatch(
             [scene.scene_id for scene in scenes],
             Views.stack([scene.source for scene in scenes]),
@@ -233,6 +253,8 @@ def read_transforms(folder: Path) -> Transforms:
     content = read_json(path)
     if not isinstance(content, dict) or not content.get("frames"):
         raise UserInputError(f"{path} has no frames: see docs/data.md for the format.")
+    if not isinstance(content["frames"], list) or not all(isinstance(frame, dict) for frame in content["frames"]):
+        raise UserInputError(f"The frames of {path} are not a list of objects: see docs/data.md for the format.")
     frames: dict[str, dict[str, Any]] = {}
     for frame in content["frames"]:
         merged = {**{k: content[k] for k in ("fl_x", "fl_y", "cx", "cy", "w", "h") if k in content}, **frame}
@@ -240,10 +262,12 @@ def read_transforms(folder: Path) -> Transforms:
         if missing:
             raise UserInputError(f"A frame of {path} lacks {', '.join(missing)}: see docs/data.md for the format.")
         _check_frame(path, merged)
-        frames[merged["file_path"]] = merged
+        frames[str(merged["file_path"])] = merged
     sources = content.get("train_filenames") or list(frames)
     targets = content.get("test_filenames") or content.get("val_filenames") or list(frames)
-    unknown = [name for name in [*sources, *targets] if name not in frames]
+    if not isinstance(sources, list) or not isinstance(targets, list):
+        raise UserInputError(f"The filenames of a split in {path} are not a list: see docs/data.md for the format.")
+    unknown = [name for name in [*sources, *targets] if str(name) not in frames]
     if unknown:
         raise UserInputError(f"{path} lists {unknown[0]} as a view, but has no frame of that name: add it or drop it.")
     return Transforms(path, frames, sources, targets)
@@ -262,21 +286,30 @@ def _check_frame(path: Path, frame: dict[str, Any]) -> None:
         raise UserInputError(f"The pose of {name} in {path} contains NaN or infinity: remove the frame or repair it.")
     if not np.isfinite(intrinsics).all() or (intrinsics[:2] <= 0).any():
         raise UserInputError(
-            f"The focal length of {name} in {path} is {intrinsics[0]:g} x {intrinsics[1]:g} pixels: it must be positive."
+            f"The focal length or the centre of {name} in {path} cannot be right "
+            f"({', '.join(f'{value:g}' for value in intrinsics)}): give fl_x, fl_y > 0, cx and cy in pixels."
         )
     rotation = pose[:3, :3]
     if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3:
         raise UserInputError(
-            f"The rotation of {name} in {path} is not orthonormal: remove scale and shear from camera-to-world matrices."
+            f"The rotation of {name} in {path} is not orthonormal: remove scale and shear from the matrix."
         )
     if np.linalg.det(rotation) < 0:
         raise UserInputError(
-            f"The pose of {name} in {path} is mirrored (determinant -1): give right-handed OpenGL camera-to-world matrices."
+            f"The pose of {name} in {path} is mirrored (determinant -1): "
+            "give a right-handed OpenGL camera-to-world matrix."
         )
 
 
 def _load_views(folder: Path, transforms: Transforms, names: list[str], image_size: tuple[int, int]) -> Views:
     frames = [transforms.frames[name] for name in names]
+    for frame in frames:
+        size = (frame.get("w", image_size[0]), frame.get("h", image_size[1]))
+        if size != image_size:
+            raise UserInputError(
+                f"The intrinsics of {frame['file_path']} in {transforms.path} are for {size[0]} x {size[1]} pixels, "
+                f"but collection.json says {image_size[0]} x {image_size[1]}: scale them to the images."
+            )
     images = np.stack([read_image(folder / name, image_size) for name in names])
     depths = None
     if any("depth_file_path" in frame for frame in frames):
@@ -313,7 +346,7 @@ def _open_image(path: Path) -> Image.Image:
 def _check_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
     if size != expected:
         raise UserInputError(
-            f"{path} is {size[0]} x {size[1]} pixels, but collection.json says {expected[0]} x {expected[1]}: resize it."
+            f"{path} is {size[0]} x {size[1]}, but collection.json wants {expected[0]} x {expected[1]}: resize it."
         )
 
 
@@ -328,7 +361,9 @@ def read_depth(path: Path, image_size: tuple[int, int]) -> Float[np.ndarray, "he
     """Planar depth in metres from a 16-bit PNG in millimetres; 0 is unknown."""
     image = _open_image(path)
     if image.mode not in ("I;16", "I;16B", "I"):
-        raise UserInputError(f"{path} has mode {image.mode}, but depth must be a 16-bit PNG in millimetres: convert it.")
+        raise UserInputError(
+            f"{path} has mode {image.mode}, but depth must be a 16-bit PNG in millimetres: convert it."
+        )
     _check_size(path, image.size, image_size)
     return np.asarray(image).astype(np.float32) * DEPTH_UNIT_M
 

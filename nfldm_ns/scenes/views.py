@@ -57,7 +57,7 @@ class Views:
 
     @staticmethod
     def cat(views: list[Views]) -> Views:
-        """Joins views of one image size along the first batch axis. Depth is kept if any has it; the others' is unknown."""
+        """Joins views of one image size along the first batch axis; depth is kept if any has it, else unknown."""
         depths = None
         if any(view.depths is not None for view in views):
             depths = torch.cat([_depths_or_unknown(view) for view in views])

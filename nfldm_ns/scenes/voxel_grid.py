@@ -28,7 +28,9 @@ class VoxelGrid:
         if self.density.ndim != 5 or self.density.shape[1] != 1:
             raise ValueError(f"density must be [B, 1, Z, Y, X], not {tuple(self.density.shape)}")
         if self.features.ndim != 5 or self.features.shape[2:] != self.density.shape[2:]:
-            raise ValueError(f"features {tuple(self.features.shape)} and density {tuple(self.density.shape)} do not match")
+            raise ValueError(
+                f"features {tuple(self.features.shape)} and density {tuple(self.density.shape)} do not match"
+            )
         if self.aabb.shape != (2, 3):
             raise ValueError(f"aabb must be [2, 3], not {tuple(self.aabb.shape)}")
 
@@ -75,7 +77,9 @@ class VoxelGrid:
         return voxels.flatten(1, 2)
 
     @staticmethod
-    def unfold(folded: Float[Tensor, "batch channels_times_z y x"], num_z: int, aabb: Float[Tensor, "2 3"]) -> VoxelGrid:
+    def unfold(
+        folded: Float[Tensor, "batch channels_times_z y x"], num_z: int, aabb: Float[Tensor, "2 3"]
+    ) -> VoxelGrid:
         """The inverse of `fold`."""
         voxels = folded.unflatten(1, (-1, num_z))
         return VoxelGrid(voxels[:, :1], voxels[:, 1:], aabb)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -15,8 +17,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, FORMAT, VERSION, BevClass
 from nfldm_ns.scenes.views import Views
+
+FULL_DISK_BYTES = 2**16
 
 
 @contextlib.contextmanager
@@ -24,6 +29,9 @@ def atomic_path(destination: Path) -> Iterator[Path]:
     """A temporary path beside `destination`, renamed to it when the block ends well and removed when it fails.
 
     Works for files and folders; an existing folder at the destination is replaced.
+
+    Raises:
+        OSError: naming `destination`, if the system could not write, also where a library reports that in its own way.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp")
@@ -31,12 +39,33 @@ def atomic_path(destination: Path) -> Iterator[Path]:
         yield temporary
         if temporary.is_dir() and destination.exists():
             shutil.rmtree(destination)
-        os.replace(temporary, destination)
+        temporary.replace(destination)
+    except UserInputError:
+        raise
+    except Exception as error:
+        number = _write_error(error, temporary)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(destination)) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _write_error(error: Exception, temporary: Path) -> int | None:
+    """The `errno` of a failed write to `temporary`, None for any other error.
+
+    safetensors tells the number in words; torch.save and some image codecs hide it, so the disk itself is asked.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        own = error.filename is None or Path(os.fsdecode(error.filename)).is_relative_to(temporary)
+        return error.errno if own else None
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    if told:
+        return int(told[1])
+    return errno.ENOSPC if shutil.disk_usage(temporary.parent).free < FULL_DISK_BYTES else None
 
 
 def write_json(path: Path, content: Any) -> None:
