@@ -94,7 +94,18 @@ def test_wrong_checksum_is_refused(empty_cache: Path, release: Path, offer: Offe
     offer(hub(release, "0" * 64))
     with pytest.raises(UserInputError, match=r"linear.pth is not the file we know \(sha256"):
         weights.fetch_weights("linear")
+    with pytest.raises(UserInputError, match=r"In .*release, linear.pth is not the file we know.*: get it from file:"):
+        weights.fetch_weights("linear", folder=release.parent)
     assert not empty_cache.exists()
+
+
+def test_next_source_is_tried_where_the_first_answers_with_something_else(
+    empty_cache: Path, release: Path, offer: Offer, tmp_path: Path
+) -> None:
+    (tmp_path / "linear.pth").write_text("<html>Please log in</html>")
+    offer(hub(tmp_path / "linear.pth", sha256(release)), hub(release))
+    weights.fetch_weights("linear")
+    assert torch.equal(weights.read_weights("linear")["bias"], load_state(release)["bias"])
 
 
 @pytest.mark.parametrize(
@@ -269,6 +280,31 @@ def test_vgg_trunk_knows_imagenet_statistics() -> None:
     trunk = weights.read_weights("lpips-vgg")
     assert trunk["0.weight"].shape == (64, 3, 3, 3)
     torch.testing.assert_close(trunk["0.weight"][0, 0, 0, 0], torch.tensor(-0.5537), atol=1e-3, rtol=0)
+
+
+def test_inception_agrees_with_the_original_graph() -> None:
+    """Values of the frozen graph of 2015 (as TorchScript) on this picture."""
+    require_weights("fid-inception")
+    i = torch.arange(299)
+    channels = [(2 * i[:, None] + i) % 256, (i[:, None] // 16 * 16 + 0 * i) % 256, (i * i // 64).expand(299, 299) % 256]
+    with torch.inference_mode():
+        features = weights.load_inception()(torch.stack(channels)[None] / 255)[0]
+    expected = torch.tensor([0.8196, 0.0690, 0.0011, 0.0176, 0.0078, 0.9096])
+    torch.testing.assert_close(features[:6], expected, atol=2e-4, rtol=0)
+    assert int(features.argmax()) == 926
+    assert float(features.mean()) == pytest.approx(0.2943, abs=2e-4)
+
+
+def test_official_classifiers_become_trunks(tmp_path: Path) -> None:
+    state = {
+        "features.0.weight": torch.rand(2, 3, 3, 3),
+        "features.0.bias": torch.rand(2),
+        "classifier.1.weight": torch.rand(4),
+    }
+    torch.save(state, tmp_path / "vgg16.pth")
+    trunk = weights._from_torchvision(tmp_path / "vgg16.pth")
+    assert trunk.keys() == {"0.weight", "0.bias"}
+    assert torch.equal(trunk["0.weight"], state["features.0.weight"])
 
 
 def test_command_lists_and_reports_bad_folders(

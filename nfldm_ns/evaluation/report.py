@@ -215,7 +215,7 @@ def _item(item: Item) -> str:
     if isinstance(item, Table):
         return _table(item)
     if isinstance(item, Curves):
-        return _item(Plots([item], tile_width=560))
+        return _item(Plots([item]))
     if isinstance(item, Plots):
         return _gallery(Gallery([_curves(plot) for plot in item.plots], item.tile_width), kind="plots")
     raise TypeError(f"a report cannot show a {type(item).__name__}")

