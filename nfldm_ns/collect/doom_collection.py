@@ -1,112 +1,87 @@
-"""Makes a scene collection from Freedoom's maps, rendered by VizDoom."""
+"""Makes a scene collection from Freedoom's maps, rendered by VizDoom: splits, quotas and workers.
+
+Every candidate place can be judged alone, so which scenes a collection holds depends on the options only, never on the
+number of workers or on interruptions.
+"""
 
 from __future__ import annotations
 
 import fnmatch
+import json
 import multiprocessing
-import os
+import multiprocessing.util
+import shutil
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import vizdoom
+from jaxtyping import Float, Int
 
 from nfldm_ns.collect.doom_geometry import BEV_CLASSES, UNITS_PER_METRE, DoomGeometry
-from nfldm_ns.collect.doom_places import (
-    NUM_SOURCE_VIEWS,
-    Region,
-    Rig,
-    RigOptions,
-    can_stand,
-    candidate_spots,
-    hold_out_regions,
-    in_split,
-    plan_rig,
-)
-from nfldm_ns.collect.doom_renderer import HALF_FOV_TANGENT, DoomRenderer, Frame
+from nfldm_ns.collect.doom_places import NUM_SOURCE_VIEWS, can_stand, candidate_spots, hold_out_regions, in_split
+from nfldm_ns.collect.doom_renderer import DoomRenderer
+from nfldm_ns.collect.doom_scenes import SceneMaker, SceneOptions
 from nfldm_ns.collect.doom_wad import DoomMap, Wad
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SPLITS, read_json
-from nfldm_ns.scenes.views import Views, make_cameras
-from nfldm_ns.scenes.writing import write_collection, write_json, write_scene
+from nfldm_ns.scenes.writing import write_collection, write_json
 
-LICENCE = "Freedoom (BSD-3-Clause), https://freedoom.github.io"
+LICENCE = "rendered from Freedoom, BSD-3-Clause, https://freedoom.github.io"
 WAD_NAMES = ("freedoom1", "freedoom2")
-_CANDIDATES_PER_STREAM = 20000
-_JOURNAL = "collecting.json"
+_OPTIONS_FILE = "collecting.json"
+_CHUNK = 6
+_REGION_SAMPLE = 1500
 
 
 @dataclass(frozen=True)
-class PlaceFilter:
-    """Which places are worth a scene; a place is dropped as soon as it fails one of these."""
+class CollectionOptions:
+    """All that decides what a collection holds.
 
-    min_brightness: float = 0.12
-    """Least mean brightness of all views, in [0, 1]."""
-    min_view_brightness: float = 0.04
-    """Least mean brightness of each view."""
-    min_depth: float = 2.0
-    """Least median depth over all views, in metres."""
-    min_view_depth: float = 0.7
-    """Least median depth of each view, in metres: less means it faces a wall."""
-    min_inside: float = 0.6
-    """Least share of pixels whose surface lies inside the box."""
+    Attributes:
+        maps: names such as `freedoom1/E1M1`.
+        test_maps: those of them that are held out; chosen by the seed if there are none and `hold_out` is "maps".
+        fractions: share of the scenes by name of the held-out split ("test", "val").
+        hold_out: whole maps, or places of every map that are further than the box from all others.
+    """
 
-
-@dataclass(frozen=True)
-class SceneOptions:
-    """All that decides what one scene looks like."""
-
-    seed: int = 0
-    image_size: int = 64
-    """Width and height of the images in pixels."""
-    aabb: tuple[tuple[float, float, float], tuple[float, float, float]] = ((-10, -10, -2.5), (10, 10, 4))
-    """The box around each place, in metres: minimum and maximum corner (x, y, z)."""
-    near: float = 0.1
-    far: float = 30.0
-    """Surfaces farther than this, and the sky, have unknown depth."""
-    bev_size: int = 64
-    """Cells per side of the bird's-eye-view maps."""
-    min_distance: float = 1.5
-    """Least distance between two places of one map, in metres."""
-    min_light: int = 0
-    """Raises darker sectors to this light level (0-255)."""
-    keep_sprites: bool = False
-    """Keeps items and decorations. They always turn towards the camera, so they are no part of a static scene."""
-    rig: RigOptions = field(default_factory=RigOptions)
-    accept: PlaceFilter = field(default_factory=PlaceFilter)
+    num_scenes: int
+    maps: tuple[str, ...]
+    test_maps: tuple[str, ...] = ()
+    fractions: Mapping[str, float] = field(default_factory=lambda: {"test": 0.1})
+    hold_out: Literal["maps", "places"] = "maps"
+    scenes: SceneOptions = field(default_factory=SceneOptions)
 
 
 @dataclass(frozen=True)
-class Stream:
-    """An endless, deterministic supply of scenes: one split's places of one map."""
+class Report:
+    """What a run did: scenes per split, frames of newly written scenes, and how long it took."""
 
-    map: str
-    split: str
-    regions: tuple[tuple[str, Region], ...] = ()
-    gap: float = 0.0
+    num_scenes: dict[str, int]
+    new_frames: int
+    seconds: float
+    workers: int
 
     @property
-    def seed(self) -> int:
-        return zlib.crc32(f"{self.map}/{self.split}".encode())
-
-    def scene_id(self, candidate: int) -> str:
-        return f"{self.map.replace('/', '-').lower()}-{candidate:05d}"
+    def frames_per_second_per_worker(self) -> float:
+        return self.new_frames / max(self.seconds, 1e-9) / self.workers
 
 
 def wad_path(name: str) -> Path:
-    """Where the vizdoom package keeps a Freedoom WAD."""
+    """Where the vizdoom package keeps one of `WAD_NAMES`."""
     return Path(vizdoom.__file__).parent / f"{name}.wad"
 
 
 def all_maps() -> list[str]:
     """Names of all maps, such as `freedoom1/E1M1`."""
-    return [f"{name}/{level}" for name in WAD_NAMES for level in Wad(wad_path(name)).map_names]
+    return [f"{name}/{level}" for name in WAD_NAMES for level in _open_wad(name).map_names]
 
 
 def choose_maps(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -120,157 +95,151 @@ def choose_maps(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
             raise UserInputError(
                 f"No map matches {pattern!r}: give names such as freedoom1/E1M1 or globs such as 'freedoom2/MAP0*'."
             )
-    return [name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
+    return [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
-class SceneMaker:
-    """Makes the scenes of one map; the renderer must be open on a WAD that has it."""
+def collect(
+    root: Path, options: CollectionOptions, workers: int = 1, on_progress: Callable[[int], None] = lambda done: None
+) -> Report:
+    """Makes a collection, or completes one that was interrupted.
 
-    def __init__(self, name: str, doom_map: DoomMap, renderer: DoomRenderer, options: SceneOptions) -> None:
-        self.name, self.options = name, options
-        self._map, self._renderer = doom_map, renderer
-        self._geometry = DoomGeometry(doom_map)
-        self._aabb = np.array(options.aabb)
+    Args:
+        on_progress: called with the number of scenes done so far.
 
-    def scenes(self, root: Path, stream: Stream) -> Iterator[str]:
-        """Writes scene after scene and yields their ids; scenes already on disk are not made again."""
-        spots = candidate_spots(self._map, self._geometry, stream.seed + self.options.seed, _CANDIDATES_PER_STREAM)
-        usable = in_split(spots, stream.split, dict(stream.regions), stream.gap)
-        taken = np.zeros((0, 2))
-        for i, spot in enumerate(spots):
-            if not usable[i]:
-                continue
-            if len(taken) and np.hypot(*(taken - spot).T).min() < self.options.min_distance * UNITS_PER_METRE:
-                continue
-            folder = root / "scenes" / stream.scene_id(i)
-            if not (folder / "transforms.json").exists() and not self._make(folder, spot, stream.seed + i):
-                continue
-            taken = np.concatenate([taken, spot[None]])
-            yield folder.name
+    Raises:
+        UserInputError: if the options cannot be met, or the folder holds something else.
+    """
+    begun = time.monotonic()
+    _check_options(options)
+    _claim_folder(root, options)
+    existing = {path.parent.name for path in root.glob("scenes/*/transforms.json")}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (str(root), options)) as pool:
+        try:
+            streams = _plan_streams(pool, options)
+            _Scheduler(pool, streams, workers, on_progress).run(_totals(options, streams))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    splits = {name: [i for s in streams if s.split == name for i in s.scene_ids()] for name in SPLITS}
+    _write_description(root, options, splits)
+    for scene_id in {scene_id for stream in streams for scene_id in stream.surplus()}:
+        shutil.rmtree(root / "scenes" / scene_id)
+    new = {scene_id for ids in splits.values() for scene_id in ids} - existing
+    num_frames = len(new) * (NUM_SOURCE_VIEWS + options.scenes.rig.num_target_views)
+    counts = {name: len(ids) for name, ids in splits.items()}
+    return Report(counts, num_frames, time.monotonic() - begun, workers)
 
-    def _make(self, folder: Path, spot: np.ndarray, seed: int) -> bool:
-        seed = (seed + self.options.seed) % 2**31
-        rig = plan_rig(self._geometry, spot, seed, self.options.rig)
-        if rig is None or not self._looks_promising(rig):
-            return False
-        frames = self._render(rig, seed)
-        if frames is None:
-            return False
-        depths = np.stack([self._refine(frame) for frame in frames]) / UNITS_PER_METRE
-        images = np.stack([frame.image for frame in frames])
-        if not self._accepts(images, depths, frames):
-            return False
-        self._write(folder, frames, images, depths)
-        return True
 
-    def _render(self, rig: Rig, seed: int) -> list[Frame] | None:
-        self._renderer.start(self.name.split("/")[1], seed)
-        frames = []
-        for eye, angle in zip(rig.eyes, rig.angles, strict=True):
-            frame = self._renderer.render(eye[0], eye[1], angle)
-            if frame is None or abs(frame.eye[2] - eye[2]) > 1:
-                return None
-            if frame.image.mean() / 255 < self.options.accept.min_view_brightness:
-                return None
-            frames.append(frame)
-        return frames
-
-    def _cast(self, eye: np.ndarray, angle: float, size: int) -> np.ndarray:
-        far = 1.5 * self.options.far * UNITS_PER_METRE
-        return self._geometry.cast(eye, angle, size, size, HALF_FOV_TANGENT, far)
-
-    def _refine(self, frame: Frame) -> np.ndarray:
-        """Exact depth where the map's geometry agrees with the coarse buffer, the buffer's elsewhere; map units."""
-        exact = self._cast(frame.eye, frame.angle, self.options.image_size)
-        with np.errstate(invalid="ignore"):
-            agree = np.abs(exact - frame.depth) < 6 + 0.02 * frame.depth
-        return np.where(agree, exact, frame.depth)
-
-    def _looks_promising(self, rig: Rig) -> bool:
-        """Judges the place by coarse ray casts, which cost far less than renders."""
-        size = 16
-        depths = [self._cast(eye, angle, size) for eye, angle in zip(rig.eyes, rig.angles, strict=True)]
-        return self._is_open(np.stack(depths) / UNITS_PER_METRE, rig.eyes, rig.angles)
-
-    def _is_open(self, depths: np.ndarray, eyes: np.ndarray, angles: np.ndarray) -> bool:
-        accept = self.options.accept
-        if np.median(depths, axis=(1, 2)).min() < accept.min_view_depth or np.median(depths) < accept.min_depth:
-            return False
-        eyes = (eyes - eyes[:NUM_SOURCE_VIEWS].mean(axis=0)) / UNITS_PER_METRE
-        return _share_inside(depths, eyes, angles, self._aabb) >= accept.min_inside
-
-    def _accepts(self, images: np.ndarray, depths: np.ndarray, frames: list[Frame]) -> bool:
-        eyes = np.stack([frame.eye for frame in frames])
-        angles = np.array([frame.angle for frame in frames])
-        return images.mean() / 255 >= self.options.accept.min_brightness and self._is_open(depths, eyes, angles)
-
-    def _write(self, folder: Path, frames: list[Frame], images: np.ndarray, depths: np.ndarray) -> None:
-        options = self.options
-        eyes = np.stack([frame.eye for frame in frames])
-        centre = eyes[:NUM_SOURCE_VIEWS].mean(axis=0)
-        bev = self._geometry.bev(centre, self._aabb[:, :2] * UNITS_PER_METRE, options.bev_size)
-        poses = camera_to_worlds((eyes - centre) / UNITS_PER_METRE, np.array([frame.angle for frame in frames]))
-        depths = np.where((depths >= options.near) & (depths <= options.far), depths, 0)
-        focal, middle = options.image_size / 2 / HALF_FOV_TANGENT, options.image_size / 2
-        views = Views(
-            make_cameras(torch.from_numpy(poses), focal, focal, middle, middle, options.image_size, options.image_size),
-            torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,
-            torch.from_numpy(depths).float()[:, None],
+def _check_options(options: CollectionOptions) -> None:
+    held_out = sum(options.fractions.values())
+    if options.num_scenes < 1:
+        raise UserInputError(f"{options.num_scenes} scenes cannot be collected: ask for at least one.")
+    if min(options.fractions.values()) < 0 or held_out >= 1:
+        raise UserInputError("The fractions of held-out scenes must not be negative and must add up to less than one.")
+    if options.hold_out == "maps" and held_out > 0 and len(options.maps) < 2:
+        raise UserInputError(
+            f"{options.maps[0]} is the only map, so none can be held out: give more maps or '--hold-out places'."
         )
-        place = {"map": self.name, "origin": (centre / UNITS_PER_METRE).tolist()}
-        source, target = slice(None, NUM_SOURCE_VIEWS), slice(NUM_SOURCE_VIEWS, None)
-        write_scene(folder, views[source], views[target], bev, BEV_CLASSES, {"place": place})
+    if options.test_maps and len(options.test_maps) == len(options.maps):
+        raise UserInputError("All maps are held out for testing: leave some for training.")
 
 
-def camera_to_worlds(eyes: np.ndarray, angles: np.ndarray) -> np.ndarray:
-    """OpenGL camera-to-world `[V, 3, 4]` of level cameras at `eyes` looking along `angles` (degrees)."""
-    turn = np.radians(angles)
-    zero, one = np.zeros_like(turn), np.ones_like(turn)
-    right = np.stack([np.sin(turn), -np.cos(turn), zero], axis=-1)
-    up = np.stack([zero, zero, one], axis=-1)
-    back = -np.stack([np.cos(turn), np.sin(turn), zero], axis=-1)
-    return np.stack([right, up, back, eyes], axis=-1)
+def _claim_folder(root: Path, options: CollectionOptions) -> None:
+    """Makes sure that scenes of two different runs never mix in one folder; the number of scenes may change."""
+    path = root / _OPTIONS_FILE
+    wanted = json.loads(json.dumps(asdict(options)))
+    del wanted["num_scenes"]
+    if path.exists():
+        begun = read_json(path)
+        changed = [key for key in wanted if begun.get(key) != wanted[key]]
+        if changed:
+            raise UserInputError(
+                f"{root} was begun with other options ({', '.join(changed)}): repeat those in {path} or choose another folder."
+            )
+    elif root.exists() and any(root.iterdir()):
+        raise UserInputError(f"{root} is not empty and was not begun by this command: choose another folder.")
+    else:
+        root.mkdir(parents=True, exist_ok=True)
+        write_json(path, wanted)
 
 
-def _share_inside(depths: np.ndarray, eyes: np.ndarray, angles: np.ndarray, aabb: np.ndarray) -> float:
-    """Share of pixels `[V, S, S]` whose surface lies inside the box; sky counts as outside."""
-    size = depths.shape[-1]
-    across = ((np.arange(size) + 0.5) / size * 2 - 1) * HALF_FOV_TANGENT
-    local = np.stack(np.broadcast_arrays(across, -across[:, None], -1.0), axis=-1)
-    directions = np.einsum("vij,hwj->vhwi", camera_to_worlds(eyes, angles)[:, :, :3], local)
-    with np.errstate(invalid="ignore"):
-        points = eyes[:, None, None] + depths[..., None] * directions
-        return float(((points > aabb[0]) & (points < aabb[1])).all(axis=-1).mean())
+def _write_description(root: Path, options: CollectionOptions, splits: dict[str, list[str]]) -> None:
+    ids = [scene_id for name in SPLITS for scene_id in splits[name]]
+    if not splits["train"]:
+        raise UserInputError(
+            f"No place of {', '.join(options.maps[:3])} passed the filters: lower --min-depth, --min-inside or --min-brightness."
+        )
+    scenes = options.scenes
+    write_collection(
+        root,
+        name="VizDoom places",
+        licence=LICENCE,
+        aabb=scenes.aabb,
+        near=scenes.near,
+        far=scenes.far,
+        image_size=(scenes.image_size, scenes.image_size),
+        splits=splits,
+        places={i: read_json(root / "scenes" / i / "transforms.json")["place"] for i in ids},
+        bev_classes=BEV_CLASSES,
+        made_by={"command": "nfldm-collect vizdoom", "vizdoom": vizdoom.__version__, **asdict(options)},
+    )
 
 
-_worker_queue: Any = None
+# Splits and quotas
 
 
-def _init_worker(queue: Any) -> None:
-    global _worker_queue
-    _worker_queue = queue
-    torch.set_num_threads(1)
+@dataclass
+class _Stream:
+    """The candidate places of one map that belong to one split, and what became of them.
+
+    Attributes:
+        candidates: indices into the map's candidate spots, in the order to try them.
+        accepted: by position in `candidates`, whether the place became a scene.
+    """
+
+    map: str
+    split: str
+    candidates: Int[np.ndarray, "count"]
+    quota: int = 0
+    submitted: int = 0
+    accepted: dict[int, bool] = field(default_factory=dict)
+
+    @property
+    def in_flight(self) -> int:
+        return self.submitted - len(self.accepted)
+
+    @property
+    def exhausted(self) -> bool:
+        return self.submitted >= len(self.candidates) and not self.in_flight
+
+    @property
+    def num_accepted(self) -> int:
+        return sum(self.accepted.values())
+
+    @property
+    def wants_more(self) -> bool:
+        expected = self.num_accepted + self.in_flight * (self.num_accepted + 1) / (len(self.accepted) + 2)
+        return self.submitted < len(self.candidates) and expected < self.quota
+
+    def _accepted_ids(self) -> list[str]:
+        positions = sorted(position for position, accepted in self.accepted.items() if accepted)
+        return [scene_id(self.map, int(self.candidates[position])) for position in positions]
+
+    def scene_ids(self) -> list[str]:
+        return self._accepted_ids()[: self.quota]
+
+    def surplus(self) -> list[str]:
+        return self._accepted_ids()[self.quota :]
 
 
-def _run_stream(root: Path, stream: Stream, quota: int, options: SceneOptions) -> list[str]:
-    """The first `quota` scenes of a stream, or fewer if it runs dry."""
-    wad_name, level = stream.map.split("/")
-    wad = Wad(wad_path(wad_name))
-    made: list[str] = []
-    with DoomRenderer(
-        wad, [level], options.image_size, keep_sprites=options.keep_sprites, min_light=options.min_light
-    ) as renderer:
-        maker = SceneMaker(stream.map, wad.read_map(level), renderer, options)
-        for scene_id in maker.scenes(root, stream):
-            made.append(scene_id)
-            _worker_queue.put(scene_id)
-            if len(made) >= quota:
-                break
-    return made
+def scene_id(map_name: str, candidate: int) -> str:
+    """Names a scene after its map and its number among the map's candidate spots."""
+    return f"{map_name.replace('/', '-').lower()}-{candidate:05d}"
 
 
 def share_out(total: int, capacities: Sequence[float]) -> list[int]:
-    """Splits a total as evenly as the capacities allow, earlier ones first."""
+    """Splits a total as evenly as the capacities allow, the remainder going to earlier ones."""
     quotas = [0] * len(capacities)
     while sum(quotas) < total:
         free = [i for i, capacity in enumerate(capacities) if quotas[i] < capacity]
@@ -282,142 +251,175 @@ def share_out(total: int, capacities: Sequence[float]) -> list[int]:
     return quotas
 
 
-def split_maps(maps: Sequence[str], test_maps: Sequence[str], fractions: dict[str, float], seed: int) -> dict[str, str]:
+def split_maps(
+    maps: Sequence[str], test_maps: Sequence[str], fractions: Mapping[str, float], seed: int
+) -> dict[str, str]:
     """Which split each map belongs to when whole maps are held out."""
     order = [maps[i] for i in np.random.default_rng(seed).permutation(len(maps)) if maps[i] not in test_maps]
-    split = {name: "test" for name in test_maps}
+    split = dict.fromkeys(test_maps, "test")
     for name, fraction in fractions.items():
-        if name == "test" and test_maps:
+        if fraction <= 0 or (name == "test" and test_maps):
             continue
-        for _ in range(max(1, round(fraction * len(maps))) if fraction > 0 else 0):
+        for _ in range(max(1, round(fraction * len(maps)))):
             if len(order) > 1:
                 split[order.pop()] = name
     return {name: split.get(name, "train") for name in maps}
 
 
-def split_places(name: str, fractions: dict[str, float], options: SceneOptions) -> list[Stream]:
-    """Streams of one map when places are held out: those of two splits are further apart than the box."""
+def _plan_streams(pool: ProcessPoolExecutor, options: CollectionOptions) -> list[_Stream]:
+    if options.hold_out == "places":
+        found = list(pool.map(_split_places, options.maps))
+        return [
+            _Stream(name, split, candidates)
+            for name, by_split in zip(options.maps, found, strict=True)
+            for split, candidates in by_split.items()
+        ]
+    split_of = split_maps(options.maps, options.test_maps, options.fractions, options.scenes.seed)
+    counts = list(pool.map(_count_spots, options.maps))
+    return [_Stream(n, split_of[n], np.arange(count)) for n, count in zip(options.maps, counts, strict=True)]
+
+
+def _totals(options: CollectionOptions, streams: Sequence[_Stream]) -> dict[str, int]:
+    """Scenes per split; what an absent split would get goes to training."""
+    present = {stream.split for stream in streams}
+    totals = {
+        name: max(1, round(options.num_scenes * fraction))
+        for name, fraction in options.fractions.items()
+        if name in present and fraction > 0
+    }
+    if options.test_maps:
+        totals.setdefault("test", max(1, round(options.num_scenes * len(options.test_maps) / len(options.maps))))
+    return {**totals, "train": max(0, options.num_scenes - sum(totals.values()))}
+
+
+class _Scheduler:
+    """Hands small chunks of candidates to the workers until every stream has met its quota or run dry."""
+
+    def __init__(
+        self,
+        pool: ProcessPoolExecutor,
+        streams: Sequence[_Stream],
+        workers: int,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        self._pool, self._streams, self._workers, self._on_progress = pool, streams, workers, on_progress
+        self._running: dict[Future, tuple[_Stream, range]] = {}
+
+    def run(self, totals: Mapping[str, int]) -> None:
+        while True:
+            self._set_quotas(totals)
+            while len(self._running) < 2 * self._workers and self._submit():
+                pass
+            if not self._running:
+                return
+            done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+            for job in done:
+                stream, positions = self._running.pop(job)
+                stream.accepted.update(zip(positions, job.result(), strict=True))
+            self._on_progress(sum(min(stream.num_accepted, stream.quota) for stream in self._streams))
+
+    def _set_quotas(self, totals: Mapping[str, int]) -> None:
+        """Shares each split's scenes out among its maps; what a dry map leaves goes to the others."""
+        for split, total in totals.items():
+            members = [stream for stream in self._streams if stream.split == split]
+            capacities = [stream.num_accepted if stream.exhausted else float("inf") for stream in members]
+            for stream, quota in zip(members, share_out(total, capacities), strict=True):
+                stream.quota = quota
+
+    def _submit(self) -> bool:
+        wanting = [stream for stream in self._streams if stream.wants_more]
+        if not wanting:
+            return False
+        stream = min(wanting, key=lambda s: (s.num_accepted + s.in_flight) / max(s.quota, 1))
+        positions = range(stream.submitted, min(stream.submitted + _CHUNK, len(stream.candidates)))
+        stream.submitted = positions.stop
+        job = self._pool.submit(_make_scenes, stream.map, stream.candidates[positions.start : positions.stop].tolist())
+        self._running[job] = (stream, positions)
+        return True
+
+
+# Workers: one process each, with its maps and VizDoom instances
+
+
+@dataclass
+class _Worker:
+    root: Path
+    options: CollectionOptions
+    renderers: dict[str, DoomRenderer] = field(default_factory=dict)
+
+    def renderer(self, wad_name: str) -> DoomRenderer:
+        if wad_name not in self.renderers:
+            levels = [name.split("/")[1] for name in self.options.maps if name.split("/")[0] == wad_name]
+            scenes = self.options.scenes
+            renderer = DoomRenderer(
+                _open_wad(wad_name),
+                levels,
+                scenes.image_size,
+                keep_sprites=scenes.keep_sprites,
+                min_light=scenes.min_light,
+            )
+            self.renderers[wad_name] = renderer.__enter__()
+        return self.renderers[wad_name]
+
+    def close(self) -> None:
+        for renderer in self.renderers.values():
+            renderer.__exit__(None, None, None)
+
+
+_worker: _Worker
+
+
+def _start_worker(root: str, options: CollectionOptions) -> None:
+    global _worker
+    torch.set_num_threads(1)
+    _worker = _Worker(Path(root), options)
+    multiprocessing.util.Finalize(None, _worker.close, exitpriority=10)
+
+
+@lru_cache(maxsize=None)
+def _open_wad(name: str) -> Wad:
+    return Wad(wad_path(name))
+
+
+@lru_cache(maxsize=8)
+def _open_map(name: str) -> tuple[DoomMap, DoomGeometry]:
     wad_name, level = name.split("/")
-    doom_map = Wad(wad_path(wad_name)).read_map(level)
-    geometry = DoomGeometry(doom_map)
-    spots = candidate_spots(doom_map, geometry, options.seed, 2000)
-    spots = spots[can_stand(geometry, spots)]
+    doom_map = _open_wad(wad_name).read_map(level)
+    return doom_map, DoomGeometry(doom_map)
+
+
+def _map_seed(name: str, options: SceneOptions) -> list[int]:
+    return [options.seed, zlib.crc32(name.encode())]
+
+
+@lru_cache(maxsize=8)
+def _spots(name: str, options: SceneOptions) -> Float[np.ndarray, "count 2"]:
+    return candidate_spots(*_open_map(name), _map_seed(name, options), options.min_distance)
+
+
+def _count_spots(name: str) -> int:
+    return len(_spots(name, _worker.options.scenes))
+
+
+def _split_places(name: str) -> dict[str, Int[np.ndarray, "count"]]:
+    """Candidates of each split when places are held out: those of two splits are further apart than the box."""
+    options = _worker.options.scenes
+    spots = _spots(name, options)
     extent = max(options.aabb[1][axis] - options.aabb[0][axis] for axis in (0, 1))
     gap = (extent + 2 * options.rig.source_jitter) * UNITS_PER_METRE
-    regions = hold_out_regions(spots, fractions, gap)
-    return [Stream(name, split, tuple(regions.items()), gap) for split in ("train", *regions)]
+    geometry = _open_map(name)[1]
+    standing = np.concatenate([s[can_stand(geometry, s)] for s in np.array_split(spots[:_REGION_SAMPLE], 50)])
+    regions = hold_out_regions(standing, _worker.options.fractions, gap)
+    return {split: np.flatnonzero(in_split(spots, split, regions, gap)) for split in ("train", *regions)}
 
 
-@dataclass(frozen=True)
-class Report:
-    """What a collection run did."""
-
-    num_scenes: dict[str, int]
-    new_frames: int
-    seconds: float
-    workers: int
-
-    @property
-    def frames_per_second_per_worker(self) -> float:
-        return self.new_frames / max(self.seconds, 1e-9) / self.workers
-
-
-def collect(
-    root: Path,
-    num_scenes: int,
-    maps: Sequence[str],
-    test_maps: Sequence[str],
-    fractions: dict[str, float],
-    options: SceneOptions,
-    workers: int,
-    hold_out: Literal["maps", "places"] = "maps",
-    on_scene: Callable[[str], None] = lambda scene_id: None,
-) -> Report:
-    """Makes or completes a collection."""
-    begun = time.monotonic()
-    _check_journal(root, {"maps": list(maps), "test_maps": list(test_maps), "fractions": fractions, "hold_out": hold_out, **asdict(options)})
-    if hold_out == "places":
-        streams = [stream for name in maps for stream in split_places(name, fractions, options)]
-    else:
-        split_of = split_maps(maps, test_maps, fractions, options.seed)
-        streams = [Stream(name, split_of[name]) for name in maps]
-    held_out = {stream.split for stream in streams}
-    totals = {name: round(num_scenes * fractions.get(name, 0)) if name in held_out else 0 for name in SPLITS}
-    totals["train"] = num_scenes - totals["val"] - totals["test"]
-    existing = {path.parent.name for path in root.glob("scenes/*/transforms.json")}
-
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        queue = manager.Queue()
-        with ProcessPoolExecutor(workers, context, _init_worker, (queue,)) as pool:
-            made = _fill(pool, queue, root, streams, totals, options, on_scene)
-    splits = {
-        name: [i for stream in streams if stream.split == name for i in made[stream]] for name in SPLITS
-    }
-    places = {
-        scene_id: read_json(root / "scenes" / scene_id / "transforms.json")["place"]
-        for name in SPLITS
-        for scene_id in splits[name]
-    }
-    write_collection(
-        root,
-        name="VizDoom places",
-        licence=LICENCE,
-        aabb=options.aabb,
-        near=options.near,
-        far=options.far,
-        image_size=(options.image_size, options.image_size),
-        splits=splits,
-        places=places,
-        bev_classes=BEV_CLASSES,
-        made_by={"command": "nfldm-collect vizdoom", "maps": list(maps), **asdict(options)},
-    )
-    new = set(places) - existing
-    frames = len(new) * (NUM_SOURCE_VIEWS + options.rig.num_target_views)
-    return Report({n: len(ids) for n, ids in splits.items()}, frames, time.monotonic() - begun, workers)
-
-
-def _fill(pool, queue, root, streams, totals, options, on_scene) -> dict[Stream, list[str]]:
-    """Runs all streams; what a dry one leaves is shared out again among the others of its split."""
-    made: dict[Stream, list[str]] = {stream: [] for stream in streams}
-    capacity = {stream: float("inf") for stream in streams}
-    seen: set[str] = set()
-    while True:
-        quotas: dict[Stream, int] = {}
-        for split in SPLITS:
-            members = [stream for stream in streams if stream.split == split]
-            shares = share_out(totals[split], [capacity[s] for s in members])
-            quotas.update(zip(members, shares, strict=True))
-        jobs = {s: pool.submit(_run_stream, root, s, q, options) for s, q in quotas.items() if q > len(made[s])}
-        if not jobs:
-            return made
-        while not all(job.done() for job in jobs.values()) or not queue.empty():
-            try:
-                scene_id = queue.get(timeout=0.2)
-            except Exception:
-                continue
-            if scene_id not in seen:
-                seen.add(scene_id)
-                on_scene(scene_id)
-        for stream, job in jobs.items():
-            made[stream] = job.result()
-            if len(made[stream]) < quotas[stream]:
-                capacity[stream] = len(made[stream])
-
-
-def _check_journal(root: Path, options: dict[str, Any]) -> None:
-    """Makes sure that scenes of two different runs are never mixed in one folder."""
-    path = root / _JOURNAL
-    options = __import__("json").loads(__import__("json").dumps(options))
-    if path.exists():
-        begun = read_json(path)
-        changed = [key for key in options if begun.get(key) != options[key]]
-        if changed:
-            raise UserInputError(
-                f"{root} was begun with another {changed[0]} ({begun.get(changed[0])}): use the same options or another folder."
-            )
-    elif (root / "collection.json").exists() or (root / "scenes").exists():
-        raise UserInputError(f"{root} already holds another collection: choose another folder.")
-    else:
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(path, options)
+def _make_scenes(name: str, candidates: list[int]) -> list[bool]:
+    """For each candidate, whether there is a scene of it now."""
+    options = _worker.options.scenes
+    maker = SceneMaker(name, _open_map(name)[1], _worker.renderer(name.split("/")[0]), options)
+    made = []
+    for candidate in candidates:
+        folder = _worker.root / "scenes" / scene_id(name, candidate)
+        spot, seed = _spots(name, options)[candidate], [*_map_seed(name, options), candidate]
+        made.append((folder / "transforms.json").exists() or maker.make(folder, spot, seed))
+    return made

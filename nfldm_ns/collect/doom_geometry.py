@@ -104,79 +104,94 @@ class DoomGeometry:
         return along, (along > 1e-6) & (across >= 0) & (across <= 1), det
 
     def cast(
-        self, eye: Float[np.ndarray, "3"], angle: float, rows: int, columns: int, half_width: float, far: float
-    ) -> Float[np.ndarray, "rows columns"]:
-        """Planar depth of a level pinhole camera with square pixels.
+        self,
+        eyes: Float[np.ndarray, "views 3"],
+        angles: Float[np.ndarray, "views"],
+        size: int,
+        half_width: float,
+        far: float,
+    ) -> Float[np.ndarray, "views size size"]:
+        """Planar depth seen by level pinhole cameras with square images.
 
         Args:
-            angle: viewing direction in degrees, counter-clockwise from the x axis.
-            half_width: tangent of half the horizontal field of view.
+            angles: viewing directions in degrees, counter-clockwise from the x axis.
+            half_width: tangent of half the field of view.
             far: depths beyond are not looked for.
 
         Returns:
             Depth along the viewing direction at each pixel's centre; infinite for sky, void and beyond `far`.
         """
+        across = ((np.arange(size) + 0.5) / size * 2 - 1) * half_width
+        hits = [self._sorted_hits(eye[:2], angle, across, far) for eye, angle in zip(eyes, angles, strict=True)]
+        count = max(1, max(t.shape[1] for t, _, _ in hits))
+        padding = [((0, 0), (0, count - t.shape[1])) for t, _, _ in hits]
+        along = np.concatenate(
+            [np.pad(h[0], pad, constant_values=np.inf) for h, pad in zip(hits, padding, strict=True)]
+        )
+        near, beyond = (
+            np.concatenate([np.pad(h[k], pad, constant_values=-1) for h, pad in zip(hits, padding, strict=True)])
+            for k in (1, 2)
+        )
+        depth = self._first_surface(along, near, beyond, np.repeat(eyes[:, 2], size), -across)
+        return depth.reshape(len(eyes), size, size).transpose(0, 2, 1)
+
+    def _sorted_hits(self, origin: np.ndarray, angle: float, across: np.ndarray, far: float):
+        """Crossings `[columns, K]` of one view's columns with lines, near to far: depth, and sectors before and beyond."""
         turn = np.radians(angle)
         forward, right = np.array([np.cos(turn), np.sin(turn)]), np.array([np.sin(turn), -np.cos(turn)])
-        across = ((np.arange(columns) + 0.5) / columns * 2 - 1) * half_width
-        slopes = -((np.arange(rows) + 0.5) / rows * 2 - 1) * half_width * rows / columns
-        directions = forward + across[:, None] * right
-        lines = self._lines_in_view(eye[:2], forward, right, half_width, far)
-        along, hits, det = self._crossings(eye[:2], directions, lines)
-        return self._march(np.where(hits & (along < far), along, np.inf), det, lines, eye[2], slopes).T
+        lines = self._lines_in_view(origin, forward, right, across[-1], far)
+        along, hits, det = self._crossings(origin, forward + across[:, None] * right, lines)
+        along = np.where(hits & (along < far), along, np.inf)
+        count = int(np.isfinite(along).sum(axis=1).max(initial=0))
+        order = np.argsort(along, axis=1)[:, :count]
+        from_front = np.take_along_axis(det, order, axis=1) < 0
+        front, back = self.front[lines][order], self.back[lines][order]
+        along = np.take_along_axis(along, order, axis=1)
+        return along, np.where(from_front, front, back), np.where(from_front, back, front)
 
     def _lines_in_view(self, origin, forward, right, half_width, far) -> np.ndarray:
         """Lines that may be seen: not wholly behind, beyond, or beside the view."""
-        kept = np.ones(len(self.start), dtype=bool)
         z1, z2 = (self.start - origin) @ forward, (self.end - origin) @ forward
         x1, x2 = (self.start - origin) @ right, (self.end - origin) @ right
-        kept &= (np.maximum(z1, z2) > 0) & (np.minimum(z1, z2) < far)
+        kept = (np.maximum(z1, z2) > 0) & (np.minimum(z1, z2) < far)
         for side in (1, -1):
             kept &= ~((side * x1 > half_width * z1) & (side * x2 > half_width * z2))
         return np.flatnonzero(kept)
 
-    def _march(self, along, det, lines, eye, slopes) -> Float[np.ndarray, "columns rows"]:
-        """Follows each column's crossings from near to far until all its pixels have met a surface."""
-        num_columns, num_rows = len(along), len(slopes)
-        depth = np.full((num_columns, num_rows), np.inf)
-        open_pixels = np.ones((num_columns, num_rows), dtype=bool)
-        count = int(np.isfinite(along).sum(axis=1).max(initial=0))
-        order = np.argsort(along, axis=1)[:, :count]
-        columns = np.arange(num_columns)
-        for k in range(count):
-            columns = columns[open_pixels[columns].any(axis=1)]
-            line = order[columns, k]
-            t = along[columns, line]
-            columns, line, t = columns[np.isfinite(t)], line[np.isfinite(t)], t[np.isfinite(t)]
-            if not len(columns):
-                break
-            from_front = det[columns, line] < 0
-            front, back = self.front[lines[line]], self.back[lines[line]]
-            near, beyond = np.where(from_front, front, back), np.where(from_front, back, front)
-            hit, done = self._meet(near, beyond, t, eye, slopes)
-            open_here = open_pixels[columns]
-            depth[columns] = np.where(open_here & done, hit, depth[columns])
-            open_pixels[columns] = open_here & ~done
-        return depth
+    def _first_surface(self, along, near, beyond, eye, slopes) -> Float[np.ndarray, "columns rows"]:
+        """Depth of the first surface on rays of given slopes in each column.
 
-    def _meet(self, near, beyond, t, eye, slopes):
-        """What rays meet up to and at a line: depth, infinite for sky, and whether they end there."""
-        height = eye + t[:, None] * slopes
-        floor, ceiling = self.floor[near][:, None], self.ceiling[near][:, None]
-        wall = np.broadcast_to(t[:, None], height.shape)
-        solid = (beyond < 0)[:, None]
-        under, over = height < floor, height > ceiling
-        lower, upper = height < self.floor[beyond][:, None], height > self.ceiling[beyond][:, None]
-        both_sky = (self.sky[near] & self.sky[beyond])[:, None]
+        What a column shows narrows from line to line: floors and steps close it from below, ceilings and lintels from
+        above. So a ray ends at the first line whose running bounds no longer contain its slope.
+        """
+        exists = np.isfinite(along)
         with np.errstate(divide="ignore", invalid="ignore"):
-            on_floor, on_ceiling = (floor - eye) / slopes, (ceiling - eye) / slopes
-        depth = np.where(~solid & upper & both_sky, np.inf, wall)
-        depth = np.where(over, np.where(self.sky[near][:, None], np.inf, on_ceiling), depth)
-        depth = np.where(under, on_floor, depth)
-        nowhere = (near < 0)[:, None]
-        return np.where(nowhere, np.inf, depth), nowhere | under | over | solid | lower | upper
+            floor, ceiling = ((h[near] - eye[:, None]) / along for h in (self.floor, self.ceiling))
+            step, lintel = ((h[beyond] - eye[:, None]) / along for h in (self.floor, self.ceiling))
+        wall = exists & ((beyond < 0) | (near < 0))
+        lower = np.where(exists, np.maximum(floor, np.where(wall, np.inf, step)), -np.inf)
+        upper = np.where(exists, np.minimum(ceiling, np.where(wall, -np.inf, lintel)), np.inf)
+        lower, upper = np.maximum.accumulate(lower, axis=1), np.minimum.accumulate(upper, axis=1)
+        passed = (lower[:, :, None] <= slopes) & (slopes <= upper[:, :, None])
+        at = passed.sum(axis=1)
+        missed = at == along.shape[1]
+        at = np.minimum(at, along.shape[1] - 1)
 
-    def bev(self, centre: Float[np.ndarray, "3"], corners: Float[np.ndarray, "2 2"], size: int) -> UInt8[np.ndarray, "h w"]:
+        def pick(values: np.ndarray) -> np.ndarray:
+            return np.take_along_axis(values, at, axis=1)
+
+        sector, after = pick(near), pick(beyond)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            on_floor, on_ceiling = ((h[sector] - eye[:, None]) / slopes for h in (self.floor, self.ceiling))
+        through_sky = ~pick(wall) & (slopes > pick(lintel)) & self.sky[sector] & self.sky[after]
+        depth = np.where(through_sky, np.inf, pick(along))
+        depth = np.where(slopes > pick(ceiling), np.where(self.sky[sector], np.inf, on_ceiling), depth)
+        depth = np.where(slopes < pick(floor), on_floor, depth)
+        return np.where(missed | (sector < 0), np.inf, depth)
+
+    def bev(
+        self, centre: Float[np.ndarray, "3"], corners: Float[np.ndarray, "2 2"], size: int
+    ) -> UInt8[np.ndarray, "h w"]:
         """Semantic map from above, north up, with the classes of `BEV_CLASSES`.
 
         Args:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
+from scipy.spatial import cKDTree
 
 from nfldm_ns.collect.doom_geometry import EYE_HEIGHT, MAX_STEP, PLAYER_HEIGHT, UNITS_PER_METRE, DoomGeometry
 from nfldm_ns.collect.doom_wad import DoomMap
@@ -14,7 +15,8 @@ from nfldm_ns.collect.doom_wad import DoomMap
 NUM_SOURCE_VIEWS = 8
 _PLAYER_RADIUS = 16.0
 _ROOM_TO_STAND = 22.0
-_ATTEMPTS = 40
+_ATTEMPTS = 24
+_NEAR_A_THING = 6.0
 
 
 @dataclass(frozen=True)
@@ -56,25 +58,35 @@ def eyes_at(geometry: DoomGeometry, points: Float[np.ndarray, "points 2"]) -> Fl
     return np.concatenate([points, (floors + EYE_HEIGHT)[:, None]], axis=1)
 
 
-def candidate_spots(doom_map: DoomMap, geometry: DoomGeometry, seed: int, count: int) -> Float[np.ndarray, "count 2"]:
-    """Spots to try, in the order to try them: within sight of the things that the map's author placed."""
+def candidate_spots(
+    doom_map: DoomMap, geometry: DoomGeometry, seed: int, spacing: float
+) -> Float[np.ndarray, "count 2"]:
+    """Spots to try, in the order to try them.
+
+    They lie on a randomly turned and shifted triangular lattice, so that no two are closer than `spacing` (metres) and
+    each can be judged alone. Only spots near something that the map's author placed are kept: the rest is often out of
+    the player's reach.
+    """
     rng = np.random.default_rng(seed)
+    pitch = spacing * UNITS_PER_METRE
+    reach = np.hypot(*(geometry.bounds[1] - geometry.bounds[0])) / 2 + pitch
+    steps = np.arange(-int(1.2 * reach / pitch) - 1, int(1.2 * reach / pitch) + 2)
+    row, column = np.meshgrid(steps, steps, indexing="ij")
+    lattice = np.stack([column + 0.5 * (row % 2), row * np.sqrt(3) / 2], axis=-1).reshape(-1, 2) * pitch
+    turn, shift = rng.uniform(0, np.pi), rng.uniform(-pitch, pitch, 2)
+    lattice = lattice @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+    lattice = lattice + geometry.bounds.mean(axis=0) + shift
     things = np.stack([doom_map.things["x"], doom_map.things["y"]], axis=-1).astype(np.float64)
-    things = things[geometry.sector_at(things) >= 0]
-    if not len(things):
-        return np.zeros((0, 2))
-    anchors = things[rng.integers(len(things), size=count)]
-    distance = rng.uniform(0, 6 * UNITS_PER_METRE, size=(count, 1))
-    angle = rng.uniform(0, 2 * np.pi, size=(count, 1))
-    spots = np.round(anchors + distance * np.concatenate([np.cos(angle), np.sin(angle)], axis=1))
-    return spots
+    near = cKDTree(things).query(lattice)[0] < _NEAR_A_THING * UNITS_PER_METRE
+    return rng.permutation(lattice[near])
 
 
-def plan_rig(geometry: DoomGeometry, spot: Float[np.ndarray, "2"], seed: int, options: RigOptions) -> Rig | None:
+def plan_rig(
+    geometry: DoomGeometry, spot: Float[np.ndarray, "2"], rng: np.random.Generator, options: RigOptions
+) -> Rig | None:
     """Cameras of a scene at a spot, all in sight of it and on floors a step away at most; None if they do not fit."""
     if not can_stand(geometry, spot[None])[0]:
         return None
-    rng = np.random.default_rng(seed)
     place = eyes_at(geometry, spot[None])[0]
     near = _stations(geometry, place, rng, 0.0, options.source_jitter, NUM_SOURCE_VIEWS)
     away = _stations(

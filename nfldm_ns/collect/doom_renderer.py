@@ -21,9 +21,7 @@ _FOCAL_X, _FOCAL_Y = 320.0, 384.0  # Doom's pixels are 1.2 times as high as wide
 _DEPTH_SCALE, _DEPTH_OFFSET = 7.153, 15.0
 _DEPTH_UNKNOWN = 255
 _SETTLE_TICS = 12
-_ARGUMENTS = (
-    "+sv_nomonsters 1 -nomonsters +sv_cheats 1 +con_midtime 0 +con_notifytime 0 +cl_showsecretmessage 0 +show_messages 0"
-)
+_ARGUMENTS = "+sv_nomonsters 1 -nomonsters +sv_cheats 1 +con_midtime 0 +con_notifytime 0 +cl_showsecretmessage 0 +show_messages 0"
 _HIDDEN = ("hud", "minimal_hud", "crosshair", "weapon", "decals", "particles", "effects_sprites", "messages", "corpses")
 _VARIABLES = ("POSITION_X", "POSITION_Y", "POSITION_Z", "CAMERA_POSITION_Z", "CAMERA_ANGLE")
 

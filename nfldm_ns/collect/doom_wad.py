@@ -25,7 +25,15 @@ _MAP_LUMPS = (
 )
 _THING = np.dtype([("x", "<i2"), ("y", "<i2"), ("angle", "<i2"), ("type", "<i2"), ("flags", "<i2")])
 _LINE = np.dtype(
-    [("v1", "<u2"), ("v2", "<u2"), ("flags", "<u2"), ("special", "<u2"), ("tag", "<u2"), ("right", "<u2"), ("left", "<u2")]
+    [
+        ("v1", "<u2"),
+        ("v2", "<u2"),
+        ("flags", "<u2"),
+        ("special", "<u2"),
+        ("tag", "<u2"),
+        ("right", "<u2"),
+        ("left", "<u2"),
+    ]
 )
 _SIDE = np.dtype([("xo", "<i2"), ("yo", "<i2"), ("upper", "S8"), ("lower", "S8"), ("middle", "S8"), ("sector", "<u2")])
 _VERTEX = np.dtype([("x", "<i2"), ("y", "<i2")])

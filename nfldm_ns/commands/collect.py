@@ -1,85 +1,262 @@
-"""`nfldm-collect`: makes and judges scene collections."""
+"""`nfldm-collect`: makes, imports and judges scene collections."""
 
-from dataclasses import dataclass, field
+import statistics
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from nfldm_ns.errors import exit_on_bad_input
+
+if TYPE_CHECKING:
+    from nfldm_ns.collect.checking import CollectionCheck, SceneCheck
+
+_MAX_PROBLEMS = 20
+Box = tuple[float, float, float, float, float, float]
+"""Minimum x, y, z, then maximum x, y, z, in metres."""
 
 
 @dataclass
 class Vizdoom:
-    """Makes a collection of posed RGB-D scenes from Freedoom's maps."""
+    """Makes a collection of posed RGB-D scenes from Freedoom's 68 maps; run again, it continues."""
 
     out: tyro.conf.Positional[Path]
-    """Folder of the collection; an interrupted run continues there."""
+    """Folder of the collection."""
     num_scenes: int = 500
     image_size: int = 64
+    """Width and height of the images in pixels."""
     workers: int = 1
     seed: int = 0
     maps: tuple[str, ...] = ("*",)
-    """Names or globs: freedoom1/E1M1, 'freedoom2/MAP0*'."""
+    """Names or globs, such as freedoom1/E1M1 or 'freedoom2/MAP0*'."""
     test_maps: tuple[str, ...] = ()
-    """Maps held out for testing; by default a share of the maps chosen by the seed."""
+    """Names or globs of maps held out for testing; by default a share of the maps, chosen by the seed."""
     test_fraction: float = 0.1
-    hold_out: Literal["maps", "places"] = "maps"
-    """What the test split keeps for itself: whole maps, or places of every map, further than the box from all others."""
+    """Share of the scenes in the test split."""
     val_fraction: float = 0.0
-    aabb: tuple[float, float, float, float, float, float] = (-10, -10, -2.5, 10, 10, 4)
-    """The box around each place in metres: minimum x y z, maximum x y z."""
+    """Share of the scenes in the val split."""
+    hold_out: Literal["maps", "places"] = "maps"
+    """What the test split has to itself: whole maps, or a part of every map, further than the box from all the rest."""
+    box: Box = (-10, -10, -2.5, 10, 10, 4)
+    """The box around each place: minimum x, y, z, then maximum x, y, z, in metres relative to the eye."""
+    near: float = 0.1
     far: float = 30.0
+    """Depth beyond this many metres is unknown, like the sky's."""
     num_target_views: int = 4
+    """Held-back views per scene."""
+    target_distance: float = 1.5
+    """Greatest distance of a target view from the place, in metres."""
     min_distance: float = 1.5
+    """Least distance between two places, in metres."""
     min_brightness: float = 0.12
+    """Least mean brightness of a place's views, from 0 to 1."""
     min_depth: float = 2.0
-    min_inside: float = 0.6
+    """Least median depth of a place's views, in metres."""
     min_view_depth: float = 0.7
+    """Least median depth of each view, in metres: less means that it faces a wall."""
+    min_inside: float = 0.6
+    """Least share of pixels whose surface lies inside the box."""
     min_light: int = 0
+    """Raises darker rooms to this light level (0-255)."""
     keep_sprites: bool = False
+    """Keeps items and decorations, which always turn towards the camera and so are no part of a static scene."""
 
     def run(self) -> int:
         from nfldm_ns.collect import doom_collection as doom
-        from nfldm_ns.collect.doom_places import RigOptions
 
-        options = doom.SceneOptions(
+        known = doom.all_maps()
+        test_maps = doom.choose_maps(self.test_maps, known) if self.test_maps else []
+        maps = sorted({*doom.choose_maps(self.maps, known), *test_maps}, key=known.index)
+        options = doom.CollectionOptions(
+            num_scenes=self.num_scenes,
+            maps=tuple(maps),
+            test_maps=tuple(test_maps),
+            fractions={"test": self.test_fraction, "val": self.val_fraction},
+            hold_out=self.hold_out,
+            scenes=self._scene_options(),
+        )
+        with _progress() as progress:
+            task = progress.add_task("scenes", total=self.num_scenes)
+            report = doom.collect(self.out, options, self.workers, lambda done: progress.update(task, completed=done))
+        counts = ", ".join(f"{count} {name}" for name, count in report.num_scenes.items() if count)
+        print(f"{self.out}: {counts} scenes; {report.new_frames} new frames in {report.seconds:.0f} s", end="")
+        print(f" ({report.frames_per_second_per_worker:.1f} per second and worker)")
+        _write_sheet(self.out)
+        found = sum(report.num_scenes.values())
+        if found < self.num_scenes:
+            print(
+                f"These maps have only {found} places that pass: give more maps, or lower --min-distance or a filter."
+            )
+        return 0
+
+    def _scene_options(self):
+        from nfldm_ns.collect.doom_places import RigOptions
+        from nfldm_ns.collect.doom_scenes import PlaceFilter, SceneOptions
+
+        return SceneOptions(
             seed=self.seed,
             image_size=self.image_size,
-            aabb=(self.aabb[:3], self.aabb[3:]),
+            aabb=(self.box[:3], self.box[3:]),
+            near=self.near,
             far=self.far,
             min_distance=self.min_distance,
             min_light=self.min_light,
             keep_sprites=self.keep_sprites,
-            rig=RigOptions(num_target_views=self.num_target_views),
-            accept=doom.PlaceFilter(
-                min_brightness=self.min_brightness, min_depth=self.min_depth, min_inside=self.min_inside, min_view_depth=self.min_view_depth
+            rig=RigOptions(num_target_views=self.num_target_views, target_distance=self.target_distance),
+            accept=PlaceFilter(
+                min_brightness=self.min_brightness,
+                min_depth=self.min_depth,
+                min_view_depth=self.min_view_depth,
+                min_inside=self.min_inside,
             ),
         )
-        known = doom.all_maps()
-        test_maps = doom.choose_maps(self.test_maps, known) if self.test_maps else []
-        maps = sorted(set(doom.choose_maps(self.maps, known)) | set(test_maps), key=known.index)
-        fractions = {"test": self.test_fraction, "val": self.val_fraction}
-        columns = (TextColumn("scenes"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=Console(stderr=True)) as progress:
-            task = progress.add_task("scenes", total=self.num_scenes)
-            report = doom.collect(
-                self.out, self.num_scenes, maps, test_maps, fractions, options, self.workers,
-                hold_out=self.hold_out, on_scene=lambda _: progress.advance(task),
-            )
-        counts = ", ".join(f"{count} {name}" for name, count in report.num_scenes.items() if count)
-        print(f"{self.out}: {counts} scenes")
-        print(f"{report.new_frames} new frames in {report.seconds:.0f} s: {report.frames_per_second_per_worker:.1f}/s per worker")
+
+
+@dataclass
+class Check:
+    """Judges a collection; exit code 1 if something is wrong with it."""
+
+    folder: tyro.conf.Positional[Path]
+    worst: int = 8
+    """How many scenes to list, those whose depths agree least first."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.checking import check_collection
+        from nfldm_ns.scenes.collection import SceneCollection
+
+        collection = SceneCollection.open(self.folder)
+        with _progress() as progress:
+            task = progress.add_task("scenes", total=len(collection.scene_ids))
+            report = check_collection(collection, lambda _: progress.advance(task))
+        console = Console()
+        console.print(_summary_table(report))
+        console.print(_scene_table(report, self.worst))
+        for problem in report.all_problems[:_MAX_PROBLEMS]:
+            console.print(f"- {problem}", markup=False, highlight=False, soft_wrap=True)
+        if report.ok:
+            console.print(f"{self.folder} is a good collection.", soft_wrap=True)
+            return 0
+        hidden = len(report.all_problems) - _MAX_PROBLEMS
+        more = f" ({hidden} of them not shown)" if hidden > 0 else ""
+        console.print(f"{self.folder} has {len(report.all_problems)} problems{more}.", soft_wrap=True)
+        return 1
+
+
+@dataclass
+class Import:
+    """Turns one's own captures, folders with nerfstudio's transforms.json, into a collection of one scene each."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder of the new collection."""
+    scenes: tuple[Path, ...]
+    """Folders of the captures."""
+    image_size: tuple[int, int] = (64, 64)
+    """Width and height of the resulting images in pixels."""
+    num_source_views: int = 8
+    """What the encoder sees: evenly spaced frames of each capture."""
+    num_target_views: int = 4
+    """Held-back views, evenly spaced between them."""
+    metres_per_unit: float = 1.0
+    """Scale of the captures' poses."""
+    depth_unit_scale: float = 0.001
+    """Metres per unit of the depth files."""
+    up: Literal["z", "y", "-y"] = "z"
+    """The captures' axis that points up."""
+    box: Box = (-10, -10, -2.5, 10, 10, 4)
+    """The box around each place: minimum x, y, z, then maximum x, y, z, in metres."""
+    near: float = 0.1
+    far: float = 30.0
+    test_fraction: float = 0.1
+    """Share of the captures held out for testing."""
+    val_fraction: float = 0.0
+    test_scenes: tuple[str, ...] = ()
+    """Names of capture folders held out for testing, instead of a share."""
+    seed: int = 0
+    name: str = "imported captures"
+    licence: str = "unknown"
+
+    def run(self) -> int:
+        from nfldm_ns.collect.nerfstudio_import import ImportOptions, import_captures
+
+        values = {k: v for k, v in vars(self).items() if k not in ("out", "scenes", "box")}
+        options = ImportOptions(**values, aabb=(self.box[:3], self.box[3:]))
+        with _progress() as progress:
+            task = progress.add_task("scenes", total=len(self.scenes))
+            splits = import_captures(self.out, self.scenes, options, lambda _: progress.advance(task))
+        counts = ", ".join(f"{len(ids)} {name}" for name, ids in splits.items() if ids)
+        print(f"{self.out}: {counts} scenes; 'nfldm-collect check {self.out}' judges them")
+        _write_sheet(self.out)
         return 0
 
 
-def main() -> None:
-    command = tyro.extras.subcommand_cli_from_dict({"vizdoom": Vizdoom, "check": Vizdoom})
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+
+
+def _write_sheet(root: Path) -> None:
+    from nfldm_ns.collect.contact_sheet import write_contact_sheet
+    from nfldm_ns.scenes.collection import SceneCollection
+
+    write_contact_sheet(SceneCollection.open(root), root / "contact_sheet.png")
+    print(f"{root / 'contact_sheet.png'} shows some of them")
+
+
+def _summary_table(report: "CollectionCheck") -> Table:
+    """One row per split, and one for all."""
+    table = Table(
+        "split", "scenes", "views", "brightness", "median depth", "known depth", "in the box", "error", "consistent"
+    )
+    for split in (*dict.fromkeys(scene.split for scene in report.scenes), "all"):
+        scenes = [s for s in report.scenes if split in ("all", s.split)]
+        views = sum(s.num_source + s.num_target for s in scenes)
+        table.add_row(split, str(len(scenes)), str(views), *_numbers(scenes))
+    return table
+
+
+def _scene_table(report: "CollectionCheck", count: int) -> Table:
+    """The scenes whose depths agree least."""
+    table = Table(
+        "least consistent",
+        "split",
+        "views",
+        "brightness",
+        "median depth",
+        "known depth",
+        "in the box",
+        "error",
+        "consistent",
+    )
+    for scene in sorted(report.scenes, key=lambda s: s.reprojection.consistent)[:count]:
+        views = f"{scene.num_source} + {scene.num_target}"
+        table.add_row(scene.scene_id, scene.split, views, *_numbers([scene]))
+    return table
+
+
+def _numbers(scenes: "list[SceneCheck]") -> list[str]:
+    def median(values: list[float], text: str) -> str:
+        values = [value for value in values if value == value]
+        return text.format(statistics.median(values)) if values else "-"
+
+    return [
+        median([s.brightness for s in scenes], "{:.2f}"),
+        median([s.median_depth for s in scenes], "{:.2f} m"),
+        median([s.known_depth for s in scenes], "{:.0%}"),
+        median([s.inside for s in scenes], "{:.0%}"),
+        median([s.reprojection.median_error for s in scenes], "{:.2%}"),
+        median([s.reprojection.consistent for s in scenes], "{:.0%}"),
+    ]
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point of `nfldm-collect`."""
+    command = tyro.extras.subcommand_cli_from_dict({"vizdoom": Vizdoom, "check": Check, "import": Import}, args=args)
     with exit_on_bad_input():
-        code = command.run()
-    raise SystemExit(code)
+        raise SystemExit(command.run())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""Judges a scene collection: files, cameras, splits, and whether depths and poses agree with each other."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import numpy as np
+import torch
+
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.collection import Scene, SceneCollection
+from nfldm_ns.scenes.views import Views, camera_rays
+
+CONSISTENT = 0.05
+"""Two depths of one point agree when they differ by less than this share."""
+MAX_MEDIAN_ERROR = 0.05
+MIN_CONSISTENT = 0.4
+_MIN_OVERLAP = 200
+_MAX_CELLS = 48
+_MIN_FIELD_OF_VIEW, _MAX_FIELD_OF_VIEW = 5.0, 170.0
+
+
+@dataclass(frozen=True)
+class Reprojection:
+    """How well the depths of a scene's views agree.
+
+    Attributes:
+        num_pixels: pixels of one view that fall onto another view's known depth.
+        median_error: median relative difference of the two depths; NaN without overlap.
+        consistent: share of the pixels whose depths differ by less than `CONSISTENT`; the others may be occluded.
+    """
+
+    num_pixels: int
+    median_error: float
+    consistent: float
+
+
+@dataclass
+class SceneCheck:
+    """What was found in one scene."""
+
+    scene_id: str
+    split: str
+    num_source: int = 0
+    num_target: int = 0
+    brightness: float = float("nan")
+    known_depth: float = 0.0
+    median_depth: float = float("nan")
+    inside: float = float("nan")
+    reprojection: Reprojection = field(default_factory=lambda: Reprojection(0, float("nan"), float("nan")))
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class CollectionCheck:
+    """What was found in a collection; it is good when there are no problems."""
+
+    scenes: list[SceneCheck]
+    problems: list[str]
+
+    @property
+    def all_problems(self) -> list[str]:
+        return [*self.problems, *(f"{s.scene_id}: {problem}" for s in self.scenes for problem in s.problems)]
+
+    @property
+    def ok(self) -> bool:
+        return not self.all_problems
+
+
+def check_collection(
+    collection: SceneCollection, on_scene: Callable[[SceneCheck], None] = lambda scene: None
+) -> CollectionCheck:
+    """Reads every scene and judges all that can be judged without a model."""
+    scenes = []
+    for split, ids in collection.splits.items():
+        for scene_id in ids:
+            scenes.append(check_scene(collection, scene_id, split))
+            on_scene(scenes[-1])
+    problems = [*split_problems(collection), *_shape_problems(scenes)]
+    return CollectionCheck(scenes, problems)
+
+
+def check_scene(collection: SceneCollection, scene_id: str, split: str = "") -> SceneCheck:
+    """Judges one scene; whatever is wrong becomes one of its problems."""
+    check = SceneCheck(scene_id, split)
+    try:
+        scene = collection.load_scene(scene_id)
+    except UserInputError as error:
+        check.problems.append(str(error))
+        return check
+    check.num_source, check.num_target = scene.source.shape[0], scene.target.shape[0]
+    check.brightness = float(torch.cat([scene.source.images, scene.target.images]).mean())
+    check.problems += list(_camera_problems(collection, scene))
+    if scene.source.depths is not None or scene.target.depths is not None:
+        _check_depths(collection, scene, check)
+    return check
+
+
+def _check_depths(collection: SceneCollection, scene: Scene, check: SceneCheck) -> None:
+    views = _join(scene)
+    depths = views.depths
+    assert depths is not None
+    known = depths > 0
+    check.known_depth = float(known.float().mean())
+    if not bool(known.any()):
+        check.problems.append("all depths are unknown (0): leave the depth files out, or write metric depth")
+        return
+    check.median_depth = float(depths[known].median())
+    check.inside = _share_inside(views, collection.aabb)
+    if check.inside < 0.05:
+        check.problems.append(
+            f"only {check.inside:.0%} of the surfaces lie inside the box: check its size and the unit"
+        )
+    check.reprojection = reprojection_agreement(views)
+    agreement = check.reprojection
+    if agreement.num_pixels >= _MIN_OVERLAP and (
+        agreement.median_error > MAX_MEDIAN_ERROR or agreement.consistent < MIN_CONSISTENT
+    ):
+        check.problems.append(
+            f"depths of different views contradict each other (median error {agreement.median_error:.1%}, "
+            f"{agreement.consistent:.0%} consistent): check pose convention, depth unit and planar depth"
+        )
+
+
+def _camera_problems(collection: SceneCollection, scene: Scene) -> Iterator[str]:
+    low, high = collection.aabb
+    for role, views in (("source", scene.source), ("target", scene.target)):
+        cameras = views.cameras
+        height, width = views.image_size
+        for name, focal, size in (("horizontal", cameras.fx, width), ("vertical", cameras.fy, height)):
+            fov = torch.rad2deg(2 * torch.atan(size / 2 / focal))
+            if bool(((fov < _MIN_FIELD_OF_VIEW) | (fov > _MAX_FIELD_OF_VIEW)).any()):
+                yield f"a {role} view has a {name} field of view of {float(fov.min()):.0f} degrees: check the focal length"
+        centred = (cameras.cx > 0) & (cameras.cx < width) & (cameras.cy > 0) & (cameras.cy < height)
+        if not bool(centred.all()):
+            yield f"a {role} view has its principal point outside of the image: check cx and cy"
+        eyes = cameras.camera_to_worlds[..., 3]
+        if not bool(((eyes >= low) & (eyes <= high)).all()):
+            yield f"a {role} camera stands outside of the box: check unit and origin of the poses"
+    centre = scene.source.cameras.camera_to_worlds[..., 3].mean(dim=0)
+    if float(centre.norm()) > 0.25 * float((high - low).min()):
+        yield f"the source cameras' mean is {float(centre.norm()):.2f} m away from the origin: recentre the poses"
+
+
+def reprojection_agreement(views: Views, max_cells: int = _MAX_CELLS) -> Reprojection:
+    """Compares each view's depth, seen from every other view, with the depth known there.
+
+    Args:
+        views: batch shape `[N]`, with depths.
+        max_cells: at most this many rows and columns of pixels are compared.
+    """
+    assert views.depths is not None
+    height, width = views.image_size
+    origins, directions = camera_rays(views.cameras, height, width)
+    step = max(1, -(-max(height, width) // max_cells))
+    depths = views.depths[:, 0]
+    errors = []
+    for i in range(views.shape[0]):
+        depth = depths[i, ::step, ::step]
+        points = (origins[i] + depth[..., None] * directions[i, ::step, ::step])[depth > 0]
+        z, row, column, visible = _project(views, points)
+        visible[i] = False
+        row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
+        there = depths[torch.arange(len(depths))[:, None], row, column]
+        visible &= there > 0
+        errors.append(((z - there).abs() / there)[visible])
+    error = torch.cat(errors)
+    if not len(error):
+        return Reprojection(0, float("nan"), float("nan"))
+    return Reprojection(len(error), float(error.median()), float((error < CONSISTENT).float().mean()))
+
+
+def _project(views: Views, points: torch.Tensor):
+    """Planar depth, row, column of points `[P, 3]` in each of N views `[N, P]`, and whether they fall into the image."""
+    cameras = views.cameras
+    height, width = views.image_size
+    poses = cameras.camera_to_worlds
+    local = torch.einsum("nji,npj->npi", poses[:, :, :3], points - poses[:, None, :, 3])
+    z = -local[..., 2]
+    safe = z.clamp(min=1e-6)
+    column = torch.floor(local[..., 0] / safe * cameras.fx + cameras.cx)
+    row = torch.floor(-local[..., 1] / safe * cameras.fy + cameras.cy)
+    visible = (z > 1e-3) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+    clip = 2.0**30
+    return z, row.clamp(-clip, clip).long(), column.clamp(-clip, clip).long(), visible
+
+
+def _share_inside(views: Views, aabb: torch.Tensor) -> float:
+    assert views.depths is not None
+    origins, directions = camera_rays(views.cameras, *views.image_size)
+    points = origins[:, None, None] + views.depths[:, 0, ..., None] * directions
+    inside = ((points >= aabb[0]) & (points <= aabb[1])).all(dim=-1)
+    return float(inside[views.depths[:, 0] > 0].float().mean())
+
+
+def _join(scene: Scene) -> Views:
+    """Source and target views as one batch."""
+    from nfldm_ns.scenes.views import make_cameras
+
+    both = [scene.source, scene.target]
+    height, width = scene.source.image_size
+    fields = {
+        name: torch.cat([getattr(v.cameras, name) for v in both])
+        for name in ("camera_to_worlds", "fx", "fy", "cx", "cy")
+    }
+    depths = [v.depths if v.depths is not None else torch.zeros_like(v.images[:, :1]) for v in both]
+    intrinsics = [fields[name][..., 0] for name in ("fx", "fy", "cx", "cy")]
+    return Views(
+        make_cameras(fields["camera_to_worlds"], *intrinsics, height, width),
+        torch.cat([v.images for v in both]),
+        torch.cat(depths),
+    )
+
+
+def split_problems(collection: SceneCollection) -> list[str]:
+    """Whatever lets a split know another: scenes listed twice, places nearer than the box, or no test split at all."""
+    problems = []
+    try:
+        collection.require_train_and_test()
+    except UserInputError as error:
+        problems.append(str(error))
+    twice = [scene_id for scene_id, count in Counter(collection.scene_ids).items() if count > 1]
+    if twice:
+        problems.append(f"{len(twice)} scenes are listed more than once in the splits, such as {twice[0]}")
+    for first, second in combinations(collection.splits, 2):
+        problems += _shared_places(collection, first, second)
+    return problems
+
+
+def _shared_places(collection: SceneCollection, first: str, second: str) -> Iterator[str]:
+    extent = float((collection.aabb[1] - collection.aabb[0])[:2].max())
+    by_map: dict[str, tuple[dict[str, list[float]], dict[str, list[float]]]] = {}
+    for k, split in enumerate((first, second)):
+        for scene_id in collection.splits[split]:
+            place = collection.places.get(scene_id)
+            if place is not None:
+                by_map.setdefault(str(place["map"]), ({}, {}))[k][scene_id] = place["origin"]
+    for name, (ours, theirs) in by_map.items():
+        if not ours or not theirs:
+            continue
+        a, b = np.array(list(ours.values())), np.array(list(theirs.values()))
+        distance = np.abs(a[:, None, :2] - b[None, :, :2]).max(axis=-1)
+        if distance.min() < extent:
+            i, j = np.unravel_index(distance.argmin(), distance.shape)
+            yield (
+                f"{first} and {second} share places of {name}: {list(ours)[i]} and {list(theirs)[j]} are "
+                f"{distance.min():.1f} m apart, less than the box's {extent:.1f} m"
+            )
+
+
+def _shape_problems(scenes: list[SceneCheck]) -> list[str]:
+    shapes = Counter((s.num_source, s.num_target) for s in scenes if s.num_source)
+    if len(shapes) <= 1:
+        return []
+    listed = ", ".join(f"{count} scenes with {n} + {m}" for (n, m), count in shapes.most_common())
+    return [f"scenes have different numbers of source + target views ({listed}): they cannot share a batch"]
