@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional, Type
 
 import numpy as np
 import torch
@@ -21,19 +20,19 @@ from nfldm_ns.scenes.views import make_cameras
 class SceneCollectionDataParserConfig(DataParserConfig):
     """A scene of a collection made by nfldm-collect."""
 
-    _target: Type = field(default_factory=lambda: SceneCollectionDataParser)
+    _target: type = field(default_factory=lambda: SceneCollectionDataParser)
     """target class to instantiate"""
     data: Path = Path()
     """Folder with collection.json."""
-    scene: Optional[str] = None
+    scene: str | None = None
     """Id of the scene; the first of the test split if not given."""
 
 
 class SceneCollectionDataParser(DataParser):
     """Gives one scene: its source views as `train` split, its target views as `val` and `test`.
 
-    Poses and scale stay as they are: metres, z up. So any nerfstudio method trains on any scene of a collection, and our
-    own datamanager shows one scene in the viewer while it trains on all.
+    Poses and scale stay as they are: metres, z up. So any nerfstudio method trains on any scene of a collection, and
+    our own datamanager shows one scene in the viewer while it trains on all.
     """
 
     config: SceneCollectionDataParserConfig
@@ -56,7 +55,7 @@ class SceneCollectionDataParser(DataParser):
 
     @exit_on_bad_input()
     def _generate_dataparser_outputs(
-        self, split: str = "train", scene_id: Optional[str] = None, **kwargs
+        self, split: str = "train", scene_id: str | None = None, **kwargs
     ) -> DataparserOutputs:
         collection = self.collection()
         return scene_outputs(collection, scene_id or self.scene_id(collection), split)
@@ -77,11 +76,11 @@ def scene_outputs(collection: SceneCollection, scene_id: str, split: str) -> Dat
     frames = [transforms.frames[name] for name in names]
     poses = np.stack([np.asarray(frame["transform_matrix"], dtype=np.float32)[:3, :4] for frame in frames])
     width, height = collection.image_size
-    intrinsics = (torch.tensor([float(frame[key]) for frame in frames]) for key in ("fl_x", "fl_y", "cx", "cy"))
+    fx, fy, cx, cy = (torch.tensor([float(frame[key]) for frame in frames]) for key in ("fl_x", "fl_y", "cx", "cy"))
     with_depth = all("depth_file_path" in frame for frame in frames)
     return DataparserOutputs(
         image_filenames=[folder / name for name in names],
-        cameras=make_cameras(torch.from_numpy(poses), *intrinsics, height=height, width=width),
+        cameras=make_cameras(torch.from_numpy(poses), fx, fy, cx, cy, height, width),
         scene_box=SceneBox(aabb=collection.aabb.clone()),
         metadata={
             "depth_filenames": [folder / frame["depth_file_path"] for frame in frames] if with_depth else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,12 @@ class SceneAutoencoderPreset:
     """
 
     network: dict[str, Any]
-    loss: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] = field(default_factory=dict)
     max_num_iterations: int = 2000
     learning_rate: float = 1e-3
     warmup_steps: int = 50
-    precision: str = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"
     cost: str = ""
 
 

@@ -97,7 +97,7 @@ def check_state(module: torch.nn.Module, state: Mapping[str, Tensor], where: Pat
     found = {key: tuple(value.shape) for key, value in state.items()}
     for key in [*expected, *found]:
         if expected.get(key) != found.get(key):
-            here, there = (f"{list(shape)}" if shape is not None else "missing" for shape in (expected.get(key), found.get(key)))
+            here, there = (str(list(shapes[key])) if key in shapes else "missing" for shapes in (expected, found))
             raise UserInputError(
                 f"{where} is of another preset or version ({key} is {there} there, but {here} in this configuration): "
                 "choose the method and sizes it was trained with."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Type
+from typing import Any, Literal
 
 import torch
 import torch.distributed
@@ -21,7 +21,7 @@ from nfldm_ns.scenes.views import SceneBatch
 class SceneDataManagerConfig(DataManagerConfig):
     """Configuration of `SceneDataManager`."""
 
-    _target: Type = field(default_factory=lambda: SceneDataManager)
+    _target: type = field(default_factory=lambda: SceneDataManager)
     """target class to instantiate"""
     dataparser: DataParserConfig = field(default_factory=DataParserConfig)
     """the scene collection, and which of its scenes to show"""
@@ -36,7 +36,7 @@ class SceneDataManagerConfig(DataManagerConfig):
 class SceneDataManager(DataManager):
     """Gives `SceneBatch`es for training and evaluation.
 
-    `train_dataset` and `eval_dataset` hold the source and the target views of the one scene that is shown in the viewer.
+    `train_dataset` and `eval_dataset` hold the source and the target views of the one scene that the viewer shows.
 
     Args:
         test_mode: "val" trains and validates on the splits of that name; "test" and "inference" use the test split.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, Type
+from typing import Any, Literal
 
 import torch
 from nerfstudio.models.base_model import ModelConfig
@@ -54,7 +54,7 @@ class SceneNetworkConfig:
 class SceneAutoencoderModelConfig(ModelConfig):
     """Configuration of `SceneAutoencoderModel`."""
 
-    _target: Type = field(default_factory=lambda: SceneAutoencoderModel)
+    _target: type = field(default_factory=lambda: SceneAutoencoderModel)
     """target class to instantiate"""
     enable_collider: bool = False
     """scenes are bounded by their box"""
@@ -94,7 +94,7 @@ class SceneAutoencoderModel(VoxelModel):
         return {"autoencoder": list(self.autoencoder.parameters())}
 
     def get_outputs(self, ray_bundle: Any) -> dict[str, Any]:
-        """Encodes a `SceneBatch` and renders its target views: `rendered` and `grid`. Cameras and rays: as `VoxelModel`."""
+        """Encodes a `SceneBatch` and renders its target views: `rendered`, `grid`. Else as `VoxelModel`."""
         if not isinstance(ray_bundle, SceneBatch):
             return super().get_outputs(ray_bundle)
         self._shown_grid = None  # made by other weights
@@ -107,9 +107,7 @@ class SceneAutoencoderModel(VoxelModel):
     ) -> dict[str, Tensor]:
         """Weighted losses of a batch of scenes; `batch["target"]` holds the true views."""
         perceptual = self._perceptual[0] if self._perceptual else None
-        return stage_one_losses(
-            self.config.loss, outputs["rendered"], batch["target"], outputs["grid"], perceptual
-        )
+        return stage_one_losses(self.config.loss, outputs["rendered"], batch["target"], outputs["grid"], perceptual)
 
     @torch.no_grad()
     def get_metrics_dict(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:

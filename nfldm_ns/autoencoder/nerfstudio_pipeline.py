@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Type
+from typing import Any, Literal
 
 import torch
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
@@ -25,7 +25,7 @@ from nfldm_ns.scenes.views import SceneBatch
 class SceneAutoencoderPipelineConfig(VanillaPipelineConfig):
     """Configuration of `SceneAutoencoderPipeline`."""
 
-    _target: Type = field(default_factory=lambda: SceneAutoencoderPipeline)
+    _target: type = field(default_factory=lambda: SceneAutoencoderPipeline)
     """target class to instantiate"""
     datamanager: SceneDataManagerConfig = field(default_factory=SceneDataManagerConfig)
     """specifies the datamanager config"""
@@ -57,7 +57,9 @@ class SceneAutoencoderPipeline(VanillaPipeline):
         shown = self.datamanager.shown_scene_id
         self.viewer_control = ViewerControl()
         self.scene_dropdown = ViewerDropdown(
-            "Scene", next(label for label, scene_id in labels.items() if scene_id == shown), list(labels),
+            "Scene",
+            next(label for label, scene_id in labels.items() if scene_id == shown),
+            list(labels),
             cb_hook=lambda dropdown: self.show_scene(labels[dropdown.value]),
             hint="Encoded from its source views",
         )
@@ -136,7 +138,9 @@ class SceneAutoencoderPipeline(VanillaPipeline):
         prefix = "_model."
         state = {key.removeprefix("module."): value for key, value in loaded_state.items()}
         model_state = {
-            key.removeprefix(prefix).removeprefix("module."): value for key, value in state.items() if key.startswith(prefix)
+            key.removeprefix(prefix).removeprefix("module."): value
+            for key, value in state.items()
+            if key.startswith(prefix)
         }
         check_state(self.model, model_state, f"The checkpoint of step {step}")
         super().load_pipeline(loaded_state, step)
@@ -144,6 +148,4 @@ class SceneAutoencoderPipeline(VanillaPipeline):
 
 def scene_labels(collection: SceneCollection) -> dict[str, str]:
     """Scene ids by what a list of them shows, held-out scenes first."""
-    return {
-        f"{scene_id} ({split})": scene_id for split in reversed(SPLITS) for scene_id in collection.splits[split]
-    }
+    return {f"{scene_id} ({split})": scene_id for split in reversed(SPLITS) for scene_id in collection.splits[split]}

@@ -1,18 +1,19 @@
-"""nerfstudio's trainer of stage 1: schedules that follow the length of the run, and checkpoints that are never half-written."""
+"""nerfstudio's trainer of stage 1: schedules as long as the run, and checkpoints that are never half-written."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import math
-import os
 import pickle
 import re
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Type
+from typing import Any
 
+import numpy as np
+import torch
 import yaml
 from nerfstudio.engine.optimizers import Optimizers
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
@@ -20,7 +21,7 @@ from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils import comms
 from torch.optim import Optimizer, lr_scheduler
 
-from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
+from nfldm_ns.autoencoder.checkpoints import FOLDER, read_training_record, save_scene_autoencoder
 from nfldm_ns.autoencoder.nerfstudio_pipeline import SceneAutoencoderPipeline
 from nfldm_ns.autoencoder.run_folder import MovableTrainerConfig
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
@@ -31,7 +32,7 @@ from nfldm_ns.scenes.writing import atomic_path
 class CosineScheduleConfig(SchedulerConfig):
     """Linear warm-up, then half a cosine."""
 
-    _target: Type = field(default_factory=lambda: CosineSchedule)
+    _target: type = field(default_factory=lambda: CosineSchedule)
     """target class to instantiate"""
     warmup_steps: int = 100
     """steps of rising learning rate, at most a tenth of the run"""
@@ -39,6 +40,15 @@ class CosineScheduleConfig(SchedulerConfig):
     """learning rate at the end, relative to the highest"""
     max_steps: int | None = None
     """length; None follows --max-num-iterations"""
+    time_budget_s: float | None = None
+    """length in seconds, whichever ends first; None follows --time-budget-s"""
+    seconds_before: float = 0.0
+    """of which so many passed before the training was resumed"""
+
+    def progress(self, step: int, seconds: float) -> float:
+        """How much of the training is done: 1 at its end."""
+        by_time = (self.seconds_before + seconds) / self.time_budget_s if self.time_budget_s else 0.0
+        return max(step / self.max_steps if self.max_steps else 0.0, by_time)
 
 
 class CosineSchedule(Scheduler):
@@ -47,17 +57,17 @@ class CosineSchedule(Scheduler):
     config: CosineScheduleConfig
 
     def get_scheduler(self, optimizer: Optimizer, lr_init: float) -> lr_scheduler.LambdaLR:
-        if self.config.max_steps is None:
+        config = self.config
+        if config.max_steps is None:
             raise ValueError("the length of the schedule is not known")
-        total = self.config.max_steps
-        warmup = min(self.config.warmup_steps, total // 10)
-        final = self.config.final_factor
+        warmup = min(config.warmup_steps, config.max_steps // 10)
+        start = time.monotonic()
 
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / (warmup + 1)
-            progress = min((step - warmup) / max(total - warmup, 1), 1.0)
-            return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+            progress = min(config.progress(step, time.monotonic() - start), 1.0)
+            return config.final_factor + (1 - config.final_factor) * 0.5 * (1 + math.cos(math.pi * progress))
 
         return lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -66,8 +76,11 @@ class CosineSchedule(Scheduler):
 class SceneAutoencoderTrainerConfig(MovableTrainerConfig):
     """Configuration of `SceneAutoencoderTrainer`."""
 
-    _target: Type = field(default_factory=lambda: SceneAutoencoderTrainer)
+    _target: type = field(default_factory=lambda: SceneAutoencoderTrainer)
     """target class to instantiate"""
+    time_budget_s: float | None = None
+    """ends after so many seconds of training if --max-num-iterations does not end it before; results then depend on the
+    machine's speed"""
 
     @exit_on_bad_input()
     def save_config(self) -> None:
@@ -95,22 +108,39 @@ class SceneAutoencoderTrainer(Trainer):
 
     config: SceneAutoencoderTrainerConfig
     pipeline: SceneAutoencoderPipeline
+    checkpoint_dir: Path
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
         super().setup(*args, **kwargs)
         self._start_time = time.monotonic()
+
+    def train_iteration(self, step: int) -> Any:
+        if self.config.time_budget_s is not None and self.seconds() >= self.config.time_budget_s:
+            self.stop_training = True  # after this iteration
+        # A step's random numbers depend on nothing before it, so that a resumed run continues exactly.
+        torch.manual_seed(
+            np.random.SeedSequence((self.config.machine.seed, step, self.local_rank)).generate_state(1)[0]
+        )
+        return super().train_iteration(step)
+
+    def seconds(self) -> float:
+        """Spent in training so far, before a resumption too."""
+        return self._seconds_before + time.monotonic() - self._start_time
 
     @exit_on_bad_input()
     def setup_optimizers(self) -> Optimizers:
         """Optimisers, with schedules that end with the run."""
         if comms.is_main_process():  # now, because the viewer needs the run's folder next
             self.config.write_config()
+        self._seconds_before = seconds_before(self.config)
         groups = copy.deepcopy(self.config.optimizers)
         total = first_step(self.config) + self.config.max_num_iterations
         for group in groups.values():
             schedule = group["scheduler"]
             if isinstance(schedule, CosineScheduleConfig) and schedule.max_steps is None:
                 schedule.max_steps = total
+                schedule.time_budget_s = schedule.time_budget_s or self.config.time_budget_s
+                schedule.seconds_before = self._seconds_before
         return Optimizers(groups, self.pipeline.get_param_groups())
 
     @exit_on_bad_input()
@@ -143,10 +173,11 @@ class SceneAutoencoderTrainer(Trainer):
             self.checkpoint_dir = temporary.with_suffix(".folder")
             try:
                 super().save_checkpoint(step)
-                os.replace(self.checkpoint_dir / name, temporary)
+                (self.checkpoint_dir / name).replace(temporary)
             except RuntimeError as error:  # torch's writer hides what the system said
                 raise UserInputError(
-                    f"The checkpoint could not be written to {folder} ({str(error).splitlines()[0]}): free some disk space."
+                    f"The checkpoint could not be written to {folder} ({str(error).splitlines()[0]}): "
+                    "free some disk space."
                 ) from error
             finally:
                 _remove_folder(self.checkpoint_dir)
@@ -164,7 +195,7 @@ class SceneAutoencoderTrainer(Trainer):
             "data": str(self.pipeline.datamanager.collection.root.resolve()),
             "step": step,
             "scenes_per_step": self.config.pipeline.datamanager.sampling.scenes_per_batch * self.world_size,
-            "seconds": round(time.monotonic() - self._start_time, 1),
+            "seconds": round(self.seconds(), 1),
             "device": self.device,
             "seed": self.config.machine.seed,
         }
@@ -186,17 +217,16 @@ def checkpoint_to_load(config: SceneAutoencoderTrainerConfig) -> Path | None:
     if config.load_dir is None:
         path = config.load_checkpoint
     else:
-        steps = [int(found[1]) for file in _files(config.load_dir) if (found := re.fullmatch(r"step-(\d+)\.ckpt", file.name))]
-        if not steps:
-            raise UserInputError(f"There is no checkpoint in {config.load_dir}: give the nerfstudio_models folder of a run.")
-        path = config.load_dir / f"step-{config.load_step if config.load_step is not None else max(steps):09d}.ckpt"
+        checkpoints = sorted(config.load_dir.glob("step-*.ckpt"))
+        if not checkpoints:
+            raise UserInputError(
+                f"There is no checkpoint in {config.load_dir}: give the nerfstudio_models folder of a run."
+            )
+        step = config.load_step
+        path = checkpoints[-1] if step is None else config.load_dir / f"step-{step:09d}.ckpt"
     if path is not None and not path.is_file():
         raise UserInputError(f"There is no checkpoint {path}: check --load-dir, --load-step and --load-checkpoint.")
     return path
-
-
-def _files(folder: Path) -> list[Path]:
-    return list(folder.iterdir()) if folder.is_dir() else []
 
 
 def first_step(config: SceneAutoencoderTrainerConfig) -> int:
@@ -206,3 +236,11 @@ def first_step(config: SceneAutoencoderTrainerConfig) -> int:
         return 0
     found = re.fullmatch(r"step-(\d+)", path.stem)
     return int(found[1]) + 1 if found else 0
+
+
+def seconds_before(config: SceneAutoencoderTrainerConfig) -> float:
+    """What the run that is resumed had spent; 0 for a new one."""
+    path = checkpoint_to_load(config)
+    if path is None or not (path.parent.parent / FOLDER).is_dir():
+        return 0.0
+    return float(read_training_record(path.parent.parent).get("seconds", 0.0))

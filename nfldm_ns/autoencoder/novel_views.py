@@ -39,9 +39,9 @@ def evaluate_novel_views(
         picture_folder: where to put PNGs of real above rendered views, one per scene; None writes none.
 
     Returns:
-        `psnr` (dB), `ssim`, `lpips`; where depth is known `depth_mae_m` and `depth_mae_in_box_m` (metres, planar; the second
-        over surfaces inside the box); `nearest_view_*` and `mean_image_*` for the source view that looks in the most
-        similar direction and for the mean image; `num_scenes` and `num_images`.
+        `psnr` (dB), `ssim`, `lpips`; where depth is known `depth_mae_m` and `depth_mae_in_box_m` (metres, planar; the
+        second over surfaces inside the box); `nearest_view_*` and `mean_image_*` for the source view that looks in the
+        most similar direction and for the mean image; `num_scenes` and `num_images`.
     """
     methods = {"": ImageMetrics(lpips), "nearest_view_": ImageMetrics(lpips), "mean_image_": ImageMetrics(lpips)}
     num_scenes = 0

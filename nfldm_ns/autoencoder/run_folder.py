@@ -17,8 +17,8 @@ from nfldm_ns.errors import UserInputError, exit_on_bad_input
 class MovableTrainerConfig(TrainerConfig):
     """A trainer's configuration whose run folder may be moved or copied to another machine.
 
-    nerfstudio's commands read `config.yml` as text and do not pass on where it lay. Where the folder it names is gone, the
-    one given to the running command as `--load-config` takes its place.
+    nerfstudio's commands read `config.yml` as text and do not pass on where it lay. Where the folder it names is gone,
+    the one given to the running command as `--load-config` takes its place.
     """
 
     def get_base_dir(self) -> Path:
@@ -33,7 +33,9 @@ class MovableTrainerConfig(TrainerConfig):
         folder = super().get_checkpoint_dir()
         checkpoints = sorted(folder.glob("step-*.ckpt")) if folder.is_dir() else []
         if checkpoints and not zipfile.is_zipfile(checkpoints[-1]):
-            raise UserInputError(f"The checkpoint {checkpoints[-1]} is damaged: delete it to use an older one, or train again.")
+            raise UserInputError(
+                f"The checkpoint {checkpoints[-1]} is damaged: delete it to use an older one, or train again."
+            )
         return folder
 
 

@@ -76,9 +76,8 @@ class SceneCache:
     def preload(self, scene_ids: list[str], num_threads: int) -> None:
         """Reads scenes until the limit is reached, so that a broken file shows before training starts."""
         with ThreadPoolExecutor(num_threads) as pool:
-            for _ in track(
-                pool.map(self.load, scene_ids), "Reading scenes", total=len(scene_ids), transient=True, disable=not scene_ids
-            ):
+            loaded = pool.map(self.load, scene_ids)
+            for _ in track(loaded, "Reading scenes", total=len(scene_ids), transient=True):
                 if self.num_bytes >= self.limit:
                     pool.shutdown(cancel_futures=True)
                     return
@@ -106,7 +105,7 @@ class SceneSamplerConfig:
 
 
 class SceneSampler:
-    """Endless random batches. The batch of a step depends on nothing but the seed, so that a resumed run continues exactly.
+    """Endless random batches. The batch of a step depends on the seed alone, so that a resumed run continues exactly.
 
     Every scene comes once per epoch; the ranks of a distributed run share each batch of the epoch.
 
@@ -141,10 +140,8 @@ class SceneSampler:
 
     def batch(self, step: int) -> SceneBatch:
         """The batch of a step; the next one is read meanwhile."""
-        if self._ahead is not None and self._ahead[0] == step:
-            batch = self._ahead[1].result()
-        else:
-            batch = self._make(step)
+        ahead = self._ahead
+        batch = ahead[1].result() if ahead is not None and ahead[0] == step else self._make(step)
         self._ahead = (step + 1, self._pool.submit(self._make, step + 1))
         return batch
 
@@ -178,6 +175,6 @@ def require_square_box(collection: SceneCollection) -> None:
     low, high = collection.aabb[0, :2], collection.aabb[1, :2]
     if not torch.allclose(low, -high, atol=1e-4) or abs(float(high[0] - high[1])) > 1e-4:
         raise UserInputError(
-            f"The box of {collection.root} is not square around the origin, so its scenes cannot be turned by 90 degrees: "
-            "change aabb in its collection.json or train with --pipeline.datamanager.sampling.quarter-turns False."
+            f"The box of {collection.root} is not square around the origin, so scenes cannot be turned by 90 degrees: "
+            "change aabb in collection.json or train with --pipeline.datamanager.sampling.quarter-turns False."
         )

@@ -45,7 +45,9 @@ class VoxelGridField(Field):
         """The voxels; densities that an optimiser pushed below zero count as empty."""
         return VoxelGrid(self.density.clamp(min=0), self.features, self.aabb)
 
-    def get_density(self, ray_samples: RaySamples) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch channels"]]:
+    def get_density(
+        self, ray_samples: RaySamples
+    ) -> tuple[Float[Tensor, "*batch 1"], Float[Tensor, "*batch channels"]]:
         """Trilinear density in 1/m, and the features as embedding."""
         positions = ray_samples.frustums.get_positions()
         density, features = self.grid().sample(positions.reshape(1, -1, 3))
@@ -190,4 +192,3 @@ def ray_depth(grid: VoxelGrid, rays: RayBundle, num_samples: int) -> dict[str, T
         "depth": (weights * middles).sum(-2) + (1 - accumulation) * leave[..., None],
         "accumulation": accumulation,
     }
-

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Type
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -64,7 +64,7 @@ def metric_dataparser() -> NerfstudioDataParserConfig:
 class GeneratedSceneModelConfig(ModelConfig):
     """Configuration of `GeneratedSceneModel`."""
 
-    _target: Type = field(default_factory=lambda: GeneratedSceneModel)
+    _target: type = field(default_factory=lambda: GeneratedSceneModel)
     """target class to instantiate"""
     enable_collider: bool = False
     """scenes are bounded by their box"""
@@ -129,7 +129,7 @@ class GeneratedSceneModel(VoxelModel):
 class GeneratedScenePipelineConfig(VanillaPipelineConfig):
     """Configuration of `GeneratedScenePipeline`."""
 
-    _target: Type = field(default_factory=lambda: GeneratedScenePipeline)
+    _target: type = field(default_factory=lambda: GeneratedScenePipeline)
     """target class to instantiate"""
     datamanager: VanillaDataManagerConfig = field(
         default_factory=lambda: VanillaDataManagerConfig(

@@ -87,9 +87,14 @@ def load_generated_scene(folder: Path | str) -> GeneratedScene:
     folder = Path(folder)
     path = folder / DESCRIPTION
     if not path.is_file():
-        raise UserInputError(f"{folder} is no generated scene (it has no {DESCRIPTION}): make some with 'nfldm-sample'.")
+        raise UserInputError(
+            f"{folder} is no generated scene (it has no {DESCRIPTION}): make some with 'nfldm-sample'."
+        )
     description = read_json(path)
-    if not isinstance(description, dict) or (description.get("format"), description.get("version")) != (FORMAT, VERSION):
+    if not isinstance(description, dict) or (description.get("format"), description.get("version")) != (
+        FORMAT,
+        VERSION,
+    ):
         raise UserInputError(f"{path} is not of format {FORMAT}, version {VERSION}: sample the scene again.")
     tensors = read_safetensors(folder / TENSORS)
     try:
@@ -115,5 +120,5 @@ def _cameras(folder: Path) -> Cameras:
     transforms = read_transforms(folder)
     frames = [transforms.frames[name] for name in transforms.source_names]
     poses: Float[Tensor, "n 3 4"] = torch.tensor([frame["transform_matrix"][:3] for frame in frames])
-    intrinsics = (torch.tensor([float(frame[key]) for frame in frames]) for key in ("fl_x", "fl_y", "cx", "cy"))
-    return make_cameras(poses, *intrinsics, height=int(frames[0]["h"]), width=int(frames[0]["w"]))
+    fx, fy, cx, cy = (torch.tensor([float(frame[key]) for frame in frames]) for key in ("fl_x", "fl_y", "cx", "cy"))
+    return make_cameras(poses, fx, fy, cx, cy, int(frames[0]["h"]), int(frames[0]["w"]))

@@ -55,9 +55,9 @@ def write_generated_scene(
     """Writes one scene, whole or not at all; an existing folder is replaced.
 
     The folder is a run (`config.yml`, `nerfstudio_models/`) for ns-viewer, ns-render and ns-eval, and a dataset
-    (`transforms.json`, `images/`, `depths/`) for any nerfstudio method: `cameras` are its training views, `eval_cameras`
-    its validation and test views. `scene.safetensors` and `scene.json` hold the voxels (half precision), the latents, the
-    renderer and the provenance.
+    (`transforms.json`, `images/`, `depths/`) for any nerfstudio method: `cameras` are its training views,
+    `eval_cameras` its validation and test views. `scene.safetensors` and `scene.json` hold the voxels (half precision),
+    the latents, the renderer and the provenance.
 
     Args:
         grid: batch size 1.
