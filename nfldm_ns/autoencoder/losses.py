@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nfldm_ns.autoencoder.lifting import box_exit_depth
 from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, downsample_depth
-from nfldm_ns.scenes.views import Views, camera_rays
+from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 PerceptualDistance = Callable[[Tensor, Tensor], Tensor]
@@ -25,14 +25,20 @@ class StageOneLossConfig:
 
     Attributes:
         lpips_mult: perceptual distance of rendered and real images (the paper's reconstruction loss).
+        lpips_views: how many target views of each scene, drawn at random, the perceptual distance sees in a step; None for
+            all. Its network costs more than everything else together, and few views give the same gradient on average.
         rgb_mult: mean absolute error of colours; steadies short trainings.
-        depth_mult: mean squared error of expected depth in m^2, over known pixels.
+        depth_mult: error of expected depth, over known pixels.
+        depth_norm: "l2" is the mean squared error in m^2 (the paper's), "l1" the mean absolute error in m, which edges
+            dominate less.
         feature_mult: mean square of voxel features: keeps V simple for the later stages.
     """
 
     lpips_mult: float = 1.0
+    lpips_views: int | None = None
     rgb_mult: float = 1.0
     depth_mult: float = 0.02
+    depth_norm: Literal["l1", "l2"] = "l2"
     feature_mult: float = 0.0
 
 
@@ -53,17 +59,18 @@ def stage_one_losses(
     if config.lpips_mult:
         if lpips is None:
             raise ValueError("lpips_mult is set, but no perceptual distance was given")
-        images = (rendered.rgb.flatten(0, 1) * 2 - 1, target.images.flatten(0, 1) * 2 - 1)
+        chosen = torch.randperm(target.shape[1])[: config.lpips_views]
+        images = (views[:, chosen].flatten(0, 1) * 2 - 1 for views in (rendered.rgb, target.images))
         losses["lpips_loss"] = config.lpips_mult * lpips(*images).mean()
     if target.depths is not None:
-        losses["depth_loss"] = config.depth_mult * depth_loss(rendered.maps, target, grid.aabb)
+        losses["depth_loss"] = config.depth_mult * depth_loss(rendered.maps, target, config.depth_norm)
     if config.feature_mult:
         losses["feature_loss"] = config.feature_mult * grid.features.square().mean()
     return losses
 
 
-def depth_loss(maps: FeatureMaps, target: Views, aabb: Float[Tensor, "2 3"]) -> Float[Tensor, ""]:
-    """Mean squared depth error in m^2 at the rays' resolution, over known pixels.
+def depth_loss(maps: FeatureMaps, target: Views, norm: Literal["l1", "l2"] = "l2") -> Float[Tensor, ""]:
+    """Mean squared (m^2) or absolute (m) error of expected depth at the rays' resolution, over known pixels.
 
     Surfaces beyond the box count as lying on its border: that is where the encoder paints them.
     """
@@ -71,14 +78,8 @@ def depth_loss(maps: FeatureMaps, target: Views, aabb: Float[Tensor, "2 3"]) -> 
     h, w = maps.depth.shape[-2:]
     depth = downsample_depth(target.depths, h, w)
     known = depth > 0
-    error = (maps.depth - torch.minimum(depth, maps.exit_depth)).square()
+    error = (maps.depth - torch.minimum(depth, maps.exit_depth)).abs()
+    if norm == "l2":
+        error = error.square()
     return (error * known).sum() / known.sum().clamp(min=1)
 
-
-def inside_box(views: Views, aabb: Float[Tensor, "2 3"]) -> Tensor:
-    """`[*B, 1, H, W]` mask of the pixels whose known surface lies inside the box."""
-    assert views.depths is not None
-    height, width = views.image_size
-    origins, directions = camera_rays(views.cameras, height, width)
-    _, leave = box_exit_depth(origins[..., None, None, :].expand_as(directions), directions, aabb)
-    return (views.depths > 0) & (views.depths < leave[..., None, :, :])

@@ -27,7 +27,7 @@ class RigOptions:
     """Held-back views per scene."""
     source_jitter: float = 0.3
     """Greatest distance of a source view from the place."""
-    yaw_jitter: float = 8.0
+    yaw_jitter: float = 4.0
     """Greatest deviation of a source view from its eighth of a turn."""
     target_distance: float = 1.5
     """Greatest distance of a target view from the place."""

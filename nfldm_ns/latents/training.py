@@ -134,7 +134,7 @@ class LatentLosses:
         rendered = self.renderer.render(grid, views.cameras)
         losses = {"rgb_loss": weights.rgb_mult * F.l1_loss(rendered.rgb, views.images)}
         if views.depths is not None:
-            losses["depth_loss"] = weights.depth_mult * depth_loss(rendered.maps, views, grid.aabb)
+            losses["depth_loss"] = weights.depth_mult * depth_loss(rendered.maps, views)
         if weights.lpips_mult:
             images = (rendered.rgb.flatten(0, 1) * 2 - 1, views.images.flatten(0, 1) * 2 - 1)
             losses["lpips_loss"] = weights.lpips_mult * self.lpips(*images).mean()
