@@ -34,7 +34,7 @@ class Normaliser(nn.Module):
         """Computes the statistics; channels that hardly vary are not blown up."""
         flat = values.double().movedim(1, -1).flatten(0, -2)
         self.mean.copy_(flat.mean(0))
-        self.std.copy_(flat.std(0).clamp(min=MIN_STD))
+        self.std.copy_(flat.std(0, correction=0).clamp(min=MIN_STD))
 
     def forward(self, values: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
         """To normalised units."""

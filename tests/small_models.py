@@ -1,0 +1,77 @@
+"""Models of all stages at the smallest sizes, untrained."""
+
+from __future__ import annotations
+
+import torch
+
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, assemble_pipeline
+from nfldm_ns.diffusion.training import make_scheduler
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from tests.synthetic import AABB, FAR, NEAR
+
+LATENT_SIZES = {
+    "global_dim": 8,
+    "coarse_channels": 4,
+    "coarse_height": 2,
+    "fine_channels": 4,
+    "coarse_codes": 16,
+    "fine_codes": 16,
+    "coarse_code_dim": 2,
+    "encoder_channels": (8, 8, 16),
+    "fine_encoder_channels": 8,
+    "decoder_channels": (16, 8, 8),
+    "fusion_channels": 8,
+}
+_UNET = {"channels": (8, 8), "attention": (False, True), "layers": 1, "context_dim": 8, "head_dim": 8}
+DENOISER_SIZES = {
+    "global": {"width": 16, "num_layers": 2},
+    "coarse": _UNET,
+    "fine": {**_UNET, "coarse_channels": 4},
+}
+
+
+def small_scene_autoencoder(seed: int = 0) -> SceneAutoencoder:
+    """Stage 1 for the box rooms of `tests.synthetic` at 32 x 32 pixels."""
+    torch.manual_seed(seed)
+    return SceneAutoencoder(
+        grid_shape=(4, 16, 16),
+        feature_channels=4,
+        aabb=AABB,
+        near=NEAR,
+        far=FAR,
+        image_size=(32, 32),
+        focal_length=16.0,
+        num_depth_bins=12,
+        num_samples=16,
+        encoder_channels=(8, 8),
+        decoder_channels=(8, 8),
+    ).eval()
+
+
+def small_latent_autoencoder(seed: int = 0, **changes) -> LatentAutoencoder:
+    """Stage 2 for its voxels."""
+    torch.manual_seed(seed)
+    sizes = {"grid_shape": (4, 16, 16), "feature_channels": 4, "aabb": AABB, **LATENT_SIZES, **changes}
+    return LatentAutoencoder(**sizes).eval()
+
+
+def small_pipeline(seed: int = 0) -> NFLDMPipeline:
+    """All stages with random weights, two cameras per trajectory."""
+    latent_autoencoder = small_latent_autoencoder(seed)
+    shapes = {"coarse_shape": latent_autoencoder.coarse_shape, "code_dim": 8 + 2 * 5}
+    denoisers = (
+        GlobalDenoiser(8, 2, (16.0, 16.0, 16.0, 16.0), (32, 32), **DENOISER_SIZES["global"]),
+        CoarseDenoiser(**shapes, **DENOISER_SIZES["coarse"]),
+        FineDenoiser(latent_autoencoder.fine_shape, **shapes, **DENOISER_SIZES["fine"]),
+    )
+    return assemble_pipeline(small_scene_autoencoder(seed), latent_autoencoder, *denoisers, scheduler=make_scheduler())
+
+
+def random_grid(batch: int = 2, seed: int = 0, shape: tuple[int, int, int] = (4, 16, 16), channels: int = 4) -> VoxelGrid:
+    """Voxels of which a third are occupied."""
+    generator = torch.Generator().manual_seed(seed)
+    density = (3 * torch.randn(batch, 1, *shape, generator=generator) - 1).clamp(min=0)
+    return VoxelGrid(density, torch.randn(batch, channels, *shape, generator=generator), torch.tensor(AABB))

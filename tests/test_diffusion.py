@@ -1,0 +1,289 @@
+"""Stage 3: denoisers, their training, and trajectories."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
+
+from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser, Normaliser
+from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
+from nfldm_ns.diffusion.training import (
+    STAGES,
+    DiffusionTrainingConfig,
+    diffusion_target,
+    evaluate_denoiser,
+    make_scheduler,
+    save_pipeline,
+    spread_timesteps,
+    train_denoiser,
+)
+from nfldm_ns.diffusion.trajectory import cameras_to_trajectory, trajectory_to_cameras, turn_trajectory
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.voxel_store import encode_collection
+from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
+from nfldm_ns.scenes.views import rotate_cameras90
+from nfldm_ns.training import Schedule, read_metrics
+from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
+from tests.synthetic import AABB, make_box_room_collection, surround_cameras
+
+TRAINING = DiffusionTrainingConfig(schedule=Schedule(max_steps=6, batch_size=2, log_every=2, checkpoint_every=3))
+
+
+@pytest.fixture(scope="module")
+def latent_autoencoder():
+    return small_latent_autoencoder()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    root = tmp_path_factory.mktemp("scenes")
+    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
+    return encode_collection(collection, small_scene_autoencoder(), root / "voxels")
+
+
+@pytest.fixture(scope="module")
+def memory(store, latent_autoencoder):
+    return encode_latents(store, latent_autoencoder, store.splits["train"])
+
+
+# Trajectories
+
+
+def test_trajectory_keeps_level_cameras():
+    cameras = surround_cameras(8, 32, torch.Generator().manual_seed(0))
+    trajectory = cameras_to_trajectory(cameras)
+    back = trajectory_to_cameras(trajectory, torch.tensor(AABB), (16.0, 16.0, 16.0, 16.0), (32, 32))
+    torch.testing.assert_close(back.camera_to_worlds, cameras.camera_to_worlds, atol=1e-5, rtol=0)
+    torch.testing.assert_close(back.fx, cameras.fx)
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_trajectory_turns_with_the_cameras(turns):
+    cameras = surround_cameras(4, 32, torch.Generator().manual_seed(0))
+    turned = cameras_to_trajectory(rotate_cameras90(cameras, turns))
+    torch.testing.assert_close(turn_trajectory(cameras_to_trajectory(cameras), turns), turned, atol=1e-6, rtol=0)
+
+
+def test_sampled_cameras_are_brought_into_the_box():
+    wild = torch.tensor([[50.0, -50.0, 9.0, 3.0, 4.0]])
+    camera = trajectory_to_cameras(wild, torch.tensor(AABB), (16.0, 16.0, 16.0, 16.0), (32, 32))
+    pose = camera.camera_to_worlds[0, 0]
+    box = torch.tensor(AABB)
+    assert bool((pose[:, 3] > box[0]).all()) and bool((pose[:, 3] < box[1]).all())
+    torch.testing.assert_close(pose[:, :3] @ pose[:, :3].T, torch.eye(3), atol=1e-6, rtol=0)
+    torch.testing.assert_close(-pose[:, 2], torch.tensor([0.6, 0.8, 0.0]), atol=1e-6, rtol=0)
+
+
+# The noise schedule
+
+
+def test_training_covers_the_noise_from_none_to_nothing_else():
+    alphas = DDPMScheduler.from_config(make_scheduler().config).alphas_cumprod
+    assert float(alphas[0]) > 0.999 and float(alphas[-1]) < 1e-6
+
+
+def test_timesteps_of_a_batch_cover_the_range():
+    timesteps = spread_timesteps(100, 1000)
+    assert torch.equal((timesteps // 10).sort().values, torch.arange(100))
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+def test_exact_predictions_recover_the_clean_sample(prediction_type):
+    """For a distribution of a single point the exact prediction is known at any time; the solver must land on it."""
+    clean = torch.randn(2, 3, 4)
+    scheduler = make_scheduler(prediction_type)
+    training = DDPMScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(10)
+    x = torch.randn(2, 3, 4)
+    for timestep in scheduler.timesteps:
+        alpha = training.alphas_cumprod[timestep]
+        noise = (x - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        target = diffusion_target(training, clean, noise, timestep.expand(2))
+        x = scheduler.step(target, timestep, x).prev_sample
+    torch.testing.assert_close(x, clean, atol=1e-2, rtol=1e-2)
+
+
+def ideal_gaussian_velocity(x, timestep, training, mean=0.5, std=2.0):
+    """The velocity of the optimal denoiser of a Gaussian: E[x_0 | x_t] is linear in x_t."""
+    alpha = training.alphas_cumprod[timestep]
+    signal, noise = alpha.sqrt(), (1 - alpha).sqrt()
+    variance = alpha * std**2 + 1 - alpha
+    clean = mean + signal * std**2 / variance * (x - signal * mean)
+    return signal * (x - signal * clean) / noise - noise * clean
+
+
+def test_ddim_round_trip_with_an_ideal_denoiser_returns_its_input():
+    config = {**make_scheduler().config, "timestep_spacing": "leading", "clip_sample": False, "set_alpha_to_one": False}
+    training = DDPMScheduler.from_config(config)
+    inverse, forward = DDIMInverseScheduler.from_config(config), DDIMScheduler.from_config(config)
+    x = start = 0.5 + 2 * torch.randn(64)
+    for scheduler in (inverse, forward):
+        scheduler.set_timesteps(500)
+        for timestep in scheduler.timesteps:
+            t = min(int(timestep), 995)  # at pure noise the velocity says nothing of x
+            x = scheduler.step(ideal_gaussian_velocity(x, t, training), t, x).prev_sample
+        if scheduler is inverse:
+            noise = x
+    assert 0.7 < float(noise.std()) < 1.3 and abs(float(noise.mean())) < 0.4, "the inversion ends in unit noise"
+    torch.testing.assert_close(x, start, atol=0.05, rtol=0.02)
+
+
+def test_sampling_with_the_ideal_denoiser_gives_its_distribution():
+    scheduler = make_scheduler()
+    training = DDPMScheduler.from_config(scheduler.config)
+    scheduler.set_timesteps(30)
+    x = torch.randn(20_000)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(ideal_gaussian_velocity(x, int(timestep), training), timestep, x).prev_sample
+    assert float(x.mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(x.std()) == pytest.approx(2.0, abs=0.08)
+
+
+# Denoisers
+
+
+def test_normaliser_inverts_and_never_blows_up_constants():
+    values = torch.randn(50, 3, 4, 4) * torch.tensor([1.0, 5.0, 0.0]).view(-1, 1, 1) + 2
+    normaliser = Normaliser(3)
+    normaliser.fit(values)
+    normalised = normaliser(values)
+    torch.testing.assert_close(normalised[:, :2].std(dim=(0, 2, 3)), torch.ones(2), atol=1e-3, rtol=0)
+    assert float(normalised[:, 2].abs().max()) < 1e-3
+    torch.testing.assert_close(normaliser.inverse(normalised), values)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "base", "paper"])
+def test_denoisers_of_every_preset_fit_its_latents(preset):
+    shapes = {
+        "tiny": ((16, 4, 12, 12), (16, 48, 48)),
+        "base": ((8, 8, 32, 32), (8, 128, 128)),
+        "paper": ((4, 8, 32, 32), (4, 128, 128)),
+    }
+    coarse, fine = shapes[preset]
+    assert LATENT_PRESETS[preset].model.get("coarse_channels", 16) == coarse[0]
+    models = DIFFUSION_PRESETS[preset].models
+    with torch.device("meta"):
+        code, time = torch.empty(2, 168), torch.empty(2, dtype=torch.long)
+        psi_g = GlobalDenoiser(**models["global"])
+        psi_c = CoarseDenoiser(coarse_shape=coarse, **models["coarse"])
+        psi_f = FineDenoiser(fine_shape=fine, coarse_shape=coarse, **models["fine"])
+        assert psi_g(code, time).shape == (2, *psi_g.sample_shape)
+        assert psi_c(torch.empty(2, *psi_c.sample_shape), time, code).shape == (2, *psi_c.sample_shape)
+        x = torch.empty(2, *psi_f.sample_shape)
+        assert psi_f(x, time, code, torch.empty(2, *coarse)).shape == x.shape
+
+
+def test_conditions_reach_the_denoisers():
+    torch.manual_seed(0)
+    psi_c = CoarseDenoiser((4, 2, 4, 4), 18, **DENOISER_SIZES["coarse"]).eval()
+    psi_f = FineDenoiser((4, 16, 16), (4, 2, 4, 4), code_dim=18, **DENOISER_SIZES["fine"]).eval()
+    code, other = torch.randn(2, 1, 18)
+    time, coarse = torch.tensor([500]), torch.randn(1, 4, 2, 4, 4)
+    c, f = torch.randn(1, 8, 4, 4), torch.randn(1, 4, 16, 16)
+    context = torch.randn(1, 5, 8)
+    assert not torch.allclose(psi_c(c, time, code), psi_c(c, time, other))
+    assert not torch.allclose(psi_c(c, time, code), psi_c(c, time, code, context)), "cross-attention sees the tokens"
+    assert not torch.allclose(psi_f(f, time, code, coarse), psi_f(f, time, other, coarse))
+    assert not torch.allclose(psi_f(f, time, code, coarse), psi_f(f, time, code, -coarse))
+    assert not torch.allclose(psi_f(f, time, code, coarse), psi_f(f, time, code, coarse, context))
+
+
+# Latents of the training scenes
+
+
+def test_latents_are_those_of_the_turned_scenes(store, latent_autoencoder, memory):
+    assert memory.num_turns == 4 and len(memory) == 3 and memory.num_cameras == 8
+    scene_id = store.splits["train"][1]
+    with torch.no_grad():
+        latents = latent_autoencoder.encode(store.grid([scene_id]).rotate90(3))
+    torch.testing.assert_close(memory.fine[1, 3].float(), latents.fine[0], atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(memory.scene_code[1, 3, :8], latents.global_latent[0], atol=1e-5, rtol=1e-4)
+    cameras = store.load_collection().load_scene(scene_id).source.cameras
+    expected = cameras_to_trajectory(rotate_cameras90(cameras, 3))
+    torch.testing.assert_close(memory.scene_code[1, 3, 8:], expected, atol=1e-4, rtol=1e-4)
+    codes = latent_autoencoder.quantise_coarse(memory.coarse[1, 3:4].float())
+    torch.testing.assert_close(memory.coarse_codes[1, 3].float(), codes[0], atol=2e-3, rtol=2e-3)
+    assert encode_latents(store, latent_autoencoder, [scene_id], quarter_turns=False).num_turns == 1
+    with pytest.raises(UserInputError, match="8 source views"):
+        encode_latents(store, latent_autoencoder, [scene_id], num_cameras=9)
+
+
+# Training
+
+
+def train(stage, memory, latent_autoencoder, folder, config=TRAINING, **kwargs):
+    progress = kwargs.pop("on_progress", lambda share, losses: None)
+    sizes = kwargs.pop("sizes", DENOISER_SIZES[stage])
+    return train_denoiser(stage, memory, latent_autoencoder, folder, sizes, config, on_progress=progress)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resumed_training_is_equal_to_the_bit(stage, memory, latent_autoencoder, tmp_path):
+    whole = train(stage, memory, latent_autoencoder, tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(share, losses):
+        if share > 0.6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train(stage, memory, latent_autoencoder, tmp_path / "parts", on_progress=interrupt)
+    resumed = train(stage, memory, latent_autoencoder, tmp_path / "parts")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    assert [line["step"] for line in read_metrics(tmp_path / "parts")] == [2, 4, 6]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_denoiser_overfits_one_sample(stage, memory, latent_autoencoder, tmp_path):
+    names = ("scene_code", "coarse", "coarse_codes", "fine")
+    values = {name: getattr(memory, name)[:1, :1] for name in names}
+    one = LatentMemory(**values, num_cameras=8, intrinsics=memory.intrinsics, image_size=memory.image_size)
+    config = DiffusionTrainingConfig(
+        schedule=Schedule(max_steps=120, batch_size=8, learning_rate=5e-3, weight_decay=0.0, log_every=20),
+        code_noise=0.0,
+        coarse_noise=0.0,
+        ema_decay=0.9,
+    )
+    sizes = {"width": 32, "num_layers": 2} if stage == "global" else DENOISER_SIZES[stage]
+    train(stage, one, latent_autoencoder, tmp_path, config, sizes=sizes)
+    losses = [line["loss"] for line in read_metrics(tmp_path)]
+    assert losses[-1] < 0.6, f"predicting nothing has loss 1: {losses}"
+
+
+def test_evaluation_is_deterministic_and_leaves_the_random_state(memory, latent_autoencoder, tmp_path):
+    denoiser = train("coarse", memory, latent_autoencoder, tmp_path)
+    before = torch.random.get_rng_state()
+    loss = evaluate_denoiser("coarse", denoiser, memory, TRAINING)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert loss == evaluate_denoiser("coarse", denoiser, memory, TRAINING) and math.isfinite(loss)
+
+
+def test_other_preset_or_other_latents_are_refused(memory, latent_autoencoder, tmp_path):
+    train("global", memory, latent_autoencoder, tmp_path)
+    with pytest.raises(UserInputError, match="width"):
+        train("global", memory, latent_autoencoder, tmp_path, sizes={"width": 32, "num_layers": 2})
+    with pytest.raises(UserInputError, match="latent_autoencoder"):
+        train("global", memory, small_latent_autoencoder(seed=1), tmp_path)
+    with pytest.raises(UserInputError, match="halved 3 times"):
+        sizes = {**DENOISER_SIZES["coarse"], "channels": (8, 8, 8, 8), "attention": (False,) * 4}
+        train("coarse", memory, latent_autoencoder, tmp_path / "deep", sizes=sizes)
+
+
+def test_pipeline_is_saved_only_when_all_denoisers_fit(memory, latent_autoencoder, tmp_path):
+    scene_autoencoder = small_scene_autoencoder()
+    for stage in ("global", "coarse"):
+        train(stage, memory, latent_autoencoder, tmp_path / stage)
+        assert save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder) is None
+    other = replace(TRAINING, prediction_type="epsilon")
+    train("fine", memory, latent_autoencoder, tmp_path / "fine", other)
+    with pytest.raises(UserInputError, match="epsilon, v_prediction"):
+        save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder)
+    with pytest.raises(UserInputError, match="another latent auto-encoder"):
+        save_pipeline(tmp_path, scene_autoencoder, small_latent_autoencoder(seed=1))

@@ -1,0 +1,389 @@
+"""Stage 2: voxels to latents and back."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_autoencoder
+from nfldm_ns.latents.quantizer import VectorQuantizer
+from nfldm_ns.latents.round_trip import evaluate_round_trip
+from nfldm_ns.latents.scene_latents import SceneLatents
+from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig, train_latent_autoencoder, voxel_loss
+from nfldm_ns.latents.voxel_code import MAX_ALPHA, VoxelCode, linear_column_code
+from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection, model_hash
+from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.training import Schedule, batch_indices, read_metrics
+from tests.small_models import (
+    LATENT_SIZES,
+    random_grid,
+    small_latent_autoencoder,
+    small_scene_autoencoder,
+)
+from tests.synthetic import AABB, make_box_room_collection
+
+TRAINING = LatentTrainingConfig(
+    schedule=Schedule(max_steps=6, batch_size=2, log_every=2, checkpoint_every=3), num_views=2
+)
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    return make_box_room_collection(tmp_path_factory.mktemp("rooms"), num_train=4, num_test=2)
+
+
+@pytest.fixture(scope="module")
+def store(collection, tmp_path_factory):
+    return encode_collection(collection, small_scene_autoencoder(), tmp_path_factory.mktemp("voxels"))
+
+
+# The normalised voxels
+
+
+@pytest.mark.parametrize("transform", ["none", "log", "alpha"])
+def test_voxel_code_inverts(transform):
+    grid = random_grid()
+    code = VoxelCode(4, (4, 16, 16), AABB, transform, gate_alpha=0)
+    code.fit([grid])
+    back = code.denormalise(code.normalise(grid), grid.aabb)
+    limit = -math.log(1 - MAX_ALPHA) / code.voxel_height if transform == "alpha" else torch.inf
+    torch.testing.assert_close(back.density, grid.density.clamp(max=limit), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(back.features, grid.features, atol=1e-4, rtol=1e-4)
+
+
+def test_voxel_code_statistics_are_those_of_occupied_voxels():
+    grid = random_grid()
+    shifted = VoxelGrid(grid.density, torch.where(grid.density > 0, grid.features * 3 + 5, 100.0), grid.aabb)
+    code = VoxelCode(4, (4, 16, 16), AABB)
+    code.fit([shifted[0], shifted[1]])
+    torch.testing.assert_close(code.feature_mean, torch.full((4,), 5.0), atol=0.3, rtol=0)
+    torch.testing.assert_close(code.feature_std, torch.full((4,), 3.0), atol=0.3, rtol=0)
+    features = code.normalise(shifted).unflatten(1, (5, 4))[:, 1:]
+    assert bool((features[(grid.density == 0).expand_as(features)] == 0).all()), "empty voxels carry no features"
+
+
+def test_linear_code_is_the_best_in_the_weighted_error():
+    torch.manual_seed(0)
+    columns = torch.randn(3, 12, 8, 8) * torch.linspace(2, 0.1, 12).view(-1, 1, 1) + 1
+    weights = torch.rand(12) + 0.5
+    encoder, decoder, mean = linear_column_code([columns[:1], columns[1:]], 5, weights)
+    x = columns.movedim(1, -1).reshape(-1, 12)
+    codes = (x - mean) @ encoder.T
+    torch.testing.assert_close(codes.square().mean(), torch.tensor(1.0), atol=1e-3, rtol=0)
+    error = ((x - codes @ decoder.T - mean).square() * weights).sum(1).mean()
+    centred = (x - mean) * weights.sqrt()
+    discarded = torch.linalg.eigvalsh(centred.T @ centred / len(x))[:-5].sum()
+    torch.testing.assert_close(error, discarded, rtol=1e-4, atol=1e-5)
+
+
+def test_linear_code_channels_share_the_variance():
+    columns = torch.randn(2, 16, 16, 16) * torch.linspace(3, 0.01, 16).view(-1, 1, 1)
+    encoder, _, mean = linear_column_code([columns], 8, torch.ones(16))
+    variance = ((columns.movedim(1, -1).reshape(-1, 16) - mean) @ encoder.T).var(dim=0)
+    assert float(variance.max() / variance.min()) < 3
+
+
+def test_voxel_loss_weighs_density_and_ignores_negative_estimates_of_empty_voxels():
+    grid = random_grid()
+    code = VoxelCode(4, (4, 16, 16), AABB)
+    target = code.normalise(grid)
+    config = LatentLossConfig()
+    assert float(voxel_loss(target, target, grid, code, config)) == 0
+    below = target.clone()
+    below[:, :4] = torch.where(target[:, :4] <= 0, -1.0, target[:, :4])
+    assert float(voxel_loss(below, target, grid, code, config)) == 0
+    density, features = target.clone(), target.clone()
+    density[:, :4] += 0.1
+    features[:, 4:] += 0.1
+    ratio = voxel_loss(density, target, grid, code, config) / voxel_loss(features, target, grid, code, config)
+    assert float(ratio) == pytest.approx(2.5, rel=1e-4)
+
+
+# Vector quantisation
+
+
+def test_nearest_code_is_the_nearest():
+    quantizer = VectorQuantizer(3, 20)
+    vectors = torch.randn(100, 3)
+    expected = torch.cdist(vectors, quantizer.codes).argmin(dim=1)
+    assert torch.equal(quantizer.nearest(vectors), expected)
+
+
+def test_quantised_groups_are_codes_and_gradients_pass_straight_through():
+    quantizer = VectorQuantizer(2, 10).eval()
+    latent = torch.randn(2, 6, 4, 5, requires_grad=True)
+    quantised, indices, loss = quantizer(latent)
+    assert indices.shape == (2, 3, 4, 5)
+    torch.testing.assert_close(quantised[1, 2:4, 3, 2], quantizer.codes[indices[1, 1, 3, 2]])
+    torch.testing.assert_close(loss, (latent - quantised).square().mean())
+    upstream = torch.randn_like(quantised)
+    quantised.backward(upstream)
+    torch.testing.assert_close(latent.grad, upstream)
+    again = quantizer(quantised.detach())[0]
+    torch.testing.assert_close(again, quantised)
+
+
+def test_codes_follow_the_data_and_all_are_used():
+    torch.manual_seed(0)
+    centres = torch.randn(16, 2) * 5
+    quantizer = VectorQuantizer(2, 24, decay=0.8).train()
+
+    def batch():
+        return (centres[torch.randint(16, (64,))] + 0.05 * torch.randn(64, 2)).T.reshape(1, 2, 8, 8)
+
+    for _ in range(100):
+        quantizer(batch())
+    assert float(torch.cdist(centres, quantizer.codes).amin(dim=1).median()) < 0.1
+    used = quantizer.nearest(torch.cat([batch()[0].flatten(1).T for _ in range(8)])).unique()
+    assert len(used) > 20, "codes nobody used were moved to where data is"
+
+
+def test_kmeans_start_beats_random_codes():
+    torch.manual_seed(0)
+    latent = torch.randn(4, 4, 16, 16) * 3 + 1
+    quantizer = VectorQuantizer(2, 64).eval()
+    before = float(quantizer(latent)[2])
+    quantizer.fit(latent)
+    assert float(quantizer(latent)[2]) < 0.25 * before
+
+
+# The latent auto-encoder
+
+
+def test_shapes_of_table_8_at_paper_size():
+    """c is 4 x 8 x 32 x 32, f 4 x 128 x 128, and the decoder passes 512 x 128 x 128 on to V's 1024 folded channels."""
+    preset = LATENT_PRESETS["paper"].model
+    with torch.device("meta"):
+        model = LatentAutoencoder(**preset, grid_shape=(32, 128, 128), feature_channels=31).eval()
+        grid = VoxelGrid(torch.rand(1, 1, 32, 128, 128), torch.rand(1, 31, 32, 128, 128), torch.zeros(2, 3))
+        shapes = {}
+
+        def remember(name):
+            return lambda module, inputs, output: shapes.__setitem__(name, (inputs[0].shape[1:], output.shape[1:]))
+
+        model.decoder.conv_in.register_forward_hook(remember("conv_in"))
+        model.decoder.mid.register_forward_hook(remember("mid"))
+        model.decoder.upsamples[-1].register_forward_hook(remember("upsampled"))
+        model.decoder.conv_out.register_forward_hook(remember("conv_out"))
+        latents = model.encode(grid)
+        decoded = model.decode(latents)
+    assert latents.global_latent.shape == (1, 128)
+    assert latents.coarse.shape == (1, 4, 8, 32, 32) == (1, *model.coarse_shape)
+    assert latents.fine.shape == (1, 4, 128, 128) == (1, *model.fine_shape)
+    assert shapes["conv_in"] == ((32, 32, 32), (512, 32, 32))
+    assert shapes["mid"] == ((512, 32, 32), (512, 32, 32))
+    assert shapes["upsampled"][1] == (512, 128, 128)
+    assert shapes["conv_out"] == ((516, 128, 128), (1024, 128, 128))
+    assert decoded.density.shape == (1, 1, 32, 128, 128) and decoded.features.shape == (1, 31, 32, 128, 128)
+    assert model.coarse_codebook.codes.shape == (1024, 4) and model.fine_codebook.codes.shape == (128, 4)
+    assert len(model.decoder.lowest) == 3 and [len(blocks) for blocks in model.decoder.levels] == [3, 3]
+
+
+def test_fitted_model_starts_at_the_linear_code():
+    grid = random_grid(4)
+    model = small_latent_autoencoder(quantize=False, gate_alpha=0.0, density_transform="none")
+    model.fit([grid[:2], grid[2:]])
+    target = model.voxel_code.normalise(grid)
+    with torch.no_grad():
+        error = (model(grid, sample=False).reconstruction - target).square().mean()
+    assert float(error) < float(target.var()), "better than the mean"
+    no_fine = replace(model.encode(grid), fine=torch.zeros(4, *model.fine_shape))
+    assert not torch.allclose(model.decode(no_fine).density, model.decode(model.encode(grid)).density)
+
+
+def test_global_latent_steers_the_decoder():
+    model = small_latent_autoencoder()
+    for norm in (model.decoder.mid.before.norm1, model.decoder.lowest[0].norm1):
+        torch.nn.init.normal_(norm.modulation.weight)
+        torch.nn.init.normal_(model.decoder.lowest[0].conv2.weight)
+    latents = model.encode(random_grid())
+    other = replace(latents, global_latent=latents.global_latent + 1)
+    assert not torch.allclose(model.decode(latents).features, model.decode(other).features)
+
+
+def test_decode_quantises_first():
+    model = small_latent_autoencoder()
+    latents = model.encode(random_grid())
+    codes = model.quantise(latents)
+    assert not torch.allclose(codes.fine, latents.fine)
+    torch.testing.assert_close(model.decode(latents).density, model.decode(codes, quantise=False).density)
+    torch.testing.assert_close(model.quantise_coarse(latents.coarse), codes.coarse)
+    torch.testing.assert_close(model.decode(codes).features, model.decode(latents).features)
+
+
+def test_sampled_global_latent_varies_around_the_mean():
+    model = small_latent_autoencoder()
+    grid = random_grid()
+    torch.manual_seed(0)
+    a, b = model.encode(grid, sample=True), model.encode(grid, sample=True)
+    assert not torch.equal(a.global_latent, b.global_latent)
+    assert torch.equal(a.coarse, b.coarse)
+
+
+def test_model_and_latents_survive_the_disk(tmp_path):
+    model = small_latent_autoencoder()
+    model.fit([random_grid(4)])
+    model.save_pretrained(tmp_path / "latent_autoencoder")
+    loaded = load_latent_autoencoder(tmp_path)
+    assert model_hash(loaded) == model_hash(model) != model_hash(small_latent_autoencoder(1))
+    latents = model.encode(random_grid())
+    latents.save(tmp_path / "latents.safetensors")
+    restored = SceneLatents.load(tmp_path / "latents.safetensors")
+    assert torch.equal(loaded.decode(restored).features, model.decode(latents).features)
+    assert SceneLatents.cat([latents[0], latents[1]]).fine.equal(latents.fine)
+
+
+def test_broken_latent_autoencoder_is_one_sentence(tmp_path):
+    with pytest.raises(UserInputError, match="nfldm-train-latent-ae"):
+        load_latent_autoencoder(tmp_path)
+    small_latent_autoencoder().save_pretrained(tmp_path)
+    weights = tmp_path / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(UserInputError, match="damaged"):
+        load_latent_autoencoder(tmp_path)
+    small_latent_autoencoder(fine_channels=8).save_pretrained(tmp_path / "other")
+    small_latent_autoencoder().save_config(tmp_path / "other")
+    with pytest.raises(UserInputError, match="another preset"):
+        load_latent_autoencoder(tmp_path / "other")
+
+
+def test_sizes_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match="downsampled"):
+        small_latent_autoencoder(grid_shape=(4, 18, 18))
+    with pytest.raises(ValueError, match="codes of 3"):
+        small_latent_autoencoder(fine_code_dim=3)
+
+
+# The store
+
+
+def test_encode_is_what_stage_1_says_and_resumes(collection, store, tmp_path):
+    model = small_scene_autoencoder()
+    scene = collection.load_scene("room_000")
+    with torch.no_grad():
+        expected = model.encode(collection.batch([scene]).source)
+    voxels = store.grid(["room_000"])
+    torch.testing.assert_close(voxels.density, expected.density, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(voxels.features, expected.features, atol=1e-3, rtol=1e-3)
+    assert store.scene_ids == collection.scene_ids
+
+    again = encode_collection(collection, model, tmp_path / "voxels")
+    kept = again.path("room_001").stat().st_mtime_ns
+    again.path("room_000").unlink()
+    again.path("room_002").write_bytes(b"cut")
+    with pytest.raises(UserInputError, match="lacks 1 of"):
+        VoxelStore.open(tmp_path / "voxels")
+    again = encode_collection(collection, model, tmp_path / "voxels")
+    assert again.path("room_001").stat().st_mtime_ns == kept, "what is there is kept"
+    assert load_file(again.path("room_000"))["density"].equal(load_file(store.path("room_000"))["density"])
+    assert again.load("room_002")["features"].dtype == torch.float16
+    assert model_hash(again.load_autoencoder()) == again.autoencoder_hash == store.autoencoder_hash
+
+
+def test_store_of_another_stage_1_is_refused(collection, store, tmp_path):
+    with pytest.raises(UserInputError, match="another scene auto-encoder"):
+        encode_collection(collection, small_scene_autoencoder(seed=1), store.root)
+    with pytest.raises(UserInputError, match="another scene auto-encoder"):
+        store.require(small_scene_autoencoder(seed=1))
+    with pytest.raises(UserInputError, match="nfldm-encode"):
+        VoxelStore.open(tmp_path)
+    (tmp_path / "voxels.json").write_text(json.dumps({"format": "something"}))
+    with pytest.raises(UserInputError, match="format"):
+        VoxelStore.open(tmp_path)
+
+
+def test_memory_holds_the_scenes_of_a_split(store):
+    memory = store.load_all("train")
+    assert memory.scene_ids == store.splits["train"] and len(memory) == 4
+    batches = memory.batches(3)
+    assert len(batches) == 2 and [grid.batch_size for grid in batches] == [3, 1]
+    assert torch.equal(batches[1].features[0], store.grid([memory.scene_ids[3]]).features[0])
+
+
+# Training
+
+
+def train(store, folder, config=TRAINING, sizes=LATENT_SIZES, **kwargs):
+    return train_latent_autoencoder(store, folder, sizes, config, on_progress=lambda share, losses: None, **kwargs)
+
+
+def test_every_scene_comes_once_per_epoch_in_an_order_that_only_the_seed_decides():
+    epochs = [index for step in range(10) for index in batch_indices(5, 2, step, seed=3)]
+    assert all(sorted(epochs[i : i + 5]) == list(range(5)) for i in range(0, 20, 5))
+    shared = [batch_indices(8, 2, 1, 3, rank, world_size=2) for rank in range(2)]
+    assert shared[0] + shared[1] == batch_indices(8, 4, 1, seed=3)
+
+
+def test_resumed_training_is_equal_to_the_bit(store, tmp_path):
+    whole = train(store, tmp_path / "whole")
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(share, losses):
+        if share > 0.6:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        train_latent_autoencoder(store, tmp_path / "parts", LATENT_SIZES, TRAINING, on_progress=interrupt)
+    assert not (tmp_path / "parts" / "latent_autoencoder").exists(), "an unfinished run has no model"
+    assert (tmp_path / "parts" / "checkpoint-00000003").exists()
+    resumed = train(store, tmp_path / "parts")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+    steps = [line["step"] for line in read_metrics(tmp_path / "parts")]
+    assert steps == [2, 4, 6], "every step is logged once"
+    assert [p.name for p in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-00000006"]
+    finished = train(store, tmp_path / "parts")
+    assert model_hash(finished) == model_hash(resumed), "a finished run is only read"
+
+
+def test_training_of_another_preset_in_the_same_folder_is_refused(store, tmp_path):
+    train(store, tmp_path)
+    with pytest.raises(UserInputError, match="fine_channels"):
+        train(store, tmp_path, sizes={**LATENT_SIZES, "fine_channels": 8})
+    checkpoint = next(tmp_path.glob("checkpoint-*"))
+    (checkpoint / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(UserInputError, match="checkpoint"):
+        train(store, tmp_path)
+
+
+def test_training_overfits_one_scene(collection, tmp_path):
+    model = small_scene_autoencoder()
+    one = replace(collection, splits={"train": ["room_000"], "val": [], "test": ["room_000"]})
+    store = encode_collection(one, model, tmp_path / "voxels")
+    config = LatentTrainingConfig(
+        schedule=Schedule(max_steps=80, batch_size=1, learning_rate=3e-3, log_every=10),
+        losses=LatentLossConfig(rgb_mult=0, depth_mult=0),
+        fine_dropout=0.0,
+        quarter_turns=False,
+    )
+    trained = train(store, tmp_path / "run", config, {**LATENT_SIZES, "quantize": False})
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["voxel_loss"] < 0.6 * lines[0]["voxel_loss"]
+    metrics = evaluate_round_trip(model, trained, store, collection, ["room_000"])
+    assert metrics["stage2"]["psnr"] > metrics["without_fine"]["psnr"]
+    assert "not_quantised" not in metrics
+
+
+def test_round_trip_metrics_of_all_variants(collection, store):
+    model = small_latent_autoencoder()
+    model.fit(list(store.load_all("train").batches(2)))
+    metrics = evaluate_round_trip(small_scene_autoencoder(), model, store, collection, store.splits["test"])
+    assert set(metrics) == {"stage1", "stage2", "without_fine", "without_coarse", "not_quantised"}
+    assert all(np.isfinite(list(values.values())).all() for values in metrics.values())
+    assert metrics["stage2"]["psnr"] <= metrics["stage1"]["psnr"] + 0.5
+
+
+def test_box_that_cannot_be_turned_is_refused(store, tmp_path):
+    wide = replace(store, description={**store.description, "aabb": [[-4, -3, -2], [4, 3, 2]]})
+    with pytest.raises(UserInputError, match="quarter-turns"):
+        train(wide, tmp_path)

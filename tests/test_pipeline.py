@@ -1,0 +1,220 @@
+"""The trained generator as one folder, and the commands of stages 2 and 3."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline
+from safetensors.torch import load_file
+
+from nfldm_ns.commands import encode, sample, train_diffusion, train_latent_ae
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
+from nfldm_ns.diffusion.sampling import sample_scenes
+from nfldm_ns.errors import UserInputError
+from tests.small_models import small_latent_autoencoder, small_pipeline, small_scene_autoencoder
+from tests.synthetic import make_box_room_collection
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline") / "rooms"
+    small_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def broken(folder, tmp_path):
+    """A copy to break."""
+    return shutil.copytree(folder, tmp_path / "pipeline")
+
+
+def test_saved_and_loaded_pipeline_samples_the_same(folder):
+    expected = small_pipeline()(2, scene_generators(5, 2), num_inference_steps=3)
+    for pipeline in (load_pipeline(folder), NFLDMPipeline.from_pretrained(folder)):
+        output = pipeline(2, scene_generators(5, 2), num_inference_steps=3)
+        assert torch.equal(output.grids.density, expected.grids.density)
+        assert torch.equal(output.grids.features, expected.grids.features)
+        assert torch.equal(output.cameras.camera_to_worlds, expected.cameras.camera_to_worlds)
+    assert output.grids.density.shape == (2, 1, 4, 16, 16) and output.cameras.shape == (2, 2)
+    assert bool((output.grids.density >= 0).all())
+
+
+def test_folder_loads_in_a_fresh_process_without_remote_code(folder):
+    code = f"""
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+pipeline = NFLDMPipeline.from_pretrained({str(folder)!r})
+print(type(pipeline.coarse_denoiser).__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert "nfldm_ns.diffusion.denoisers" in done.stdout
+
+
+def test_a_scene_depends_on_its_own_seed_only():
+    pipeline = small_pipeline()
+    together = pipeline(3, scene_generators(10, 3), num_inference_steps=3)
+    alone = pipeline(1, scene_generators(12, 1), num_inference_steps=3)
+    torch.testing.assert_close(together.latents.coarse[2:], alone.latents.coarse, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(together.latents.global_latent[2:], alone.latents.global_latent, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(together.latents.coarse[:1], alone.latents.coarse)
+
+
+def test_latents_only_and_other_schedulers():
+    pipeline = small_pipeline()
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    output = pipeline(1, torch.Generator().manual_seed(0), num_inference_steps=3, output_type="latent")
+    assert output.grids is None and output.latents.fine.shape == (1, 4, 16, 16)
+    with pytest.raises(ValueError, match="output_type"):
+        pipeline(1, output_type="pil")
+    with pytest.raises(ValueError, match="2 generators"):
+        pipeline(3, scene_generators(0, 2))
+
+
+def test_callback_sees_every_step_and_may_change_latents():
+    seen = []
+
+    def callback(pipeline, step, timestep, values):
+        seen.append((values["stage"], step))
+        return {"latents": torch.zeros_like(values["latents"])} if step == 2 else {}
+
+    output = small_pipeline()(1, scene_generators(0, 1), num_inference_steps=3, callback_on_step_end=callback)
+    assert seen == [(stage, step) for stage in ("global", "coarse", "fine") for step in range(3)]
+    assert float(output.latents.fine.abs().max()) == 0, "the untrained denoisers' statistics are zero and one"
+
+
+def test_clip_limits_the_latents():
+    output = small_pipeline()(1, scene_generators(0, 1), num_inference_steps=3, clip=0.5)
+    assert float(output.latents.fine.abs().max()) <= 0.5
+
+
+# Broken folders
+
+
+def test_missing_folder_and_missing_components(broken, tmp_path):
+    with pytest.raises(UserInputError, match="model_index.json"):
+        load_pipeline(tmp_path / "nowhere")
+    shutil.rmtree(broken / "coarse_denoiser")
+    with pytest.raises(UserInputError, match="lacks the component coarse_denoiser"):
+        load_pipeline(broken)
+
+
+@pytest.mark.parametrize(
+    "component", ["scene_autoencoder", "latent_autoencoder", "global_denoiser", "coarse_denoiser", "fine_denoiser"]
+)
+def test_truncated_or_missing_weights(broken, component):
+    weights = broken / component / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserInputError, match=component):
+        load_pipeline(broken)
+    weights.unlink()
+    with pytest.raises(UserInputError, match=component):
+        load_pipeline(broken)
+
+
+def test_truncated_json(broken):
+    for path in (broken / "fine_denoiser" / "config.json", broken / "scheduler" / "scheduler_config.json"):
+        whole = path.read_text()
+        path.write_text(whole[: len(whole) // 2])
+        with pytest.raises(UserInputError, match=path.parent.name if path.name == "config.json" else "scheduler"):
+            load_pipeline(broken)
+        path.write_text(whole)
+    (broken / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(UserInputError, match="scheduler_config.json"):
+        load_pipeline(broken)
+    (broken / "model_index.json").write_text("{")
+    with pytest.raises(UserInputError, match="model_index.json"):
+        load_pipeline(broken)
+
+
+def test_components_of_different_sizes(broken):
+    small_latent_autoencoder(fine_channels=8).save_pretrained(broken / "latent_autoencoder")
+    with pytest.raises(UserInputError, match="shape of f of fine_denoiser is .4, 16, 16., but that of latent_auto"):
+        load_pipeline(broken)
+
+
+def test_weights_of_another_size_than_the_config(broken):
+    config = json.loads((broken / "global_denoiser" / "config.json").read_text())
+    config["width"] = 64
+    (broken / "global_denoiser" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserInputError, match="global_denoiser"):
+        load_pipeline(broken)
+
+
+def test_another_kind_of_pipeline(broken):
+    index = json.loads((broken / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionPipeline"
+    (broken / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UserInputError, match="another kind of pipeline"):
+        load_pipeline(broken)
+
+
+def test_pipeline_is_a_diffusers_pipeline(folder):
+    assert issubclass(NFLDMPipeline, DiffusionPipeline)
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["coarse_denoiser"] == ["nfldm_ns.diffusion.denoisers", "CoarseDenoiser"]
+
+
+# Commands
+
+
+def test_same_seed_gives_the_same_files_whatever_the_number(folder, tmp_path):
+    sample.main([str(folder), "--num-scenes", "2", "--seed", "7", "--num-inference-steps", "2", "--output-dir", str(tmp_path / "a"), "--device", "cpu"])
+    sample.main([str(folder), "--num-scenes", "1", "--seed", "8", "--num-inference-steps", "2", "--output-dir", str(tmp_path / "b"), "--device", "cpu"])
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["scene_000007", "scene_000008"]
+    a, b = (tmp_path / name / "scene_000008" for name in ("a", "b"))
+    first, second = (load_file(scene / "scene.safetensors") for scene in (a, b))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    assert (a / "scene.json").read_text() == (b / "scene.json").read_text()
+    assert json.loads((a / "scene.json").read_text())["provenance"]["seed"] == 8
+    assert (a / "transforms.json").read_text() == (b / "transforms.json").read_text()
+
+
+def test_sampling_in_batches_writes_every_scene(tmp_path):
+    folders = list(sample_scenes(small_pipeline(), tmp_path, 3, seed=1, num_inference_steps=2, batch_size=2))
+    assert [folder.name for folder in folders] == ["scene_000001", "scene_000002", "scene_000003"]
+
+
+def expect_one_sentence(main, args, capsys, *words):
+    with pytest.raises(SystemExit) as exit_info:
+        main(args)
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.startswith("error: ") and "Traceback" not in error
+    assert all(word in error for word in words), error
+
+
+def test_commands_explain_bad_input(folder, tmp_path, capsys):
+    nowhere = str(tmp_path / "nowhere")
+    expect_one_sentence(sample.main, [nowhere], capsys, "model_index.json")
+    expect_one_sentence(sample.main, [str(folder), "--num-scenes", "0"], capsys, "at least 1")
+    expect_one_sentence(encode.main, ["--load-config", nowhere, "--output-dir", str(tmp_path / "v")], capsys, "nowhere")
+    small_scene_autoencoder().save_pretrained(tmp_path / "scene_autoencoder")
+    arguments = ["--load-config", str(tmp_path / "scene_autoencoder"), "--output-dir", str(tmp_path / "v")]
+    expect_one_sentence(encode.main, arguments, capsys, "--data")
+    expect_one_sentence(encode.main, [*arguments, "--data", nowhere], capsys, "no data folder")
+    arguments = ["--voxels", nowhere, "--output-dir", str(tmp_path / "run")]
+    expect_one_sentence(train_latent_ae.main, arguments, capsys, "nfldm-encode")
+    arguments = ["all", *arguments, "--latent-autoencoder", nowhere]
+    expect_one_sentence(train_diffusion.main, arguments, capsys, "nfldm-encode")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "v").exists(), "nothing half-written"
+
+
+@pytest.mark.slow
+def test_commands_from_stage_1_to_samples_at_the_tiny_preset(tmp_path):
+    """Untrained stage 1, a few steps of everything else, through the commands as a user runs them."""
+    torch.manual_seed(0)
+    collection = make_box_room_collection(tmp_path / "rooms", num_train=3, num_test=1)
+    small_scene_autoencoder().save_pretrained(tmp_path / "scene_autoencoder")
+    paths = {name: str(tmp_path / name) for name in ("voxels", "stage2", "stage3", "generated")}
+    encode.main(["--load-config", str(tmp_path / "scene_autoencoder"), "--output-dir", paths["voxels"], "--data", str(collection.root)])
+    train_latent_ae.main(["--voxels", paths["voxels"], "--output-dir", paths["stage2"], "--max-steps", "3"])
+    evaluation = json.loads((tmp_path / "stage2" / "evaluation.json").read_text())
+    assert set(evaluation) >= {"stage1", "stage2", "without_fine"}
+    common = ["--voxels", paths["voxels"], "--latent-autoencoder", paths["stage2"], "--output-dir", paths["stage3"]]
+    train_diffusion.main(["all", *common, "--max-steps", "2", "--batch-size", "2"])
+    sample.main([str(tmp_path / "stage3" / "pipeline"), "--num-scenes", "1", "--num-inference-steps", "2", "--output-dir", paths["generated"]])
+    assert (tmp_path / "generated" / "scene_000000" / "config.yml").is_file()
