@@ -34,8 +34,9 @@ class SceneAutoencoderPreset:
 SCENE_AUTOENCODER = {
     "tiny": SceneAutoencoderPreset(
         network={"grid_shape": (16, 48, 48), "feature_channels": 16, "num_depth_bins": 40},
-        sampling={"scenes_per_batch": 2, "num_target_views": 4},
-        max_num_iterations=1000,
+        loss={"lpips_views": 1, "depth_mult": 0.1, "depth_norm": "l1"},
+        sampling={"scenes_per_batch": 1, "num_target_views": 4},
+        max_num_iterations=650,
         learning_rate=2e-3,
     ),
     "base": SceneAutoencoderPreset(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import vizdoom
 from jaxtyping import Float, UInt8
+from PIL import Image
 
 from nfldm_ns.collect.doom_geometry import EYE_HEIGHT
 from nfldm_ns.collect.doom_wad import Wad, write_static_maps
@@ -21,7 +23,10 @@ _FOCAL_X, _FOCAL_Y = 320.0, 384.0  # Doom's pixels are 1.2 times as high as wide
 _DEPTH_SCALE, _DEPTH_OFFSET = 7.153, 15.0
 _DEPTH_UNKNOWN = 255
 _SETTLE_TICS = 12
-_ARGUMENTS = "+sv_nomonsters 1 -nomonsters +sv_cheats 1 +con_midtime 0 +con_notifytime 0 +cl_showsecretmessage 0 +show_messages 0"
+_ARGUMENTS = (
+    "+sv_nomonsters 1 -nomonsters +sv_cheats 1 "
+    "+con_midtime 0 +con_notifytime 0 +cl_showsecretmessage 0 +show_messages 0"
+)
 _HIDDEN = ("hud", "minimal_hud", "crosshair", "weapon", "decals", "particles", "effects_sprites", "messages", "corpses")
 _VARIABLES = ("POSITION_X", "POSITION_Y", "POSITION_Z", "CAMERA_POSITION_Z", "CAMERA_ANGLE")
 
@@ -57,7 +62,8 @@ class DoomRenderer:
         write_static_maps(self._wad, self._maps, patch, keep_sprites=self._keep_sprites, min_light=self._min_light)
         self._game = _new_game(self._wad.path, patch, self._maps[0], Path(self._folder.name) / "vizdoom.ini")
         self._map = self._maps[0]
-        self._game.init()
+        with _working_in(Path(self._folder.name)):  # it makes a folder where it is started
+            self._game.init()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,6 +77,7 @@ class DoomRenderer:
             self._map = name
             self._game.set_doom_map(name)
         self._game.new_episode()
+        self._game.advance_action(_SETTLE_TICS, False)  # the first tics of an episode take no turn
         self._angle = float(self._game.get_game_variable(vizdoom.GameVariable.CAMERA_ANGLE))
 
     def render(self, x: float, y: float, angle: float) -> Frame | None:
@@ -83,13 +90,25 @@ class DoomRenderer:
         game.advance_action(_SETTLE_TICS, False)
         game.advance_action(1, True)  # the game reports its state only after a tic that is drawn
         state = game.get_state()
-        if state is None:
+        if state is None or state.screen_buffer is None or state.depth_buffer is None:
             return None
-        real_x, real_y, z, eye, self._angle = (float(v) for v in state.game_variables)
+        real_x, real_y, z, eye, self._angle = np.asarray(state.game_variables, dtype=np.float64).tolist()
         if abs(real_x - x) > 1 or abs(real_y - y) > 1 or abs(eye - z - EYE_HEIGHT) > 0.01:
+            return None
+        if abs((self._angle - angle + 180) % 360 - 180) > 1:
             return None
         image, depth = shrink(state.screen_buffer, state.depth_buffer, self.image_size)
         return Frame(np.array([real_x, real_y, eye]), self._angle, image, depth)
+
+
+@contextlib.contextmanager
+def _working_in(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _new_game(wad: Path, patch: Path, first_map: str, config: Path) -> vizdoom.DoomGame:
@@ -127,8 +146,8 @@ def shrink(
     """
     half_width = int(_FOCAL_X * HALF_FOV_TANGENT)
     left = _WIDTH // 2 - half_width
-    crop = np.ascontiguousarray(screen[:, left : left + 2 * half_width])
-    image = cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)
+    box = (left, 0, left + 2 * half_width, _HEIGHT)
+    image = np.asarray(Image.fromarray(screen).resize((size, size), Image.Resampling.BOX, box=box))
     centres = (np.arange(size) + 0.5) / size
     rows = (centres * _HEIGHT).astype(int)
     columns = (left + centres * 2 * half_width).astype(int)
