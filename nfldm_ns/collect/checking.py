@@ -12,7 +12,7 @@ import torch
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import Scene, SceneCollection
-from nfldm_ns.scenes.views import Views, camera_rays
+from nfldm_ns.scenes.views import Views, camera_rays, make_cameras
 
 CONSISTENT = 0.05
 """Two depths of one point agree when they differ by less than this share."""
@@ -20,6 +20,7 @@ MAX_MEDIAN_ERROR = 0.05
 MIN_CONSISTENT = 0.4
 _MIN_OVERLAP = 200
 _MAX_CELLS = 48
+_CAMERA_FIELDS = ("camera_to_worlds", "fx", "fy", "cx", "cy")
 _MIN_FIELD_OF_VIEW, _MAX_FIELD_OF_VIEW = 5.0, 170.0
 
 
@@ -111,9 +112,7 @@ def _check_depths(collection: SceneCollection, scene: Scene, check: SceneCheck) 
     check.median_depth = float(depths[known].median())
     check.inside = _share_inside(views, collection.aabb)
     if check.inside < 0.05:
-        check.problems.append(
-            f"only {check.inside:.0%} of the surfaces lie inside the box: check its size and the unit"
-        )
+        check.problems.append(f"only {check.inside:.0%} of the surfaces lie inside the box: check box and unit")
     check.reprojection = reprojection_agreement(views)
     agreement = check.reprojection
     if agreement.num_pixels >= _MIN_OVERLAP and (
@@ -133,7 +132,7 @@ def _camera_problems(collection: SceneCollection, scene: Scene) -> Iterator[str]
         for name, focal, size in (("horizontal", cameras.fx, width), ("vertical", cameras.fy, height)):
             fov = torch.rad2deg(2 * torch.atan(size / 2 / focal))
             if bool(((fov < _MIN_FIELD_OF_VIEW) | (fov > _MAX_FIELD_OF_VIEW)).any()):
-                yield f"a {role} view has a {name} field of view of {float(fov.min()):.0f} degrees: check the focal length"
+                yield f"a {role} view's {name} field of view is {float(fov.min()):.0f} degrees: check the focal length"
         centred = (cameras.cx > 0) & (cameras.cx < width) & (cameras.cy > 0) & (cameras.cy < height)
         if not bool(centred.all()):
             yield f"a {role} view has its principal point outside of the image: check cx and cy"
@@ -174,7 +173,7 @@ def reprojection_agreement(views: Views, max_cells: int = _MAX_CELLS) -> Reproje
 
 
 def _project(views: Views, points: torch.Tensor):
-    """Planar depth, row, column of points `[P, 3]` in each of N views `[N, P]`, and whether they fall into the image."""
+    """Planar depth, row and column of points `[P, 3]` in N views, and whether they are in the image, each `[N, P]`."""
     cameras = views.cameras
     height, width = views.image_size
     poses = cameras.camera_to_worlds
@@ -198,18 +197,13 @@ def _share_inside(views: Views, aabb: torch.Tensor) -> float:
 
 def _join(scene: Scene) -> Views:
     """Source and target views as one batch."""
-    from nfldm_ns.scenes.views import make_cameras
-
     both = [scene.source, scene.target]
     height, width = scene.source.image_size
-    fields = {
-        name: torch.cat([getattr(v.cameras, name) for v in both])
-        for name in ("camera_to_worlds", "fx", "fy", "cx", "cy")
-    }
+    fields = {name: torch.cat([getattr(v.cameras, name) for v in both]) for name in _CAMERA_FIELDS}
     depths = [v.depths if v.depths is not None else torch.zeros_like(v.images[:, :1]) for v in both]
-    intrinsics = [fields[name][..., 0] for name in ("fx", "fy", "cx", "cy")]
+    fx, fy, cx, cy = (fields[name][..., 0] for name in _CAMERA_FIELDS[1:])
     return Views(
-        make_cameras(fields["camera_to_worlds"], *intrinsics, height, width),
+        make_cameras(fields["camera_to_worlds"], fx, fy, cx, cy, height, width),
         torch.cat([v.images for v in both]),
         torch.cat(depths),
     )

@@ -27,10 +27,9 @@ def to_uint8(image: Float[np.ndarray, "3 height width"]) -> UInt8[np.ndarray, "h
 def colour_depth(
     depth: Float[np.ndarray, "height width"], near: float, far: float, colormap: str = "turbo"
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """Depth in false colours, linear in inverse depth between near and far (metres); unknown (0) is black."""
+    """Depth in false colours, logarithmic from near (red) to far (blue), in metres; unknown (0) is black."""
     depth = np.asarray(depth)
-    with np.errstate(divide="ignore"):
-        nearness = (1 / np.maximum(depth, 1e-6) - 1 / far) / (1 / near - 1 / far)
+    nearness = np.log(far / np.maximum(depth, 1e-6)) / np.log(far / near)
     colours = matplotlib.colormaps[colormap](np.clip(nearness, 0, 1))[..., :3]
     return np.where(depth[..., None] > 0, (colours * 255).round(), 0).astype(np.uint8)
 

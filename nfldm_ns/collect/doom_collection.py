@@ -10,15 +10,18 @@ import fnmatch
 import json
 import multiprocessing
 import multiprocessing.util
+import os
 import shutil
+import signal
+import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -37,6 +40,7 @@ from nfldm_ns.scenes.writing import write_collection, write_json
 LICENCE = "rendered from Freedoom, BSD-3-Clause, https://freedoom.github.io"
 WAD_NAMES = ("freedoom1", "freedoom2")
 _OPTIONS_FILE = "collecting.json"
+_REJECTED_FILE = "rejected.txt"
 _CHUNK = 6
 _REGION_SAMPLE = 1500
 
@@ -117,7 +121,7 @@ def collect(
     with ProcessPoolExecutor(workers, context, _start_worker, (str(root), options)) as pool:
         try:
             streams = _plan_streams(pool, options)
-            _Scheduler(pool, streams, workers, on_progress).run(_totals(options, streams))
+            _Scheduler(pool, root, streams, workers, on_progress).run(_totals(options, streams))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -155,7 +159,8 @@ def _claim_folder(root: Path, options: CollectionOptions) -> None:
         changed = [key for key in wanted if begun.get(key) != wanted[key]]
         if changed:
             raise UserInputError(
-                f"{root} was begun with other options ({', '.join(changed)}): repeat those in {path} or choose another folder."
+                f"{root} was begun with other options ({', '.join(changed)}): repeat those in {path} "
+                "or choose another folder."
             )
     elif root.exists() and any(root.iterdir()):
         raise UserInputError(f"{root} is not empty and was not begun by this command: choose another folder.")
@@ -168,7 +173,8 @@ def _write_description(root: Path, options: CollectionOptions, splits: dict[str,
     ids = [scene_id for name in SPLITS for scene_id in splits[name]]
     if not splits["train"]:
         raise UserInputError(
-            f"No place of {', '.join(options.maps[:3])} passed the filters: lower --min-depth, --min-inside or --min-brightness."
+            f"No training place of {', '.join(options.maps[:3])} passed the filters: lower --min-depth, --min-inside "
+            "or --min-brightness."
         )
     scenes = options.scenes
     write_collection(
@@ -222,9 +228,22 @@ class _Stream:
         expected = self.num_accepted + self.in_flight * (self.num_accepted + 1) / (len(self.accepted) + 2)
         return self.submitted < len(self.candidates) and expected < self.quota
 
+    def scene_id(self, position: int) -> str:
+        return scene_id(self.map, int(self.candidates[position]))
+
+    def next_chunk(self, known: Mapping[str, bool]) -> list[int]:
+        """The next positions to be judged, passing over those whose verdict is known from an earlier run."""
+        chunk: list[int] = []
+        while len(chunk) < _CHUNK and self.wants_more:
+            position, self.submitted = self.submitted, self.submitted + 1
+            if self.scene_id(position) in known:
+                self.accepted[position] = known[self.scene_id(position)]
+            else:
+                chunk.append(position)
+        return chunk
+
     def _accepted_ids(self) -> list[str]:
-        positions = sorted(position for position, accepted in self.accepted.items() if accepted)
-        return [scene_id(self.map, int(self.candidates[position])) for position in positions]
+        return [self.scene_id(position) for position, accepted in sorted(self.accepted.items()) if accepted]
 
     def scene_ids(self) -> list[str]:
         return self._accepted_ids()[: self.quota]
@@ -298,24 +317,27 @@ class _Scheduler:
     def __init__(
         self,
         pool: ProcessPoolExecutor,
+        root: Path,
         streams: Sequence[_Stream],
         workers: int,
         on_progress: Callable[[int], None],
     ) -> None:
         self._pool, self._streams, self._workers, self._on_progress = pool, streams, workers, on_progress
-        self._running: dict[Future, tuple[_Stream, range]] = {}
+        self._running: dict[Future[list[bool]], tuple[_Stream, list[int]]] = {}
+        self._rejected = root / _REJECTED_FILE
+        rejected = self._rejected.read_text().split() if self._rejected.exists() else []
+        self._known = dict.fromkeys(rejected, False)
+        self._known.update({path.parent.name: True for path in root.glob("scenes/*/transforms.json")})
 
     def run(self, totals: Mapping[str, int]) -> None:
         while True:
             self._set_quotas(totals)
             while len(self._running) < 2 * self._workers and self._submit():
                 pass
-            if not self._running:
+            if self._running:
+                self._collect()
+            elif not any(stream.wants_more for stream in self._streams):
                 return
-            done, _ = wait(self._running, return_when=FIRST_COMPLETED)
-            for job in done:
-                stream, positions = self._running.pop(job)
-                stream.accepted.update(zip(positions, job.result(), strict=True))
             self._on_progress(sum(min(stream.num_accepted, stream.quota) for stream in self._streams))
 
     def _set_quotas(self, totals: Mapping[str, int]) -> None:
@@ -326,15 +348,25 @@ class _Scheduler:
             for stream, quota in zip(members, share_out(total, capacities), strict=True):
                 stream.quota = quota
 
+    def _collect(self) -> None:
+        done, _ = wait(self._running, return_when=FIRST_COMPLETED)
+        for job in done:
+            stream, positions = self._running.pop(job)
+            verdicts = dict(zip(positions, job.result(), strict=True))
+            stream.accepted.update(verdicts)
+            with self._rejected.open("a") as file:
+                file.writelines(f"{stream.scene_id(p)}\n" for p, accepted in verdicts.items() if not accepted)
+
     def _submit(self) -> bool:
+        """Starts one chunk; False if no more are wanted for now."""
         wanting = [stream for stream in self._streams if stream.wants_more]
         if not wanting:
             return False
         stream = min(wanting, key=lambda s: (s.num_accepted + s.in_flight) / max(s.quota, 1))
-        positions = range(stream.submitted, min(stream.submitted + _CHUNK, len(stream.candidates)))
-        stream.submitted = positions.stop
-        job = self._pool.submit(_make_scenes, stream.map, stream.candidates[positions.start : positions.stop].tolist())
-        self._running[job] = (stream, positions)
+        positions = stream.next_chunk(self._known)
+        if positions:
+            job = self._pool.submit(_make_scenes, stream.map, stream.candidates[positions].tolist())
+            self._running[job] = (stream, positions)
         return True
 
 
@@ -373,10 +405,20 @@ def _start_worker(root: str, options: CollectionOptions) -> None:
     global _worker
     torch.set_num_threads(1)
     _worker = _Worker(Path(root), options)
+    os.setpgrp()  # Ctrl-C is for the parent only, which then lets its workers finish their chunks
     multiprocessing.util.Finalize(None, _worker.close, exitpriority=10)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-@lru_cache(maxsize=None)
+def _end_with_parent() -> None:
+    """Leaves no process behind when the parent was killed."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os.killpg(0, signal.SIGKILL)  # this worker and its games
+
+
+@cache
 def _open_wad(name: str) -> Wad:
     return Wad(wad_path(name))
 
@@ -414,12 +456,12 @@ def _split_places(name: str) -> dict[str, Int[np.ndarray, "count"]]:
 
 
 def _make_scenes(name: str, candidates: list[int]) -> list[bool]:
-    """For each candidate, whether there is a scene of it now."""
+    """For each candidate, whether it became a scene."""
     options = _worker.options.scenes
     maker = SceneMaker(name, _open_map(name)[1], _worker.renderer(name.split("/")[0]), options)
     made = []
     for candidate in candidates:
         folder = _worker.root / "scenes" / scene_id(name, candidate)
         spot, seed = _spots(name, options)[candidate], [*_map_seed(name, options), candidate]
-        made.append((folder / "transforms.json").exists() or maker.make(folder, spot, seed))
+        made.append(maker.make(folder, spot, seed))
     return made

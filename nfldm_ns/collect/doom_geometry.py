@@ -1,4 +1,4 @@
-"""Geometry of a Doom map: sectors at points, lines of sight, ray casts and bird's-eye-view maps. Map units throughout."""
+"""Geometry of a Doom map, in map units: sectors at points, lines of sight, ray casts, bird's-eye-view maps."""
 
 from __future__ import annotations
 
@@ -124,19 +124,13 @@ class DoomGeometry:
         across = ((np.arange(size) + 0.5) / size * 2 - 1) * half_width
         hits = [self._sorted_hits(eye[:2], angle, across, far) for eye, angle in zip(eyes, angles, strict=True)]
         count = max(1, max(t.shape[1] for t, _, _ in hits))
-        padding = [((0, 0), (0, count - t.shape[1])) for t, _, _ in hits]
-        along = np.concatenate(
-            [np.pad(h[0], pad, constant_values=np.inf) for h, pad in zip(hits, padding, strict=True)]
-        )
-        near, beyond = (
-            np.concatenate([np.pad(h[k], pad, constant_values=-1) for h, pad in zip(hits, padding, strict=True)])
-            for k in (1, 2)
-        )
+        along = _stack_padded([t for t, _, _ in hits], count, np.inf)
+        near, beyond = (_stack_padded([sectors[k] for sectors in hits], count, -1) for k in (1, 2))
         depth = self._first_surface(along, near, beyond, np.repeat(eyes[:, 2], size), -across)
         return depth.reshape(len(eyes), size, size).transpose(0, 2, 1)
 
     def _sorted_hits(self, origin: np.ndarray, angle: float, across: np.ndarray, far: float):
-        """Crossings `[columns, K]` of one view's columns with lines, near to far: depth, and sectors before and beyond."""
+        """Crossings `[columns, K]` of one view's columns with lines, near to far: depth, sectors before and beyond."""
         turn = np.radians(angle)
         forward, right = np.array([np.cos(turn), np.sin(turn)]), np.array([np.sin(turn), -np.cos(turn)])
         lines = self._lines_in_view(origin, forward, right, across[-1], far)
@@ -219,3 +213,8 @@ class DoomGeometry:
         order = np.argsort(at)
         faces_west = np.where(end[:, 1] > start[:, 1], self.back[lines], self.front[lines])[order]
         return np.append(faces_west, -1)[np.searchsorted(at[order], x)]
+
+
+def _stack_padded(tables: list[np.ndarray], width: int, filling: float) -> np.ndarray:
+    """Tables of equal height below each other, filled up to one width."""
+    return np.concatenate([np.pad(t, ((0, 0), (0, width - t.shape[1])), constant_values=filling) for t in tables])

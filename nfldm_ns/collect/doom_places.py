@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,7 +59,7 @@ def eyes_at(geometry: DoomGeometry, points: Float[np.ndarray, "points 2"]) -> Fl
 
 
 def candidate_spots(
-    doom_map: DoomMap, geometry: DoomGeometry, seed: int, spacing: float
+    doom_map: DoomMap, geometry: DoomGeometry, seed: Sequence[int], spacing: float
 ) -> Float[np.ndarray, "count 2"]:
     """Spots to try, in the order to try them.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from PIL import Image
 
 from nfldm_ns.errors import UserInputError
@@ -30,7 +30,7 @@ class ImportOptions:
     """How captures become scenes.
 
     Attributes:
-        image_size: width and height of the result; images are cropped to its aspect about their centre and averaged down.
+        image_size: width and height of the result; images are cropped to its aspect and averaged down.
         num_source_views, num_target_views: per scene, evenly spaced over the capture's frames.
         metres_per_unit: scale of the poses.
         depth_unit_scale: metres per unit of the depth files (0.001 for millimetres).
@@ -173,7 +173,7 @@ def _check_lens(folder: Path) -> None:
             raise UserInputError(f"The images of {folder} have lens distortion: undistort them first.")
         if "camera_model" in values and values["camera_model"] not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE"):
             raise UserInputError(
-                f"{folder} has camera model {values['camera_model']}, but only pinhole images can be used."
+                f"{folder} has camera model {values['camera_model']}: only pinhole images can be used."
             )
 
 
@@ -199,7 +199,7 @@ def _load_views(
             depths.append(_resize_depth(depth, box, image.size, options.image_size))
     if depths and len(depths) < len(names):
         raise UserInputError(
-            f"Some frames of {folder} have a depth file and others do not: give all of them one, or none."
+            f"Some frames of {folder} have a depth file and others have none: give all of them one, or none."
         )
     width, height = options.image_size
     fx, fy, cx, cy = torch.tensor(intrinsics, dtype=torch.float32).unbind(-1)
@@ -218,8 +218,8 @@ def _check_depth_unit(folder: Path, views: Views, options: ImportOptions) -> Non
     median = float(views.depths[views.depths > 0].median())
     if not options.near < median < options.far:
         raise UserInputError(
-            f"The depths of {folder} have a median of {median:.4g} m, outside of {options.near:g} to {options.far:g} m: "
-            "set --depth-unit-scale to metres per unit of its depth files."
+            f"The depths of {folder} have a median of {median:.4g} m, not between {options.near:g} and "
+            f"{options.far:g} m: set --depth-unit-scale to metres per unit of its depth files."
         )
 
 

@@ -1,6 +1,7 @@
 """`nfldm-collect`: makes, imports and judges scene collections."""
 
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from nfldm_ns.errors import exit_on_bad_input
 
@@ -206,11 +207,16 @@ def _write_sheet(root: Path) -> None:
     print(f"{root / 'contact_sheet.png'} shows some of them")
 
 
+_COLUMNS = ("views", "light", "depth", "known", "in box", "error", "agree")
+_CAPTION = (
+    "Medians over scenes. light: mean brightness; depth: median; known: pixels with depth; in box: surfaces inside the "
+    "box; error and agree: depths of one point in two views, median relative difference and share within {:.0%}."
+)
+
+
 def _summary_table(report: "CollectionCheck") -> Table:
     """One row per split, and one for all."""
-    table = Table(
-        "split", "scenes", "views", "brightness", "median depth", "known depth", "in the box", "error", "consistent"
-    )
+    table = Table("split", "scenes", *_COLUMNS)
     for split in (*dict.fromkeys(scene.split for scene in report.scenes), "all"):
         scenes = [s for s in report.scenes if split in ("all", s.split)]
         views = sum(s.num_source + s.num_target for s in scenes)
@@ -220,20 +226,11 @@ def _summary_table(report: "CollectionCheck") -> Table:
 
 def _scene_table(report: "CollectionCheck", count: int) -> Table:
     """The scenes whose depths agree least."""
-    table = Table(
-        "least consistent",
-        "split",
-        "views",
-        "brightness",
-        "median depth",
-        "known depth",
-        "in the box",
-        "error",
-        "consistent",
-    )
+    from nfldm_ns.collect.checking import CONSISTENT
+
+    table = Table(Column("least agreement", overflow="fold"), *_COLUMNS, caption=_CAPTION.format(CONSISTENT))
     for scene in sorted(report.scenes, key=lambda s: s.reprojection.consistent)[:count]:
-        views = f"{scene.num_source} + {scene.num_target}"
-        table.add_row(scene.scene_id, scene.split, views, *_numbers([scene]))
+        table.add_row(scene.scene_id, f"{scene.num_source}+{scene.num_target}", *_numbers([scene]))
     return table
 
 
@@ -244,10 +241,10 @@ def _numbers(scenes: "list[SceneCheck]") -> list[str]:
 
     return [
         median([s.brightness for s in scenes], "{:.2f}"),
-        median([s.median_depth for s in scenes], "{:.2f} m"),
+        median([s.median_depth for s in scenes], "{:.1f} m"),
         median([s.known_depth for s in scenes], "{:.0%}"),
         median([s.inside for s in scenes], "{:.0%}"),
-        median([s.reprojection.median_error for s in scenes], "{:.2%}"),
+        median([s.reprojection.median_error for s in scenes], "{:.1%}"),
         median([s.reprojection.consistent for s in scenes], "{:.0%}"),
     ]
 
@@ -255,8 +252,12 @@ def _numbers(scenes: "list[SceneCheck]") -> list[str]:
 def main(args: list[str] | None = None) -> None:
     """Entry point of `nfldm-collect`."""
     command = tyro.extras.subcommand_cli_from_dict({"vizdoom": Vizdoom, "check": Check, "import": Import}, args=args)
-    with exit_on_bad_input():
-        raise SystemExit(command.run())
+    try:
+        with exit_on_bad_input():
+            raise SystemExit(command.run())
+    except KeyboardInterrupt:
+        print("Interrupted: the same command continues where it stopped.", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
