@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -62,12 +62,14 @@ def encode_latents(
     scene_ids: Sequence[str],
     quarter_turns: bool = True,
     num_cameras: int | None = None,
+    on_progress: Callable[[float], None] | None = None,
 ) -> LatentMemory:
     """Encodes scenes of a store, each in four turns or as it is.
 
     Args:
         num_cameras: length of the trajectory; by default the least number of source views of these scenes. Scenes with
             more contribute evenly spaced ones.
+        on_progress: called with the share that is done, instead of a progress bar.
 
     Raises:
         UserInputError: if a scene has fewer cameras than `num_cameras`.
@@ -85,7 +87,8 @@ def encode_latents(
     turns = range(4) if quarter_turns else range(1)
     parts: dict[str, list[Tensor]] = {"g": [], "coarse": [], "coarse_codes": [], "fine": []}
     batches = [list(scene_ids[i : i + ENCODE_BATCH]) for i in range(0, len(scene_ids), ENCODE_BATCH)]
-    for batch in track(batches, "Encoding latents", transient=True):
+    bar = track(batches, "Encoding latents", transient=True, disable=on_progress is not None)
+    for i, batch in enumerate(bar):
         grid = store.grid(batch).to(device)
         turned = [latent_autoencoder.encode(grid.rotate90(turn) if turn else grid) for turn in turns]
         codes = [latent_autoencoder.quantise(latents).coarse for latents in turned]
@@ -93,6 +96,8 @@ def encode_latents(
         parts["coarse"].append(torch.stack([latents.coarse for latents in turned], 1).half().cpu())
         parts["coarse_codes"].append(torch.stack(codes, 1).half().cpu())
         parts["fine"].append(torch.stack([latents.fine for latents in turned], 1).half().cpu())
+        if on_progress is not None:
+            on_progress((i + 1) / len(batches))
     turned_trajectories = torch.stack([turn_trajectory(trajectories, turn) for turn in turns], dim=1)
     first = cameras[0]
     return LatentMemory(

@@ -49,13 +49,14 @@ def evaluate_round_trip(
         batch = collection.batch([collection.load_scene(scene_id) for scene_id in batch_ids])
         target = batch.target.to(device)
         grid = store.grid(batch_ids).to(device)
-        for name, decoded in _variants(latent_autoencoder, grid, ablations).items():
+        for name, decoded in round_trip_variants(latent_autoencoder, grid, ablations).items():
             judge = metrics.setdefault(name, ImageMetrics(lpips))
             _judge(judge, scene_autoencoder, decoded, target)
     return {name: judge.compute() for name, judge in metrics.items()}
 
 
-def _variants(model: LatentAutoencoder, grid: VoxelGrid, ablations: bool) -> dict[str, VoxelGrid]:
+def round_trip_variants(model: LatentAutoencoder, grid: VoxelGrid, ablations: bool = True) -> dict[str, VoxelGrid]:
+    """V and what comes back from its latents, by the names of `evaluate_round_trip`."""
     latents = model.encode(grid)
     variants = {"stage1": grid, "stage2": model.decode(latents)}
     if ablations:

@@ -1,0 +1,112 @@
+"""Sizes and lengths of the demo: `demo` for people, `smoke` for tests."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+
+from nfldm_ns.collect.doom_collection import CollectionOptions
+from nfldm_ns.collect.doom_scenes import PlaceFilter, SceneOptions
+from nfldm_ns.demo.settings import DemoSettings
+from nfldm_ns.diffusion.training import DiffusionTrainingConfig
+from nfldm_ns.latents.training import LatentTrainingConfig
+from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
+from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
+from nfldm_ns.training import Schedule
+
+# Rooms of tan brick with grey floors: the most uniform of Freedoom's maps, brightened.
+ONE_LOOK = SceneOptions(
+    image_size=64,
+    min_distance=1.0,
+    min_light=240,
+    accept=PlaceFilter(min_view_depth=1.0, min_depth=2.2, min_inside=0.85),
+)
+HELD_OUT_PLACES = CollectionOptions(num_scenes=420, maps=("freedoom2/MAP08",), hold_out="places", scenes=ONE_LOOK)
+
+_LATENT = LATENT_PRESETS["tiny"]
+_DIFFUSION = DIFFUSION_PRESETS["tiny"]
+
+
+def _steps(training, max_steps: int, **others):
+    return replace(training, schedule=replace(training.schedule, max_steps=max_steps, **others))
+
+
+DEMO_PRESETS: dict[str, DemoSettings] = {
+    "demo": DemoSettings(
+        collection=HELD_OUT_PLACES,
+        scene_autoencoder_steps=650,
+        scene_autoencoder_preset=asdict(SCENE_AUTOENCODER["tiny"]),
+        latent_model=_LATENT.model,
+        latent_training=_LATENT.training,
+        denoiser_models=_DIFFUSION.models,
+        denoiser_training=_DIFFUSION.training,
+        quarter_turns=_DIFFUSION.quarter_turns,
+        expected_seconds={
+            "collect": 110,
+            "stage1": 300,
+            "encode": 25,
+            "stage2": 230,
+            "stage3": 200,
+            "sample": 40,
+            "evaluate": 110,
+            "report": 20,
+        },
+    ),
+    "smoke": DemoSettings(
+        collection=replace(
+            HELD_OUT_PLACES,
+            num_scenes=10,
+            fractions={"test": 0.2},
+            scenes=replace(ONE_LOOK, image_size=32, bev_size=16),
+        ),
+        scene_autoencoder_steps=4,
+        scene_autoencoder_preset=asdict(SCENE_AUTOENCODER["tiny"]),
+        scene_autoencoder_options=(
+            *("--pipeline.model.network.grid-shape", "4", "16", "16"),
+            *("--pipeline.model.network.feature-channels", "4"),
+            *("--pipeline.model.network.num-depth-bins", "12"),
+            *("--pipeline.model.network.num-samples", "16"),
+            *("--pipeline.model.network.encoder-channels", "8", "8"),
+            *("--pipeline.model.network.decoder-channels", "8", "8"),
+            *("--pipeline.model.loss.lpips-mult", "0"),
+            *("--steps-per-save", "2"),
+        ),
+        latent_model={
+            "coarse_channels": 4,
+            "coarse_height": 2,
+            "fine_channels": 4,
+            "encoder_channels": (8, 8, 8),
+            "fine_encoder_channels": 8,
+            "decoder_channels": (8, 8, 8),
+            "fusion_channels": 8,
+        },
+        latent_training=LatentTrainingConfig(
+            schedule=Schedule(max_steps=4, batch_size=2, warmup_steps=1, log_every=1, checkpoint_every=2), num_views=1
+        ),
+        denoiser_models={
+            "global": {"width": 16, "num_layers": 2},
+            "coarse": {"channels": (16, 16), "attention": (False, False), "layers": 1},
+            "fine": {"channels": (16, 16), "attention": (False, False), "layers": 1},
+        },
+        denoiser_training={
+            stage: DiffusionTrainingConfig(
+                schedule=Schedule(max_steps=4, batch_size=2, warmup_steps=1, log_every=1, checkpoint_every=2)
+            )
+            for stage in ("global", "coarse", "fine")
+        },
+        expected_seconds={
+            "collect": 12,
+            "stage1": 25,
+            "encode": 1,
+            "stage2": 2,
+            "stage3": 20,
+            "sample": 2,
+            "evaluate": 8,
+            "report": 5,
+        },
+        num_scenes=2,
+        num_inference_steps=2,
+        num_images=8,
+        views_per_scene=2,
+        video_frames=8,
+    ),
+}

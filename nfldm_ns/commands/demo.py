@@ -1,0 +1,73 @@
+"""`nfldm-demo`: from nothing to generated scenes, on one page of pictures and numbers."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+
+
+@dataclass
+class Demo:
+    """Collect scenes, train all three stages, sample new scenes, judge them: under 20 minutes on two CPU cores.
+
+    Ends with <output-dir>/index.html (pictures, videos, numbers) and <output-dir>/report.json. Interrupted and run again
+    it continues; finished stages are not repeated unless settings before them change.
+    """
+
+    output_dir: Path = Path("outputs/demo")
+    """Folder for everything the demo makes."""
+    seed: int = 0
+    preset: Literal["demo", "smoke"] = "demo"
+    """smoke only shows that everything runs: a few scenes and steps."""
+    num_scenes: int | None = None
+    """How many scenes to sample into folders; by default the preset's (8)."""
+    redo: Literal["collect", "stage1", "encode", "stage2", "stage3", "sample", "evaluate", "report"] | None = None
+    """Repeat this stage and all later ones."""
+
+    def run(self) -> None:
+        import diffusers
+        import torch
+
+        from nfldm_ns.demo.console import StageConsole
+        from nfldm_ns.demo.runner import claim_folder, run_stages
+        from nfldm_ns.demo.stages import Demo as DemoStages
+        from nfldm_ns.evaluation.weights import fetch_weights
+        from nfldm_ns.method_configs.demo_presets import DEMO_PRESETS
+
+        settings = DEMO_PRESETS[self.preset].with_seed(self.seed)
+        if self.num_scenes is not None:
+            if self.num_scenes < 1:
+                raise UserInputError(
+                    f"--num-scenes is {self.num_scenes}, but at least one must be sampled: give 1 or more."
+                )
+            settings = replace(settings, num_scenes=self.num_scenes)
+        diffusers.utils.logging.disable_progress_bar()  # it would tear ours
+        claim_folder(self.output_dir)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        stages = DemoStages(self.output_dir, settings, self.seed, device).stages()
+        console = StageConsole([s.name for s in stages], [s.title for s in stages], settings.expected_seconds)
+        console.say(f"nfldm-demo in {self.output_dir}, seed {self.seed}, on {device}")
+        for name in ("lpips-vgg", "fid-inception"):
+            fetch_weights(name)
+        run_stages(self.output_dir, stages, console, self.redo)
+        console.say(f"The page: {self.output_dir / 'index.html'}   the numbers: {self.output_dir / 'report.json'}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: idle ones must not spin
+    command = tyro.cli(Demo, prog="nfldm-demo", args=args)
+    try:
+        with exit_on_bad_input():
+            command.run()
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command continues where this one stopped.")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

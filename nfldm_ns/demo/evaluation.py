@@ -1,0 +1,257 @@
+"""The demo's numbers: novel views of held-out places through stages 1 and 2, and distances between sets of images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.novel_views import mean_training_image
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.demo.runner import Report
+from nfldm_ns.demo.settings import DemoSettings
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.diffusion.sampling import sample_scenes
+from nfldm_ns.evaluation.metrics import (
+    ImageMetrics,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+    nearest_source_view,
+)
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.round_trip import round_trip_variants
+from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.scenes.views import SceneBatch, index_cameras
+from nfldm_ns.scenes.writing import atomic_path, write_image, write_json
+
+SCENES_AT_ONCE = 4
+MEAN_IMAGE_SCENES = 128
+NOVEL_VIEWS_SHARE = 0.4  # of the time of the evaluation
+METRICS = "metrics.json"
+Images = Float[Tensor, "images 3 height width"]
+
+
+def evenly(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+# Pictures of generated scenes
+
+
+def render_samples(
+    pipeline: NFLDMPipeline,
+    generated: Path,
+    pictures: Path,
+    settings: DemoSettings,
+    seed: int,
+    source: str,
+    report: Report,
+) -> None:
+    """Samples scenes with the seeds `seed`, `seed + 1`, ...: the first are written whole, of all there are pictures.
+
+    Args:
+        generated: for the scenes' folders, as `nfldm-sample` writes them.
+        pictures: for `<scene>_<view>.png`, seen by cameras of the sampled trajectory.
+        source: where the pipeline is from, for the record.
+    """
+    views, steps = settings.views_per_scene, settings.num_inference_steps
+    total = max(settings.num_scenes, -(-settings.num_images // views))
+    with atomic_path(pictures) as temporary:
+        temporary.mkdir()
+        scenes = sample_scenes(pipeline, generated, settings.num_scenes, seed, num_inference_steps=steps, source=source)
+        for i, folder in enumerate(scenes):
+            for view, path in enumerate(evenly(sorted((folder / "images").glob("source_*.png")), views)):
+                shutil.copyfile(path, temporary / f"{i:04d}_{view}.png")
+            report((i + 1) / total, f"{i + 1} scenes")
+        for first in range(settings.num_scenes, total, SCENES_AT_ONCE):
+            count = min(SCENES_AT_ONCE, total - first)
+            images = _sample_images(pipeline, seed + first, count, views, steps)
+            for i, scene in enumerate(images):
+                _write_images(temporary, f"{first + i:04d}", scene)
+            report((first + count) / total, f"{first + count} scenes")
+
+
+@torch.inference_mode()
+def _sample_images(pipeline: NFLDMPipeline, seed: int, count: int, views: int, steps: int) -> list[Images]:
+    output = pipeline(count, scene_generators(seed, count), num_inference_steps=steps)
+    assert output.grids is not None
+    images = []
+    for i in range(count):
+        chosen = torch.tensor(evenly(range(output.cameras.shape[1]), views))
+        cameras = index_cameras(output.cameras, ([i], chosen[None]))
+        images.append(pipeline.scene_autoencoder.render(output.grids[i], cameras).rgb[0])
+    return images
+
+
+def _write_images(folder: Path, name: str, images: Images) -> None:
+    pixels = images.float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    for view, image in enumerate(pixels):
+        write_image(folder / f"{name}_{view}.png", image)
+
+
+# Numbers
+
+
+def evaluate(
+    collection: SceneCollection,
+    scene_autoencoder: SceneAutoencoder,
+    latent_autoencoder: LatentAutoencoder,
+    folder: Path,
+    settings: DemoSettings,
+    lpips: nn.Module,
+    inception: nn.Module,
+    report: Report,
+) -> None:
+    """Writes `metrics.json` with `novel_views` and `image_sets`, and the sets of images it compares.
+
+    Args:
+        folder: holds `samples/` from `render_samples`; gets `test/`, `train/`, `stage1/` and `stage2/` beside it.
+    """
+    num_scenes = -(-settings.num_images // settings.views_per_scene)
+    train = evenly(collection.split("train"), max(MEAN_IMAGE_SCENES, num_scenes))
+    report(0.0, "mean image")
+    mean = mean_training_image(collection.batch([collection.load_scene(i)]) for i in train)
+    with atomic_path(folder / "train") as temporary:
+        temporary.mkdir()
+        for scene_id in evenly(train, num_scenes):
+            scene = collection.load_scene(scene_id)
+            _write_images(temporary, scene_id, scene.target.images[: settings.views_per_scene])
+    test = evenly(collection.split("test"), num_scenes)
+    novel_views = judge_novel_views(
+        collection,
+        test,
+        scene_autoencoder,
+        latent_autoencoder,
+        settings.views_per_scene,
+        mean,
+        lpips,
+        folder,
+        lambda share: report(NOVEL_VIEWS_SHARE * share, "novel views"),
+    )
+    image_sets = compare_image_sets(
+        folder,
+        mean,
+        settings.num_images,
+        inception,
+        lambda share: report(NOVEL_VIEWS_SHARE + (1 - NOVEL_VIEWS_SHARE) * share, "FID and KID"),
+    )
+    write_json(folder / METRICS, {"novel_views": novel_views, "image_sets": image_sets})
+
+
+@torch.inference_mode()
+def judge_novel_views(
+    collection: SceneCollection,
+    scene_ids: Sequence[str],
+    scene_autoencoder: SceneAutoencoder,
+    latent_autoencoder: LatentAutoencoder,
+    views: int,
+    mean: Float[Tensor, "3 height width"],
+    lpips: nn.Module,
+    folder: Path,
+    report: Report,
+) -> dict[str, Any]:
+    """Metrics of target views by method, and their pictures in `folder`.
+
+    Args:
+        scene_ids: held-out scenes.
+        views: target views of each.
+        mean: a baseline.
+
+    Returns:
+        `num_images`, and `ImageMetrics.compute()` of `stage1`, `stage2` (after the latents), `without_fine`,
+        `without_coarse`, `not_quantised`, `nearest_view` and `mean_image`; LPIPS of the ablations is left out.
+    """
+    device = scene_autoencoder.device
+    metrics: dict[str, ImageMetrics] = {}
+    pictures = {name: folder / name for name in ("test", "stage1", "stage2")}
+    for path in pictures.values():
+        shutil.rmtree(path, ignore_errors=True)
+        path.mkdir(parents=True)
+    for done, batch in enumerate(_batches(collection, scene_ids, views)):
+        batch = batch.to(device)
+        _save(pictures["test"], batch, batch.target.images)
+        for name, grid in round_trip_variants(latent_autoencoder, scene_autoencoder.encode(batch.source)).items():
+            judge = metrics.setdefault(name, ImageMetrics(lpips if name in pictures else None))
+            rendered = scene_autoencoder.render(grid, batch.target.cameras)
+            judge.update(rendered.rgb, batch.target.images)
+            judge.update_depth(rendered.depth, batch.target, batch.aabb)
+            if name in pictures:
+                _save(pictures[name], batch, rendered.rgb)
+        baselines = {
+            "nearest_view": nearest_source_view(batch),
+            "mean_image": mean.to(device).expand_as(batch.target.images),
+        }
+        for name, images in baselines.items():
+            metrics.setdefault(name, ImageMetrics(lpips)).update(images, batch.target.images)
+        report(min(1.0, (done + 1) * SCENES_AT_ONCE / len(scene_ids)))
+    return {
+        "num_scenes": len(scene_ids),
+        "num_images": metrics["stage1"].num_images,
+        **{name: judge.compute() for name, judge in metrics.items()},
+    }
+
+
+def _batches(collection: SceneCollection, scene_ids: Sequence[str], views: int) -> Iterator[SceneBatch]:
+    """Scenes with their first target views."""
+    for first in range(0, len(scene_ids), SCENES_AT_ONCE):
+        batch = collection.batch([collection.load_scene(i) for i in scene_ids[first : first + SCENES_AT_ONCE]])
+        yield SceneBatch(batch.scene_ids, batch.source, batch.target[:, :views], batch.aabb)
+
+
+def _save(folder: Path, batch: SceneBatch, images: Float[Tensor, "batch views 3 height width"]) -> None:
+    for scene_id, scene in zip(batch.scene_ids, images, strict=True):
+        _write_images(folder, scene_id, scene)
+
+
+def compare_image_sets(
+    folder: Path, mean: Float[Tensor, "3 height width"], num_images: int, inception: nn.Module, report: Report
+) -> dict[str, Any]:
+    """FID and KID of all sets of pictures to the real test views, with equally many images each.
+
+    Returns:
+        `num_images`, and `fid` and `kid` by set: `samples`, `stage1`, `stage2`, `mean_image`, `train` (real views of
+        training places: about the best there can be); `samples_to_train` compares with those instead.
+    """
+    names = ("test", "train", "stage1", "stage2", "samples")
+    paths = {name: sorted((folder / name).glob("*.png")) for name in names}
+    count = min(num_images, *map(len, paths.values()))
+    features = {}
+    for i, name in enumerate(names):
+        images = _Counted(evenly(paths[name], count), lambda share, i=i: report((i + share) / len(names)))
+        features[name] = extract_features(inception, images)
+    features["mean_image"] = extract_features(inception, [mean.mul(255).round() / 255]).expand(count, -1)
+    pairs = {name: (features["test"], features[name]) for name in features if name != "test"}
+    pairs["samples_to_train"] = (features["train"], features["samples"])
+    return {
+        "num_images": count,
+        "fid": {name: frechet_distance(*pair) for name, pair in pairs.items()},
+        "kid": {name: kernel_distance(*pair).mean for name, pair in pairs.items()},
+    }
+
+
+class _Counted:
+    """Images of PNG files, read one by one; tells how far it is."""
+
+    def __init__(self, paths: Sequence[Path], on_progress: Any) -> None:
+        self.paths, self.on_progress = paths, on_progress
+
+    def __iter__(self) -> Iterator[Images]:
+        for i, path in enumerate(self.paths):
+            yield read_picture(path)[None]
+            self.on_progress((i + 1) / len(self.paths))
+
+
+def read_picture(path: Path) -> Float[Tensor, "3 height width"]:
+    """A PNG in [0, 1]."""
+    with Image.open(path) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255

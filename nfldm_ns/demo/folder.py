@@ -1,0 +1,56 @@
+"""Where everything of a demo lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nfldm_ns.demo.scene_training import run_folder
+
+
+@dataclass(frozen=True)
+class DemoFolder:
+    """The folders of a demo.
+
+    Attributes:
+        root: of all.
+    """
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        return self.root / "data"
+
+    @property
+    def stage1(self) -> Path:
+        return run_folder(self.root)
+
+    @property
+    def voxels(self) -> Path:
+        return self.root / "voxels"
+
+    @property
+    def stage2(self) -> Path:
+        return self.root / "stage2"
+
+    @property
+    def stage3(self) -> Path:
+        return self.root / "stage3"
+
+    @property
+    def generated(self) -> Path:
+        return self.root / "generated"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluation"
+
+    @property
+    def samples(self) -> Path:
+        """Pictures of generated scenes, for the evaluation."""
+        return self.evaluation / "samples"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
