@@ -64,7 +64,7 @@ $(STAMP): pyproject.toml constraints.txt
 	    { echo "error: .venv holds another Python than 3.10-3.12: remove it and run make again." >&2; exit 2; }
 	@echo "Installing packages into .venv (several GB; minutes the first time)"
 	@grep -vE '^#|$(SKIPPED)' constraints.txt > .venv/requirements.txt
-	@$(BIN)/python -m pip install --quiet --no-deps -r .venv/requirements.txt
+	@$(BIN)/python -m pip install --quiet --no-compile --no-deps -r .venv/requirements.txt
 	@$(BIN)/python -m pip install --quiet --no-deps -e .
 	@ln -sf "$$($(BIN)/python -c 'import imageio_ffmpeg; print(imageio_ffmpeg.get_ffmpeg_exe())')" $(BIN)/ffmpeg
 	@rm -f $(UNFINISHED) && touch $@
