@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import torch
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
-from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.nerfstudio_datamanager import SceneDataManagerConfig
 from nfldm_ns.autoencoder.nerfstudio_model import SceneAutoencoderModelConfig, SceneNetworkConfig
 from nfldm_ns.autoencoder.nerfstudio_pipeline import SceneAutoencoderPipelineConfig
-from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig, SceneAutoencoderTrainerConfig
+from nfldm_ns.autoencoder.nerfstudio_trainer import (
+    AdamWConfig,
+    CosineScheduleConfig,
+    SceneAutoencoderTrainerConfig,
+)
 from nfldm_ns.autoencoder.scene_sampler import SceneSamplerConfig
 from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderPreset
@@ -39,7 +42,7 @@ def scene_autoencoder_config(method_name: str, preset: SceneAutoencoderPreset) -
         ),
         optimizers={
             "autoencoder": {
-                "optimizer": AdamOptimizerConfig(lr=preset.learning_rate, eps=1e-8, max_norm=1.0),
+                "optimizer": AdamWConfig(lr=preset.learning_rate, max_norm=1.0),
                 "scheduler": CosineScheduleConfig(warmup_steps=preset.warmup_steps),
             }
         },

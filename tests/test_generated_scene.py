@@ -252,6 +252,7 @@ def test_voxels_can_be_tuned(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ns_render_works_on_it(folder, tmp_path):
     frames = ["--output-format", "images", "--image-format", "png", "--interpolation-steps", "2"]
     command = [COMMANDS / "ns-render", "interpolate", "--load-config", folder / "config.yml"]

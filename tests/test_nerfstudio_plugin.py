@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -459,20 +458,14 @@ def test_config_folder_of_a_command_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_ns_train_and_ns_eval(box_room_collection, tmp_path):
+@pytest.mark.timeout(900)
+def test_ns_train(box_room_collection, tmp_path):
     require_weights("lpips-vgg")
-    sizes = ["--pipeline.model.network.grid-shape", "4", "16", "16", "--pipeline.model.network.num-samples", "16"]
-    train_command = ["ns-train", "nfldm-scene-ae-tiny", "--data", str(box_room_collection.root), *sizes]
-    train_command += ["--max-num-iterations", "2", "--vis", "tensorboard", "--timestamp", "run"]
-    train_command += ["--experiment-name", "rooms", "--machine.device-type", "cpu"]
-    for command in (
-        train_command,
-        ["ns-eval", "--load-config", "outputs/rooms/nfldm-scene-ae-tiny/run/config.yml", "--output-path", "eval.json"],
-    ):
-        done = subprocess.run([COMMANDS / command[0], *command[1:]], cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
+    command = [COMMANDS / "ns-train", "nfldm-scene-ae-tiny", "--data", box_room_collection.root]
+    command += ["--pipeline.model.network.grid-shape", "4", "16", "16", "--max-num-iterations", "2"]
+    command += ["--timestamp", "run", "--experiment-name", "rooms", "--machine.device-type", "cpu"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "outputs/rooms/nfldm-scene-ae-tiny/run"
-    assert load_scene_autoencoder(run).grid_shape == (4, 16, 16)
-    results = json.loads((tmp_path / "eval.json").read_text())["results"]
-    assert np.isfinite(list(results.values())).all()
-    assert results["num_images"] == 8
+    assert load_scene_autoencoder(run / "config.yml").grid_shape == (4, 16, 16)
+    assert list(run.glob("events.out.tfevents.*"))

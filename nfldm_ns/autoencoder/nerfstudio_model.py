@@ -78,7 +78,7 @@ class SceneAutoencoderModel(VoxelModel):
             **asdict(self.config.network),
             aabb=tuple(tuple(corner) for corner in self.scene_box.aabb.tolist()),
             **{key: data[key] for key in ("near", "far", "image_size", "focal_length")},
-        )
+        ).to(memory_format=torch.channels_last)
         self._perceptual: tuple[nn.Module, ...] = ()  # a tuple, so that its weights stay out of our checkpoints
         self._shown_views: Views | None = None
         self._shown_grid: VoxelGrid | None = None

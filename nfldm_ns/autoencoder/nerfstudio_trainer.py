@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.engine.optimizers import OptimizerConfig, Optimizers
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
 from nerfstudio.engine.trainer import Trainer
 from nerfstudio.utils import comms
@@ -29,6 +29,18 @@ from nfldm_ns.scenes.writing import atomic_path
 
 
 @dataclass
+class AdamWConfig(OptimizerConfig):
+    """AdamW, quick to forget old gradients."""
+
+    _target: type = torch.optim.AdamW
+    """target class to instantiate"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """decay of the running means of gradients and of their squares"""
+    weight_decay: float = 1e-4
+    """decoupled weight decay"""
+
+
+@dataclass
 class CosineScheduleConfig(SchedulerConfig):
     """Linear warm-up, then half a cosine."""
 
@@ -36,7 +48,7 @@ class CosineScheduleConfig(SchedulerConfig):
     """target class to instantiate"""
     warmup_steps: int = 100
     """steps of rising learning rate, at most a tenth of the run"""
-    final_factor: float = 0.02
+    final_factor: float = 0.01
     """learning rate at the end, relative to the highest"""
     max_steps: int | None = None
     """length; None follows --max-num-iterations"""
