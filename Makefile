@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # viser asks for this reader of Record3D captures, which nothing here uses and which alone would need a C compiler.
 SKIPPED := ^pyliblzfse==
 
-CODE := nfldm_ns method_configs dataparsers tests benchmarks
+CODE := $(wildcard nfldm_ns method_configs dataparsers tests benchmarks)
 
 .PHONY: help setup demo test lint format constraints clean
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -91,8 +92,10 @@ class VoxelGrid:
         """
         if self.shape[1] != self.shape[2]:
             raise ValueError(f"only square grids can be turned, not {self.shape}")
-        turn = {"k": -quarter_turns, "dims": (-2, -1)}  # y grows with the row, so rot90 runs clockwise seen from above
-        return replace(self, density=torch.rot90(self.density, **turn), features=torch.rot90(self.features, **turn))
+        turn = partial(
+            torch.rot90, k=-quarter_turns, dims=(-2, -1)
+        )  # y grows with the row: rot90 runs clockwise from above
+        return replace(self, density=turn(self.density), features=turn(self.features))
 
     def normalise(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
         """World points in metres to `grid_sample` coordinates: the box becomes [-1, 1]^3."""
