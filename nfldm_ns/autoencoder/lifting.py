@@ -1,4 +1,4 @@
-"""From densities and features along camera rays to voxels: occupancy, frustums and their fusion (paper, Sec. 3.1)."""
+"""From densities and features along camera rays to voxels: the occupancy, frustums and fusion of the paper."""
 
 from __future__ import annotations
 
@@ -72,9 +72,7 @@ def frustum_voxels(
     scale = size / (aabb[1] - aabb[0])
     start = ((origins - aabb[0]) * scale)[..., None, None, :]
     slope = directions * scale
-    cells = [
-        (start[..., axis, None] + slope[..., axis, None] * depths).floor().to(torch.int32) for axis in range(3)
-    ]
+    cells = [(start[..., axis, None] + slope[..., axis, None] * depths).floor().to(torch.int32) for axis in range(3)]
     inside = torch.ones_like(cells[0], dtype=torch.bool)
     for cell, count in zip(cells, (x, y, z), strict=True):
         inside &= (cell >= 0) & (cell < count)
@@ -94,12 +92,12 @@ def fuse_frustums(
 ) -> VoxelGrid:
     """Places all frustums in the world and fuses them into one grid, by one scatter over all views of all scenes.
 
-    Every frustum entry is `F(h, w, d) = [O(h, w, d) phi(h, w), sigma(h, w, d)]` (paper, Eq. 2) and falls into the voxel
+    Every frustum entry is the paper's `F(h, w, d) = [O(h, w, d) phi(h, w), sigma(h, w, d)]` and falls into the voxel
     that contains its bin's centre. `fusion` says how a voxel combines its entries:
 
     - `"mean"`, the paper's: the plain mean of the entries.
-    - `"occupancy"`: features weighted by O, densities by the probability that the ray reaches the entry; a view that does
-      not see a voxel then has no say in it.
+    - `"occupancy"`: features weighted by O, densities by the probability that the ray reaches the entry; a view that
+      does not see a voxel then has no say in it.
 
     Args:
         density: sigma in 1/m at the bins' centres.
@@ -129,10 +127,8 @@ def fuse_frustums(
     kept = occupancy.flatten()[seen]
     phi = features.permute(0, 1, 3, 4, 2).reshape(-1, channels)[seen // bins]
     feature_sum = _scatter(phi * kept[:, None], index[seen], batch * num_voxels)
-    if fusion == "occupancy":
-        norm = _scatter(kept, index[seen], batch * num_voxels) + SEEN
-    else:
-        norm = weight_sum + EPS
+    occupancy_fusion = fusion == "occupancy"
+    norm = _scatter(kept, index[seen], batch * num_voxels) + SEEN if occupancy_fusion else weight_sum + EPS
     fused_features = feature_sum / norm[:, None]
     return VoxelGrid(
         fused_density.reshape(batch, 1, *shape),

@@ -1,4 +1,4 @@
-"""Losses of stage 1 (paper, Sec. 3.1): perceptual reconstruction and depth."""
+"""Losses of stage 1 (the paper's scene auto-encoder): perceptual reconstruction and depth."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class StageOneLossConfig:
 
     Attributes:
         lpips_mult: perceptual distance of rendered and real images (the paper's reconstruction loss).
-        lpips_views: how many target views of each scene, drawn at random, the perceptual distance sees in a step; None for
-            all. Its network costs more than everything else together, and few views give the same gradient on average.
+        lpips_views: how many target views of each scene, drawn at random, the perceptual distance sees in a step; None
+            for all. Its network costs more than everything else together; few views give the same gradient on average.
         rgb_mult: mean absolute error of colours; steadies short trainings.
         depth_mult: error of expected depth, over known pixels.
         depth_norm: "l2" is the mean squared error in m^2 (the paper's), "l1" the mean absolute error in m, which edges
@@ -82,4 +82,3 @@ def depth_loss(maps: FeatureMaps, target: Views, norm: Literal["l1", "l2"] = "l2
     if norm == "l2":
         error = error.square()
     return (error * known).sum() / known.sum().clamp(min=1)
-

@@ -20,7 +20,7 @@ class FeatureMaps:
 
     Attributes:
         features: `[*B, C, h, w]`, sum of weights times features.
-        depth: `[*B, 1, h, w]`, expected planar depth in metres; rays that end nowhere count as reaching the box's border.
+        depth: `[*B, 1, h, w]`, expected planar depth in metres; rays that end nowhere reach the box's border.
         accumulation: `[*B, 1, h, w]` in [0, 1].
         exit_depth: `[*B, 1, h, w]`, planar depth at which the rays leave the box.
         directions: `[*B, 3, h, w]`, world-space ray directions of unit planar depth.
@@ -64,9 +64,9 @@ def render_feature_maps(
         depth = start[..., None] + step[..., None] * centres
         delta = (step * directions.norm(dim=-1))[..., None]
         # Points are computed in the voxels' normalised coordinates, where a ray stays a line.
-        origins = grid.normalise(origins)
-        directions = directions * (2 / (grid.aabb[1] - grid.aabb[0]))
-        points = origins[:, :, None] + directions[:, :, None] * depth[..., None]
+        start_points = grid.normalise(origins)
+        slopes = directions * (2 / (grid.aabb[1] - grid.aabb[0]))
+        points = start_points[:, :, None] + slopes[:, :, None] * depth[..., None]
     density = sample_voxels(grid.density, points)[..., 0]
     weights, _ = occupancy_along_rays(density.float(), delta)
     accumulation = weights.sum(-1)
@@ -76,7 +76,7 @@ def render_feature_maps(
         kept, index = weights.topk(num_feature_samples, dim=-1)
         depth = depth.gather(-1, index)
         weights = kept * (accumulation / (kept.sum(-1) + EPS))[..., None]
-        points = origins[:, :, None] + directions[:, :, None] * depth[..., None]
+        points = start_points[:, :, None] + slopes[:, :, None] * depth[..., None]
     features = sample_voxels(grid.features.contiguous(memory_format=torch.channels_last_3d), points)
     features = (weights[..., None].to(features.dtype) * features).sum(-2)
 

@@ -1,4 +1,4 @@
-"""Stage 1: the scene auto-encoder (paper, Sec. 3.1)."""
+"""Stage 1: the scene auto-encoder of the paper."""
 
 from __future__ import annotations
 
@@ -224,9 +224,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         return RenderedViews(rgb, resize(maps.depth), resize(maps.accumulation), maps)
 
 
-def downsample_depth(
-    depths: Float[Tensor, "*batch 1 height width"], h: int, w: int
-) -> Float[Tensor, "*batch 1 h w"]:
+def downsample_depth(depths: Float[Tensor, "*batch 1 height width"], h: int, w: int) -> Float[Tensor, "*batch 1 h w"]:
     """The nearest known depth of each cell: never a mean across an edge; 0 where all is unknown."""
     height, width = depths.shape[-2:]
     if height % h or width % w:

@@ -1,0 +1,246 @@
+"""Truths of stage 1: occupancy, lifting, fusion, rendering, and the auto-encoder around them."""
+
+from __future__ import annotations
+
+import math
+
+import nerfacc
+import pytest
+import torch
+from nerfstudio.cameras.rays import Frustums, RaySamples
+
+from nfldm_ns.autoencoder.lifting import SEEN, box_exit_depth, depth_bins, fuse_frustums, occupancy_along_rays
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, depth_loss, stage_one_losses
+from nfldm_ns.autoencoder.renderer import render_feature_maps
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder, downsample_depth
+from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.scenes.views import Views, camera_rays, make_cameras
+from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
+
+AABB = torch.tensor([[-4.0, -4.0, -2.0], [4.0, 4.0, 2.0]])
+SHAPE = (8, 16, 16)
+
+
+def level_camera(yaw: float, size: int = 16, position: tuple[float, float, float] = (0.0, 0.0, 0.0)):
+    """One camera `[1, 1]` looking along `yaw` (degrees) with a field of view of 64 degrees."""
+    angle = math.radians(yaw)
+    forward = torch.tensor([math.cos(angle), math.sin(angle), 0.0])
+    right = torch.tensor([math.sin(angle), -math.cos(angle), 0.0])
+    up = torch.tensor([0.0, 0.0, 1.0])
+    pose = torch.stack([right, up, -forward, torch.tensor(position)], dim=1)
+    focal = size / 2 / 0.625
+    return make_cameras(pose[None, None], focal, focal, size / 2, size / 2, size, size)
+
+
+def small_autoencoder(**options) -> SceneAutoencoder:
+    torch.manual_seed(0)
+    sizes = {"grid_shape": SHAPE, "feature_channels": 5, "image_size": (32, 32), "focal_length": 25.6}
+    box = tuple(map(tuple, AABB.tolist()))
+    return SceneAutoencoder(**{**sizes, "aabb": box, "num_depth_bins": 24, "num_samples": 24, **options})
+
+
+class TestOccupancy:
+    def test_agrees_with_nerfacc_and_nerfstudio(self):
+        torch.manual_seed(0)
+        density = torch.rand(7, 12) * 3
+        edges = torch.cat([torch.zeros(7, 1), torch.rand(7, 12).cumsum(-1)], dim=-1)
+        starts, ends = edges[:, :-1], edges[:, 1:]
+        occupancy, transmittance = occupancy_along_rays(density, ends - starts)
+        weights, reference, _ = nerfacc.render_weight_from_density(starts, ends, density)
+        torch.testing.assert_close(occupancy, weights)
+        torch.testing.assert_close(transmittance, reference)
+        frustums = Frustums(torch.zeros(7, 12, 3), torch.ones(7, 12, 3), starts[..., None], ends[..., None], None)
+        samples = RaySamples(frustums=frustums, deltas=(ends - starts)[..., None])
+        torch.testing.assert_close(occupancy, samples.get_weights(density[..., None])[..., 0])
+
+    def test_sums_to_the_probability_of_ending(self):
+        density, delta = torch.rand(5, 9), torch.rand(9)
+        occupancy, _ = occupancy_along_rays(density, delta)
+        torch.testing.assert_close(occupancy.sum(-1), 1 - torch.exp(-(density * delta).sum(-1)))
+
+
+@pytest.mark.parametrize("spacing", ["linear", "inverse"])
+def test_depth_bins_cover_the_range(spacing):
+    centres, widths = depth_bins(0.5, 20, 13, spacing)
+    assert float(widths.sum()) == pytest.approx(19.5, rel=1e-5)
+    assert bool((centres.diff() > 0).all()) and float(centres[0]) > 0.5 and float(centres[-1]) < 20
+    assert (float(widths[-1]) > float(widths[0]) * 2) == (spacing == "inverse")
+
+
+def test_rays_leave_the_box_on_its_border():
+    torch.manual_seed(0)
+    origins = (torch.rand(100, 3) - 0.5) * (AABB[1] - AABB[0])
+    directions = torch.randn(100, 3)
+    enter, leave = box_exit_depth(origins, directions, AABB)
+    points = origins + leave[:, None] * directions
+    assert bool((enter == 0).all())
+    assert float((points.abs() / AABB[1]).amax(-1).sub(1).abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("fusion", ["mean", "occupancy"])
+def test_fusion_is_exact_against_a_slow_loop(fusion):
+    torch.manual_seed(0)
+    cameras = make_cameras(
+        torch.cat([level_camera(yaw, 4).camera_to_worlds for yaw in (0, 40, 200)], dim=1), 3.2, 3.2, 2.0, 2.0, 4, 4
+    )
+    density, features = torch.rand(1, 3, 6, 4, 4) * 2, torch.randn(1, 3, 2, 4, 4)
+    centres, widths = depth_bins(0.3, 5.0, 6)
+    grid = fuse_frustums(density, features, cameras, centres, widths, AABB, SHAPE, fusion)
+
+    origins, directions = camera_rays(cameras, 4, 4)
+    sums: dict[tuple[int, int, int], list] = {}
+    for view in range(3):
+        for row in range(4):
+            for column in range(4):
+                transmittance = 1.0
+                ray = directions[0, view, row, column]
+                for d in range(6):
+                    sigma = float(density[0, view, d, row, column])
+                    opacity = 1 - math.exp(-sigma * float(widths[d] * ray.norm()))
+                    point = origins[0, view] + ray * centres[d]
+                    unit = (point - AABB[0]) / (AABB[1] - AABB[0])
+                    if bool(((unit >= 0) & (unit < 1)).all()):
+                        x, y, z = (int(u * n) for u, n in zip(unit, (16, 16, 8), strict=True))
+                        phi = features[0, view, :, row, column]
+                        occupancy = transmittance * opacity
+                        occupancy = occupancy if occupancy > SEEN else 0.0  # carries no features, as documented
+                        sums.setdefault((z, y, x), []).append((transmittance, occupancy, sigma, phi))
+                    transmittance *= 1 - opacity
+    expected_density, expected_features = torch.zeros(SHAPE), torch.zeros(2, *SHAPE)
+    for cell, entries in sums.items():
+        total_t, total_o = sum(t for t, *_ in entries), sum(o for _, o, *_ in entries)
+        if fusion == "mean":
+            expected_density[cell] = sum(s for _, _, s, _ in entries) / len(entries)
+            expected_features[(slice(None), *cell)] = sum(o * phi for _, o, _, phi in entries) / len(entries)
+        else:
+            expected_density[cell] = sum(t * s for t, _, s, _ in entries) / total_t
+            expected_features[(slice(None), *cell)] = sum(o * phi for _, o, _, phi in entries) / (total_o + SEEN)
+    torch.testing.assert_close(grid.density[0, 0], expected_density, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(grid.features[0], expected_features, atol=1e-4, rtol=1e-3)
+
+
+def test_a_plane_comes_back_where_it_was():
+    """A wall at planar depth 3 m, measured and lifted by the depth prior, is rendered at 3 m."""
+    model = small_autoencoder(grid_shape=(16, 32, 32), num_depth_bins=40, num_samples=64, num_feature_samples=None)
+    cameras = level_camera(0, 32)
+    views = Views(cameras, torch.rand(1, 1, 3, 32, 32), torch.full((1, 1, 1, 32, 32), 3.0))
+    with torch.no_grad():
+        grid = model.encode(views)
+        rendered = model.render(grid, cameras)
+    occupied = voxel_centres((16, 32, 32), AABB)[grid.density[0, 0] > 1]
+    assert len(occupied) > 50
+    assert float((occupied[:, 0] - 3).abs().max()) < 0.4  # voxels are 0.25 m, bins 0.24 m
+    assert float((rendered.depth - 3).abs().median()) < 0.2
+
+
+class TestRendering:
+    def test_constant_density_has_the_analytic_accumulation(self):
+        grid = VoxelGrid(torch.full((1, 1, *SHAPE), 0.3), torch.ones(1, 2, *SHAPE), AABB)
+        cameras = level_camera(20)
+        maps = render_feature_maps(grid, cameras, 6, 6, near=0.01, num_samples=512)
+        directions = maps.directions.norm(dim=2, keepdim=True)
+        inner = (maps.exit_depth - 0.01) * directions
+        torch.testing.assert_close(maps.accumulation, 1 - torch.exp(-0.3 * inner), atol=0.02, rtol=0)
+        torch.testing.assert_close(maps.features, maps.accumulation.expand_as(maps.features), atol=0.02, rtol=0)
+
+    def test_few_feature_samples_equal_all_of_them_at_a_surface(self):
+        torch.manual_seed(0)
+        density = torch.zeros(1, 1, *SHAPE)
+        density[..., 13:] = 40.0
+        grid = VoxelGrid(density, torch.randn(1, 3, *SHAPE), AABB)
+        options = {"height": 8, "width": 8, "near": 0.1, "num_samples": 48}
+        full = render_feature_maps(grid, level_camera(0), **options)
+        few = render_feature_maps(grid, level_camera(0), **options, num_feature_samples=6)
+        same = render_feature_maps(grid, level_camera(0), **options, num_feature_samples=48)
+        torch.testing.assert_close(full.features, same.features)
+        torch.testing.assert_close(full.features, few.features, atol=2e-2, rtol=0)
+        torch.testing.assert_close(full.depth, few.depth)
+
+    def test_an_empty_scene_shows_its_background_at_the_border(self):
+        model = small_autoencoder()
+        grid = VoxelGrid(torch.zeros(1, 1, *SHAPE), torch.randn(1, 5, *SHAPE), AABB)
+        rendered = model.render(grid, level_camera(0, 32))
+        assert float(rendered.accumulation.abs().max()) == 0
+        torch.testing.assert_close(rendered.maps.depth, rendered.maps.exit_depth)
+
+    def test_voxels_receive_gradients(self):
+        model = small_autoencoder()
+        density = torch.rand(1, 1, *SHAPE, requires_grad=True)
+        features = torch.randn(1, 5, *SHAPE, requires_grad=True)
+        rendered = model.render(VoxelGrid(density, features, AABB), level_camera(0, 32))
+        rendered.rgb.square().sum().backward()
+        assert float(density.grad.abs().sum()) > 0 and float(features.grad.abs().sum()) > 0
+
+    @pytest.mark.parametrize("size", [16, 64, 100])
+    def test_the_size_of_the_image_does_not_change_the_ray_density(self, size):
+        model = small_autoencoder()
+        grid = VoxelGrid(torch.rand(1, 1, *SHAPE), torch.randn(1, 5, *SHAPE), AABB)
+        rendered = model.render(grid, level_camera(0, size))
+        reference = model.render(grid, level_camera(0, 32))
+        assert rendered.rgb.shape == (1, 1, 3, size, size) and rendered.depth.shape == (1, 1, 1, size, size)
+        torch.testing.assert_close(rendered.maps.features, reference.maps.features)
+
+
+class TestSceneAutoencoder:
+    @pytest.fixture(scope="class")
+    def batch(self, box_room_collection: SceneCollection):
+        collection = box_room_collection
+        return collection.batch([collection.load_scene(name) for name in collection.splits["train"][:2]])
+
+    @pytest.mark.parametrize("encoder_input", ["rgb", "rgbd"])
+    def test_shapes_and_gradients(self, batch, encoder_input):
+        model = small_autoencoder(encoder_input=encoder_input)
+        grid = model.encode(batch.source)
+        assert grid.density.shape == (2, 1, *SHAPE) and grid.features.shape == (2, 5, *SHAPE)
+        assert bool((grid.density >= 0).all())
+        rendered = model.render(grid, batch.target.cameras)
+        losses = stage_one_losses(StageOneLossConfig(lpips_mult=0), rendered, batch.target, grid, None)
+        sum(losses.values()).backward()
+        without = [name for name, p in model.named_parameters() if p.grad is None and "prior" not in name]
+        assert not without
+
+    def test_views_without_depth_are_encoded_too(self, batch):
+        model = small_autoencoder()
+        colours = Views(batch.source.cameras, batch.source.images)
+        unknown = Views(batch.source.cameras, batch.source.images, torch.zeros_like(batch.source.depths))
+        torch.testing.assert_close(model.encode(colours).features, model.encode(unknown).features)
+
+    def test_scenes_of_a_batch_do_not_mix(self, batch):
+        model = small_autoencoder()
+        both, second = model.encode(batch.source), model.encode(batch.source[1:])
+        torch.testing.assert_close(both.features[1:], second.features, atol=1e-5, rtol=1e-4)
+
+    def test_saved_and_loaded_it_renders_the_same(self, batch, tmp_path):
+        model = small_autoencoder().eval()
+        model.save_pretrained(tmp_path)
+        loaded = SceneAutoencoder.from_pretrained(tmp_path).eval()
+        with torch.no_grad():
+            views = [m.render(m.encode(batch.source), batch.target.cameras).rgb for m in (model, loaded)]
+        torch.testing.assert_close(*views, atol=0, rtol=0)
+
+    def test_measured_depth_makes_better_geometry_than_none(self, batch):
+        model = small_autoencoder(grid_shape=(16, 32, 32))
+        errors = []
+        with torch.no_grad():
+            for source in (batch.source, Views(batch.source.cameras, batch.source.images)):
+                maps = model.render(model.encode(source), batch.target.cameras).maps
+                errors.append(float(depth_loss(maps, batch.target, "l1")))
+        assert errors[0] < 0.5 * errors[1]
+
+
+def test_unknown_depth_never_supervises(box_room_collection):
+    scene = box_room_collection.load_scene(box_room_collection.splits["train"][0])
+    batch = box_room_collection.batch([scene])
+    model = small_autoencoder()
+    maps = model.render(model.encode(batch.source), batch.target.cameras).maps
+    assert batch.target.depths is not None
+    half = batch.target.depths.clone()
+    half[..., :16, :] = 0
+    views = Views(batch.target.cameras, batch.target.images, half)
+    (gradient,) = torch.autograd.grad(depth_loss(maps, views), maps.depth)
+    assert float(gradient[..., :8, :].abs().max()) == 0 and float(gradient[..., 8:, :].abs().max()) > 0
+
+
+def test_depth_is_never_averaged_across_edges():
+    depth = torch.tensor([[2.0, 0.0, 5.0, 9.0], [0.0, 0.0, 9.0, 5.0]])[None, None]
+    torch.testing.assert_close(downsample_depth(depth, 1, 2), torch.tensor([[[[2.0, 5.0]]]]))
