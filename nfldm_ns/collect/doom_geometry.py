@@ -89,8 +89,8 @@ class DoomGeometry:
     def sees(self, origin: Float[np.ndarray, "3"], points: Float[np.ndarray, "points 3"]) -> Bool[np.ndarray, "points"]:
         """Whether the straight line from `origin` to each point passes through openings only."""
         along, hits, _ = self._crossings(origin[:2], points[:, :2] - origin[:2])
-        height = origin[2] + along * (points[:, 2:] - origin[2])
         with np.errstate(invalid="ignore"):
+            height = origin[2] + along * (points[:, 2:] - origin[2])
             blocked = hits & (along < 1) & ((height < self._bottom) | (height > self._top))
         return ~blocked.any(axis=1)
 

@@ -154,8 +154,13 @@ def hold_out_regions(
 def in_split(
     points: Float[np.ndarray, "points 2"], split: str, regions: Mapping[str, Region], gap: float
 ) -> Bool[np.ndarray, "points"]:
-    """Whether places belong to a split: inside its own region, if it has one, and clear of all others by the gap."""
+    """Whether places belong to a split: clear of the regions before its own by the gap, and inside its own.
+
+    Training has no region of its own and keeps clear of all.
+    """
     kept = np.ones(len(points), dtype=bool)
     for name, region in regions.items():
-        kept &= region.distance(points) <= 0 if name == split else region.distance(points) > gap
+        if name == split:
+            return kept & (region.distance(points) <= 0)
+        kept &= region.distance(points) > gap
     return kept

@@ -141,9 +141,9 @@ class Check:
         if report.ok:
             console.print(f"{self.folder} is a good collection.", soft_wrap=True)
             return 0
-        hidden = len(report.all_problems) - _MAX_PROBLEMS
-        more = f" ({hidden} of them not shown)" if hidden > 0 else ""
-        console.print(f"{self.folder} has {len(report.all_problems)} problems{more}.", soft_wrap=True)
+        count, hidden = len(report.all_problems), max(0, len(report.all_problems) - _MAX_PROBLEMS)
+        more = f" ({hidden} of them not shown)" if hidden else ""
+        console.print(f"{self.folder} has {count} problem{'s' if count > 1 else ''}{more}.", soft_wrap=True)
         return 1
 
 
@@ -195,8 +195,9 @@ class Import:
 
 
 def _progress() -> Progress:
+    console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True))
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
 
 
 def _write_sheet(root: Path) -> None:
