@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 import torch
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
-from nerfstudio.viewer.viewer_elements import ViewerControl, ViewerDropdown
+from nerfstudio.viewer.viewer_elements import ViewerDropdown
 from rich.progress import track
 
 from nfldm_ns.autoencoder.checkpoints import check_state
 from nfldm_ns.autoencoder.nerfstudio_datamanager import SceneDataManager, SceneDataManagerConfig
 from nfldm_ns.autoencoder.nerfstudio_model import SceneAutoencoderModel, SceneAutoencoderModelConfig
+from nfldm_ns.autoencoder.viewer_start import FirstView
 from nfldm_ns.errors import exit_on_bad_input
 from nfldm_ns.scenes.collection import SPLITS, SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
@@ -55,7 +56,7 @@ class SceneAutoencoderPipeline(VanillaPipeline):
             self.model.prepare_training()
         labels = scene_labels(self.datamanager.collection)
         shown = self.datamanager.shown_scene_id
-        self.viewer_control = ViewerControl()
+        self.viewer_control = FirstView(lambda: self.datamanager.train_dataset.cameras)
         self.scene_dropdown = ViewerDropdown(
             "Scene",
             next(label for label, scene_id in labels.items() if scene_id == shown),

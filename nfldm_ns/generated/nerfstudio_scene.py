@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.checkpoints import check_state
 from nfldm_ns.autoencoder.run_folder import MovableTrainerConfig, config_folder
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.autoencoder.viewer_start import FirstView
 from nfldm_ns.autoencoder.voxel_model import VoxelGridField, VoxelModel, picture_dict, ray_lengths, single_camera
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.metrics import psnr, ssim
@@ -163,6 +164,7 @@ class GeneratedScenePipeline(VanillaPipeline):
         if not (config.model.scene / DESCRIPTION).is_file():
             raise UserInputError(f"{config.model.scene} is no generated scene: make some with 'nfldm-sample'.")
         super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+        self.viewer_control = FirstView(lambda: self.datamanager.train_dataset.cameras)
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Tunes the voxels on one of the scene's images."""
