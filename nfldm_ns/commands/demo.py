@@ -1,6 +1,7 @@
 """`nfldm-demo`: from nothing to generated scenes, on one page of pictures and numbers."""
 
 import os
+import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,8 +15,8 @@ from nfldm_ns.errors import UserInputError, exit_on_bad_input
 class Demo:
     """Collect scenes, train all three stages, sample new scenes, judge them: under 20 minutes on two CPU cores.
 
-    Ends with <output-dir>/index.html (pictures, videos, numbers) and <output-dir>/report.json. Interrupted and run again
-    it continues; finished stages are not repeated unless settings before them change.
+    Ends with <output-dir>/index.html (pictures, videos, numbers) and <output-dir>/report.json. Interrupted and run
+    again it continues; finished stages are not repeated unless settings before them change.
     """
 
     output_dir: Path = Path("outputs/demo")
@@ -61,12 +62,16 @@ def main(args: list[str] | None = None) -> None:
     """Entry point."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: idle ones must not spin
     command = tyro.cli(Demo, prog="nfldm-demo", args=args)
+    # A terminated demo ends like an interrupted one: with its subprocesses.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with exit_on_bad_input():
             command.run()
     except KeyboardInterrupt:
         print("\nInterrupted: the same command continues where this one stopped.")
         raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

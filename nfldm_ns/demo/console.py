@@ -107,15 +107,12 @@ class StageConsole:
         """How much of the stage is done, and what there is to say about it."""
         seconds = time.monotonic() - self._begun
         left = clock(self.timetable.remaining(self._name, share, seconds))
+        text = f"{clock(seconds)}, about {left} left in all  {note}".rstrip()
         if self._bar is not None:
-            self._bar.update(
-                self._task, completed=share, note=escape(f"{clock(seconds)}, about {left} left in all  {note}")
-            )
+            self._bar.update(self._task, completed=share, note=escape(text))
         elif time.monotonic() - self._told > LINE_EVERY_S:
             self._told = time.monotonic()
-            self.say(
-                f"{self.label(self._name)}   {share:4.0%} after {clock(seconds)}, about {left} left in all  {note}".rstrip()
-            )
+            self.say(f"{self.label(self._name)}   {share:4.0%} after {text}")
 
     def finish(self, seconds: float, peak_rss_gib: float) -> None:
         """The stage has ended."""

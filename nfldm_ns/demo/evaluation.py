@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ def judge_novel_views(
     mean: Float[Tensor, "3 height width"],
     lpips: nn.Module,
     folder: Path,
-    report: Report,
+    report: Callable[[float], None],
 ) -> dict[str, Any]:
     """Metrics of target views by method, and their pictures in `folder`.
 
@@ -214,7 +214,11 @@ def _save(folder: Path, batch: SceneBatch, images: Float[Tensor, "batch views 3 
 
 
 def compare_image_sets(
-    folder: Path, mean: Float[Tensor, "3 height width"], num_images: int, inception: nn.Module, report: Report
+    folder: Path,
+    mean: Float[Tensor, "3 height width"],
+    num_images: int,
+    inception: nn.Module,
+    report: Callable[[float], None],
 ) -> dict[str, Any]:
     """FID and KID of all sets of pictures to the real test views, with equally many images each.
 

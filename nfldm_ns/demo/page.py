@@ -56,10 +56,9 @@ def write_page(
         summary: the content of `report.json`.
     """
     generated, data, held_out = sections
-    parts = [generated, numbers(summary), held_out, data, curves(folder), cost(summary), next_steps(folder, settings)]
-    Report(
-        "NeuralField-LDM: new scenes from two CPU cores and some minutes", introduction(summary), parts, footer(summary)
-    ).write(folder.root / PAGE)
+    parts = [generated, numbers(summary), held_out, data, curves(folder), cost(summary), next_steps(folder)]
+    page = Report("NeuralField-LDM: scenes that never were", introduction(summary), parts, footer(summary))
+    page.write(folder.root / PAGE)
 
 
 # Text and numbers
@@ -67,16 +66,17 @@ def write_page(
 
 def introduction(summary: Mapping[str, Any]) -> str:
     """What was done, and what came out."""
-    scenes, samples, data = summary["data"]["scenes"], summary["samples"], summary["data"]
+    data, samples = summary["data"], summary["samples"]
+    scenes, (width, height) = data["scenes"], data["image_size"]
     return (
-        f"This page was made by `nfldm-demo` in {summary['total_seconds'] / 60:.0f} minutes on {_machine(summary)}. It collected "
-        f"{scenes['train']} training places and {scenes['test']} held-out places of {', '.join(data['maps'])} (VizDoom), trained "
-        "the three stages of NeuralField-LDM on them, and sampled new scenes. "
-        "A scene is a grid of densities and features that can be seen from anywhere.\n\n"
-        f"Nothing here is selected: the generated scenes are the first ones of seed {summary['seed']}, the real ones are "
-        f"evenly spaced in the collection. All images have {data['image_size'][0]} x {data['image_size'][1]} pixels and are shown "
-        f"enlarged. FID of the generated views: {samples['fid']:.0f}, of the mean image {samples['mean_image_fid']:.0f}, of real "
-        f"views of other places {samples['train_vs_test_fid']:.0f} ({samples['num_images']} images each; lower is better)."
+        f"`nfldm-demo` made this page in {summary['total_seconds'] / 60:.0f} minutes on {_machine(summary)}. It "
+        f"collected {scenes['train']} training places and {scenes['test']} held-out places of {', '.join(data['maps'])} "
+        "(VizDoom), trained the three stages of NeuralField-LDM on them from scratch, and sampled new scenes: grids of "
+        "densities and features that can be seen from anywhere.\n\n"
+        f"Nothing is selected: the generated scenes are the first ones of seed {summary['seed']}, the real ones are "
+        f"evenly spaced in the collection. All views have {width} x {height} pixels and are shown enlarged. FID of the "
+        f"generated views {samples['fid']:.0f}, of the mean image {samples['mean_image_fid']:.0f}, of real views of "
+        f"other places {samples['train_vs_test_fid']:.0f} ({samples['num_images']} images each, lower is better)."
     )
 
 
@@ -114,12 +114,15 @@ def numbers(summary: Mapping[str, Any]) -> Section:
     distances = Table(
         ["set of images", "FID", "KID x 1000"],
         [[name, fid, 1000 * kid] for name, fid, kid in sets],
-        caption=f"Distance to real views of held-out places, {samples['num_images']} images in each set (FID depends on "
-        "that number: compare within the table only). Lower is better; no method is expected to beat the last row.",
+        caption=f"Distance to real views of held-out places, {samples['num_images']} images in each set (FID depends "
+        "on that number: compare within the table only). Lower is better; no method is expected to beat the last row.",
         emphasis=(0,),
         digits=(0, 1, 1),
     )
-    text = "The baselines say what the numbers are worth: this domain has dark, similar images, so even trivial answers score."
+    text = (
+        "The baselines say what the numbers are worth: "
+        "this domain has dark, similar images, so even trivial answers score."
+    )
     return Section("Numbers", text, [novel_views, distances])
 
 
@@ -136,15 +139,17 @@ def cost(summary: Mapping[str, Any]) -> Section:
     return Section("What it cost", f"On {_machine(summary)}.", [table])
 
 
-def next_steps(folder: DemoFolder, settings: DemoSettings) -> Section:
+def next_steps(folder: DemoFolder) -> Section:
     """What to do with the results."""
-    scene = folder.generated / next(iter(sorted(p.name for p in folder.generated.glob("scene_*"))), "scene_000000")
-    text = (
-        f"Every generated scene is a nerfstudio run. Walk through one: `ns-viewer --load-config {scene / 'config.yml'}`\n\n"
-        f"Render a video: `ns-render interpolate --load-config {scene / 'config.yml'} --output-path video.mp4`\n\n"
-        f"Sample more: `nfldm-sample {folder.stage3 / 'pipeline'} --num-scenes 16 --seed 100`\n\n"
-        f"See stage 1 reconstruct any place of the collection: `ns-viewer --load-config {folder.stage1 / 'config.yml'}`\n\n"
-        "All numbers are in `report.json` beside this page, with what each of them means."
+    scene = next(iter(sorted(folder.generated.glob("scene_*"))), folder.generated / "scene_000000") / "config.yml"
+    text = "\n\n".join(
+        (
+            f"Every generated scene is a nerfstudio run. Walk through one: `ns-viewer --load-config {scene}`",
+            f"Render a video: `ns-render interpolate --load-config {scene} --output-path video.mp4`",
+            f"Sample more: `nfldm-sample {folder.stage3 / 'pipeline'} --num-scenes 16 --seed 100`",
+            f"See any place as stage 1 does: `ns-viewer --load-config {folder.stage1 / 'config.yml'}`",
+            "All numbers are in `report.json` beside this page, with what each of them means.",
+        )
     )
     return Section("Go on from here", text)
 
@@ -287,9 +292,9 @@ def generated_section(looks: Sequence[SampleLook]) -> Section:
     columns["depth at 0°"] = [look.depths[0] for look in looks]
     columns["from above"] = [look.above for look in looks]
     text = (
-        "Sampled from noise: first g with the cameras, then c (coarse structure), then f (detail). Below, each row is one "
-        f"scene: views all around, depth ({NEAREST:g} m blue to {FARTHEST:g} m red), and its voxels from above (north up; dark is "
-        "low, bright is high, white is empty)."
+        "Sampled from noise: first g with the cameras, then c (coarse structure), then f (detail). Below, each row is "
+        f"one scene: views all around, depth ({NEAREST:g} m blue to {FARTHEST:g} m red), and its voxels from above "
+        "(north up; dark is low, bright is high, white is empty)."
     )
     return Section(
         "Generated scenes", text, [Gallery(videos, tile_width=250), _grid(columns, [look.name for look in looks])]
@@ -302,16 +307,20 @@ def data_section(collection: SceneCollection) -> Section:
     columns: dict[str, list[Image]] = {}
     num_views = min(VIEWS_OF_REAL_SCENES, *(scene.source.shape[0] for scene in scenes))
     for i in range(num_views):
-        columns[f"source {i + 1}"] = [smooth(evenly(scene.source.images, num_views)[i]) for scene in scenes]
+        columns[f"source {i + 1}"] = [
+            smooth(scene.source.images[evenly(range(scene.source.shape[0]), num_views)[i]]) for scene in scenes
+        ]
     columns["target"] = [smooth(scene.target.images[0]) for scene in scenes]
-    if all(scene.target.depths is not None for scene in scenes):
-        columns["its depth"] = [smooth(depth_colors(scene.target.depths[0], NEAREST, FARTHEST)) for scene in scenes]
-    if all(scene.bev is not None for scene in scenes):
-        columns["BEV map"] = [bev_colors(scene.bev, collection.bev_classes) for scene in scenes]
+    depths = [scene.target.depths[0] for scene in scenes if scene.target.depths is not None]
+    if len(depths) == len(scenes):
+        columns["its depth"] = [smooth(depth_colors(depth, NEAREST, FARTHEST)) for depth in depths]
+    maps = [scene.bev for scene in scenes if scene.bev is not None]
+    if len(maps) == len(scenes):
+        columns["BEV map"] = [bev_colors(bev, collection.bev_classes) for bev in maps]
     classes = ", ".join(f"{c.name}" for c in collection.bev_classes)
     text = (
-        "What the models learn from: 8 source views around a place, target views from other positions nearby, exact depth, "
-        "and a semantic bird's-eye-view map"
+        "What the models learn from: 8 source views around a place, target views from other positions nearby, exact "
+        "depth, and a semantic bird's-eye-view map"
         + (f" (classes: {classes})" if classes else "")
         + ". Held-out places lie further from all training places than the box is wide."
     )
@@ -326,7 +335,8 @@ def held_out_section(
 ) -> Section:
     """Held-out places: real, nearest source view, stage 1, after the latents, and without f."""
     columns: dict[str, list[Image]] = {}
-    videos, labels = [], []
+    videos: list[Video] = []
+    labels: list[str] = []
 
     def add(name: str, image: Image) -> None:
         columns.setdefault(name, []).append(smooth(image))
@@ -351,9 +361,9 @@ def held_out_section(
             : 2 - len(videos)
         ]
     text = (
-        "Places that no stage was trained on, from positions that no source view has. Stage 1 encodes the 8 source views "
-        "into voxels and renders the target view; `after latents` sends the voxels through g, c and f first; `without f` "
-        "zeroes the fine latent."
+        "Places that no stage was trained on, from positions that no source view has. Stage 1 encodes the 8 source "
+        "views into voxels and renders the target view; `after latents` sends the voxels through g, c and f first; "
+        "`without f` zeroes the fine latent."
     )
     return Section(
         "Held-out places, reconstructed", text, [_grid(columns, labels, tile=112), Gallery(videos, tile_width=360)]

@@ -1,7 +1,7 @@
 """Runs stages one after the other so that an interrupted run continues where it stopped.
 
-Every stage leaves a marker, `<root>/stages/<name>.json`: its settings, whether it has ended, what it cost. A stage that has
-ended with the same settings, after the same earlier stages, is not repeated.
+Every stage leaves a marker, `<root>/stages/<name>.json`: its settings, whether it has ended, what it cost. A stage that
+has ended with the same settings, after the same earlier stages, is not repeated.
 """
 
 from __future__ import annotations

@@ -190,7 +190,7 @@ class Demo:
         sections = picture_sections(self.folder, self.settings, report)
         names = [stage.name for stage in self.stages()]
         summary = write_summary(self.folder, names, self.seed, self.device, time.monotonic() - begun)
-        write_page(self.folder, self.settings, sections, summary)
+        write_page(self.folder, sections, summary)
 
 
 def _loss_note(losses: dict[str, float]) -> str:
