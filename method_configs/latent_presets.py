@@ -83,7 +83,7 @@ LATENT_PRESETS: dict[str, LatentPreset] = {
             "decoder_channels": (512, 512, 512),
             "decoder_blocks": 3,
             "fusion_blocks": 0,
-            "linear_fine_path": False,
+            "linear_paths": False,
         },
         training=LatentTrainingConfig(
             schedule=Schedule(
@@ -134,7 +134,12 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
         models={
             "global": {"width": 1024, "num_layers": 8},
             "coarse": {"channels": (192, 384), "attention": (True, True), "layers": 2, "context_dim": 256},
-            "fine": {"channels": (128, 256, 384, 512), "attention": (False, False, True, True), "layers": 2, "context_dim": 256},
+            "fine": {
+                "channels": (128, 256, 384, 512),
+                "attention": (False, False, True, True),
+                "layers": 2,
+                "context_dim": 256,
+            },
         },
         training={"global": _on_gpu(100_000, 256), "coarse": _on_gpu(200_000, 64), "fine": _on_gpu(200_000, 32)},
     ),

@@ -25,6 +25,9 @@ TIME_CHANNELS = 128
 class Normaliser(nn.Module):
     """Per-channel mean and standard deviation of a latent, as buffers."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
@@ -59,7 +62,9 @@ class _ResidualLayer(nn.Module):
         nn.init.zeros_(self.linear2.weight)
         nn.init.zeros_(self.linear2.bias)
 
-    def forward(self, x: Float[Tensor, "batch width"], time: Float[Tensor, "batch width"]) -> Float[Tensor, "batch width"]:
+    def forward(
+        self, x: Float[Tensor, "batch width"], time: Float[Tensor, "batch width"]
+    ) -> Float[Tensor, "batch width"]:
         scale, shift = self.modulation(time).chunk(2, dim=-1)
         h = self.norm(x) * (1 + scale) + shift
         return x + self.linear2(F.silu(self.linear1(h)))
@@ -108,7 +113,9 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         """Shape of one sample, (G + 5 N,)."""
         return (self.config.global_dim + CAMERA_DIM * self.config.num_cameras,)
 
-    def forward(self, sample: Float[Tensor, "batch code"], timestep: Int[Tensor, "batch"]) -> Float[Tensor, "batch code"]:
+    def forward(
+        self, sample: Float[Tensor, "batch code"], timestep: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch code"]:
         """Predicts from a noisy scene code in normalised units."""
         time = self.time(get_timestep_embedding(timestep, TIME_CHANNELS).to(sample.dtype))
         h = self.linear_in(sample)

@@ -94,8 +94,8 @@ class NFLDMPipeline(DiffusionPipeline):
             num_inference_steps: denoising steps of each of the three latents.
             output_type: "grid", or "latent" to skip decoding.
             clip: limits sampled latents to this many standard deviations; None leaves them alone.
-            callback_on_step_end: called as `callback(pipeline, step, timestep, {"stage": ..., "latents": ...})` after each
-                step; may return `{"latents": ...}` to go on with. Latents are in normalised units.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, {"stage": ..., "latents": ...})` after
+                each step; may return `{"latents": ...}` to go on with. Latents are in normalised units.
         """
         if output_type not in ("grid", "latent"):
             raise ValueError(f"output_type must be 'grid' or 'latent', not {output_type!r}")
@@ -209,14 +209,15 @@ def load_pipeline(folder: Path | str) -> NFLDMPipeline:
 def _load_component(folder: Path, cls: type) -> nn.Module:
     """A component whose weights are exactly those its configuration asks for."""
     if not (folder / "config.json").is_file():
-        raise UserInputError(f"{folder.parent} lacks the component {folder.name}: restore it or save the pipeline again.")
+        raise UserInputError(f"{folder.parent} lacks component {folder.name}: restore it or save the pipeline again.")
     config = read_json(folder / "config.json")
     try:
         if config.get("_class_name") != cls.__name__:
             raise ValueError(f"it is a {config.get('_class_name')}")
         component = cls.from_config(config)  # type: ignore[attr-defined]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserInputError(f"{folder / 'config.json'} does not describe a {cls.__name__} ({error}): restore it.") from None
+        reason = f"does not describe a {cls.__name__} ({error})"
+        raise UserInputError(f"{folder / 'config.json'} {reason}: restore it.") from None
     load_exactly(component, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
     return component.eval()
 
@@ -229,7 +230,7 @@ def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline")
     code_dim = pipeline.global_denoiser.sample_shape[0]
     facts = [
         ("grid shape", "latent_autoencoder", stage2.grid_shape, "scene_autoencoder", stage1.grid_shape),
-        ("feature channels", "latent_autoencoder", stage2.feature_channels, "scene_autoencoder", stage1.feature_channels),
+        ("channels", "latent_autoencoder", stage2.feature_channels, "scene_autoencoder", stage1.feature_channels),
         ("box", "latent_autoencoder", stage2.aabb.tolist(), "scene_autoencoder", stage1.aabb.tolist()),
         ("size of g", "global_denoiser", global_config.global_dim, "latent_autoencoder", stage2.config.global_dim),
         ("shape of c", "coarse_denoiser", tuple(coarse_config.coarse_shape), "latent_autoencoder", stage2.coarse_shape),
@@ -241,7 +242,8 @@ def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline")
     for what, name, value, other, expected in facts:
         if value != expected:
             raise UserInputError(
-                f"In {where} the {what} of {name} is {value}, but that of {other} is {expected}: use components of one training."
+                f"In {where} the {what} of {name} is {value}, but that of {other} is {expected}: "
+                "use components of one training."
             )
 
 
@@ -254,7 +256,10 @@ def assemble_pipeline(
     scheduler: DPMSolverMultistepScheduler,
 ) -> NFLDMPipeline:
     """A checked pipeline, all on the CPU in single precision and evaluation mode."""
-    models = (scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser)
-    pipeline = NFLDMPipeline(*(model.cpu().float().eval() for model in models), scheduler)  # type: ignore[arg-type]
+    for model in (scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser):
+        model.cpu().float().eval()
+    pipeline = NFLDMPipeline(
+        scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser, scheduler
+    )
     check_agreement(pipeline)
     return pipeline

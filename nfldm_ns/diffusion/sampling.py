@@ -43,15 +43,15 @@ def sample_scenes(
     }
     for first in range(0, num_scenes, batch_size):
         count = min(batch_size, num_scenes - first)
-        output = pipeline(
-            count, scene_generators(seed + first, count), num_inference_steps=num_inference_steps
-        )
+        output = pipeline(count, scene_generators(seed + first, count), num_inference_steps=num_inference_steps)
+        grids = output.grids
+        assert grids is not None
         for i in range(count):
             scene_seed = seed + first + i
             folder = Path(output_dir) / f"scene_{scene_seed:06d}"
             write_generated_scene(
                 folder,
-                output.grids[i].to("cpu"),
+                grids[i].to("cpu"),
                 pipeline.scene_autoencoder,
                 index_cameras(output.cameras.to("cpu"), i),
                 {name: value[i] for name, value in output.latents.to("cpu").state_dict().items()},

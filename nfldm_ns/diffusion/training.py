@@ -94,9 +94,7 @@ class DiffusionLosses:
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         schedule = self.config.schedule
-        indices = batch_indices(
-            len(self.memory), schedule.batch_size, step, schedule.seed, self.rank, self.world_size
-        )
+        indices = batch_indices(len(self.memory), schedule.batch_size, step, schedule.seed, self.rank, self.world_size)
         return {"loss": self.loss(indices, torch.randint(self.memory.num_turns, (len(indices),)))}
 
     def loss(self, indices: list[int], turns: Tensor, augment: bool = True) -> Tensor:
@@ -285,12 +283,12 @@ def save_pipeline(
     types = {run.get("prediction_type") for run in runs.values()}
     if len(types) > 1:
         raise UserInputError(
-            f"The denoisers in {output_dir} predict different things ({', '.join(sorted(map(str, types)))}): train them with "
-            "one --prediction-type."
+            f"The denoisers in {output_dir} predict different things ({', '.join(sorted(map(str, types)))}): train "
+            "them with one --prediction-type."
         )
-    pipeline = assemble_pipeline(
-        scene_autoencoder, latent_autoencoder, *denoisers.values(), scheduler=make_scheduler(types.pop())
-    )
+    components: dict[str, Any] = {f"{stage}_denoiser": denoiser for stage, denoiser in denoisers.items()}
+    components["scheduler"] = make_scheduler(types.pop())
+    pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components)
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)
     return output_dir / "pipeline"

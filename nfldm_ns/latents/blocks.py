@@ -13,6 +13,12 @@ def num_groups(channels: int, most: int = 32) -> int:
     return next(groups for groups in range(min(most, max(channels // 4, 1)), 0, -1) if channels % groups == 0)
 
 
+def start_at_zero(layer: nn.Module) -> None:
+    """Zeroes a layer's weights and bias, so that what it adds begins as nothing."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
 class ConditionalGroupNorm(nn.Module):
     """Group norm whose scale and shift come from the global latent g (the paper's CGN).
 
@@ -25,8 +31,7 @@ class ConditionalGroupNorm(nn.Module):
         self.modulation = None
         if condition_dim is not None:
             self.modulation = nn.Linear(condition_dim, 2 * channels)
-            nn.init.zeros_(self.modulation.weight)
-            nn.init.zeros_(self.modulation.bias)
+            start_at_zero(self.modulation)
 
     def forward(
         self, x: Float[Tensor, "batch channels y x"], condition: Float[Tensor, "batch dim"] | None = None
@@ -48,8 +53,7 @@ class ResBlock(nn.Module):
         self.norm2 = ConditionalGroupNorm(out_channels, condition_dim)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        start_at_zero(self.conv2)
 
     def forward(
         self, x: Float[Tensor, "batch channels y x"], condition: Float[Tensor, "batch dim"] | None = None
@@ -67,8 +71,7 @@ class SelfAttention(nn.Module):
         self.norm = ConditionalGroupNorm(channels, condition_dim)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.to_out = nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.to_out.weight)
-        nn.init.zeros_(self.to_out.bias)
+        start_at_zero(self.to_out)
 
     def forward(
         self, x: Float[Tensor, "batch channels y x"], condition: Float[Tensor, "batch dim"] | None = None

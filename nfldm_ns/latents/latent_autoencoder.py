@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,11 +25,13 @@ from nfldm_ns.latents.blocks import (
 )
 from nfldm_ns.latents.quantizer import VectorQuantizer
 from nfldm_ns.latents.scene_latents import SceneLatents
-from nfldm_ns.latents.voxel_code import VoxelCode, linear_column_code
+from nfldm_ns.latents.voxel_code import VoxelCode, linear_code
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 MODEL_FOLDER = "latent_autoencoder"
+CODEBOOK_BATCHES = 16
+MAX_FIT_VALUES = 1 << 26  # of the samples that linear codes are fitted to
 Box = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
@@ -38,7 +40,7 @@ class LatentReconstruction:
     """What one training pass yields.
 
     Attributes:
-        target: normalised voxels, `[B, (1 + C) * Z, Y, X]`.
+        target: normalised voxels, `[B, (1 + C) * Z, Y, X]`, with the features of empty voxels beside occupied ones.
         reconstruction: the decoder's estimate of them.
         grid: the estimate as voxels.
         latents: g (sampled), c and f before quantisation.
@@ -62,10 +64,13 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
     at full horizontal size, vector-quantised). The decoder is Table 8's: c -> conv -> MidBlock-CGN -> ResBlocks-CGN ->
     (ResBlocks-CGN, upsample)s -> concatenate f -> conv -> split z, where CGN is group norm with scale and shift from g.
 
-    At small sizes V is hard to compress, so two things are added to the paper's: f also has a linear path into and out of
-    the network (`linear_fine_path`), which `fit` sets to the best linear code of the columns of V, and ResBlocks may
-    follow the concatenation (`fusion_blocks`). A latent is split into groups of `*_code_dim` channels, each of which is one
-    code of the shared codebook; the paper's four channels are one group.
+    At small sizes V is hard to compress, so two things are added to the paper's. c and f also have linear paths into and out
+    of the networks (`linear_paths`): a code of the columns of each block for c, and a code of what c leaves over for f.
+    `fit` sets them to the best linear codes, which training then improves on. And ResBlocks may follow the concatenation
+    of f (`fusion_blocks`).
+
+    A latent is split into groups of `*_code_dim` channels, each of which is one code of the shared codebook; the paper's
+    four channels are one group.
 
     Diffusion models the latents before quantisation; `decode` quantises them first.
 
@@ -85,7 +90,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         decoder_channels: widths at each resolution, coarsest first, as many as `encoder_channels`.
         decoder_blocks: ResBlocks-CGN at each resolution (Table 8: 3).
         fusion_channels, fusion_blocks: ResBlocks-CGN after the concatenation of f (Table 8: none).
-        linear_fine_path: whether f has the linear path.
+        linear_paths: whether c and f have the linear paths.
         density_transform, gate_alpha: see `VoxelCode`.
     """
 
@@ -115,9 +120,9 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         decoder_blocks: int = 1,
         fusion_channels: int = 96,
         fusion_blocks: int = 1,
-        linear_fine_path: bool = True,
+        linear_paths: bool = True,
         density_transform: str = "log",
-        gate_alpha: float = 0.05,
+        gate_alpha: float = 0.02,
     ) -> None:
         super().__init__()
         self.downsampling = 2 ** (len(encoder_channels) - 1)
@@ -141,10 +146,9 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             fusion_blocks,
             global_dim,
         )
-        self.linear_encoder = self.linear_decoder = None
-        if linear_fine_path:
-            self.linear_encoder = nn.Conv2d(folded, fine_channels, 1)
-            self.linear_decoder = nn.Conv2d(fine_channels, folded, 1)
+        self.linear = None
+        if linear_paths:
+            self.linear = _LinearPaths(folded, coarse_channels * coarse_height, fine_channels, self.downsampling)
 
     @property
     def grid_shape(self) -> tuple[int, int, int]:
@@ -179,41 +183,48 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         """
         return self._encode(pack_channels_last(self.voxel_code.normalise(grid)), sample)[0]
 
-    def _encode(self, voxels: Float[Tensor, "batch folded y x"], sample: bool) -> tuple[SceneLatents, Tensor]:
+    def _encode(
+        self, voxels: Float[Tensor, "batch folded y x"], sample: bool
+    ) -> tuple[SceneLatents, Float[Tensor, "batch cc zc yc xc"], Tensor, Tensor]:
+        """Latents, the quantised c, KL divergence, and commitment loss of c."""
         mean, log_variance = self.global_encoder(voxels).mean(dim=(2, 3)).float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-20, 10)
         g = mean + torch.randn_like(mean) * (log_variance / 2).exp() if sample else mean
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
-        coarse = self.coarse_encoder(voxels).unflatten(1, (self.config.coarse_channels, -1))
+        coarse = self.coarse_encoder(voxels)
+        if self.linear is not None:
+            coarse = coarse + self.linear.encode_coarse(voxels)
+        coarse = coarse.float().unflatten(1, (self.config.coarse_channels, -1))
+        codes, commitment = self._quantise(self.coarse_codebook, coarse)
         fine = self.fine_encoder(voxels)
-        if self.linear_encoder is not None:
-            fine = fine + self.linear_encoder(voxels)
-        return SceneLatents(g, coarse.float(), fine.float()), kl
+        if self.linear is not None:
+            fine = fine + self.linear.encode_fine(voxels, codes.flatten(1, 2))
+        return SceneLatents(g, coarse, fine.float()), codes, kl, commitment
 
     def quantise(self, latents: SceneLatents) -> SceneLatents:
         """c and f replaced by their nearest codes; unchanged where the model does not quantise."""
-        return self._quantise(latents)[0]
+        coarse = self.quantise_coarse(latents.coarse)
+        return SceneLatents(latents.global_latent, coarse, self._quantise(self.fine_codebook, latents.fine)[0])
 
     def quantise_coarse(self, coarse: Float[Tensor, "batch cc zc yc xc"]) -> Float[Tensor, "batch cc zc yc xc"]:
         """c replaced by its nearest codes."""
-        return self.coarse_codebook(coarse)[0] if self.config.quantize else coarse
+        return self._quantise(self.coarse_codebook, coarse)[0]
 
-    def _quantise(self, latents: SceneLatents) -> tuple[SceneLatents, Tensor]:
+    def _quantise(self, codebook: VectorQuantizer, latent: Tensor) -> tuple[Tensor, Float[Tensor, ""]]:
         if not self.config.quantize:
-            return latents, latents.coarse.new_zeros(())
-        coarse, _, coarse_loss = self.coarse_codebook(latents.coarse)
-        fine, _, fine_loss = self.fine_codebook(latents.fine)
-        return SceneLatents(latents.global_latent, coarse, fine), coarse_loss + fine_loss
+            return latent, latent.new_zeros(())
+        quantised, _, commitment = codebook(latent)
+        return quantised, commitment
 
     def decode(self, latents: SceneLatents, quantise: bool = True) -> VoxelGrid:
         """Voxels of latents, which are quantised first unless they are codes already."""
         codes = self.quantise(latents) if quantise else latents
         return self.voxel_code.denormalise(self._decode(codes).float(), self.aabb)
 
-    def _decode(self, latents: SceneLatents) -> Float[Tensor, "batch folded y x"]:
-        fine = pack_channels_last(latents.fine)
-        voxels = self.decoder(latents.global_latent, pack_channels_last(latents.coarse.flatten(1, 2)), fine)
-        return voxels if self.linear_decoder is None else voxels + self.linear_decoder(fine)
+    def _decode(self, codes: SceneLatents) -> Float[Tensor, "batch folded y x"]:
+        fine, coarse = pack_channels_last(codes.fine), pack_channels_last(codes.coarse.flatten(1, 2))
+        voxels = self.decoder(codes.global_latent, coarse, fine)
+        return voxels if self.linear is None else voxels + self.linear.decode(coarse, fine)
 
     def forward(self, grid: VoxelGrid, sample: bool = True, fine_dropout: float = 0.0) -> LatentReconstruction:
         """One training pass.
@@ -222,47 +233,114 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             sample: draw g from its posterior.
             fine_dropout: probability with which a scene's f is zeroed, so that c learns to stand for the scene alone.
         """
-        target = self.voxel_code.normalise(grid)
-        latents, kl = self._encode(pack_channels_last(target), sample)
-        codes, commitment = self._quantise(latents)
+        latents, coarse, kl, commitment = self._encode(pack_channels_last(self.voxel_code.normalise(grid)), sample)
+        fine, fine_commitment = self._quantise(self.fine_codebook, latents.fine)
         if fine_dropout > 0:
-            kept = torch.rand(latents.batch_size, 1, 1, 1, device=grid.device) >= fine_dropout
-            codes = SceneLatents(codes.global_latent, codes.coarse, codes.fine * kept)
-        reconstruction = self._decode(codes).float()
+            fine = fine * (torch.rand(len(fine), 1, 1, 1, device=fine.device) >= fine_dropout)
+        reconstruction = self._decode(SceneLatents(latents.global_latent, coarse, fine)).float()
         decoded = self.voxel_code.denormalise(reconstruction, self.aabb)
-        return LatentReconstruction(target, reconstruction, decoded, latents, kl, commitment)
+        target = self.voxel_code.normalise(grid, dilate=True)
+        return LatentReconstruction(target, reconstruction, decoded, latents, kl, commitment + fine_commitment)
 
     @torch.no_grad()
     def fit(self, batches: Sequence[VoxelGrid], density_weight: float = 2.5) -> None:
-        """Fits to training voxels what needs no gradient: statistics, the linear path of f, and the codebooks.
+        """Fits to training voxels what needs no gradient: statistics, the linear paths, and the codebooks.
 
         Args:
             batches: grids, read several times.
             density_weight: of a density's squared error against that of all features together.
         """
         self.voxel_code.fit(batches)
-        if self.linear_encoder is not None:
-            self._fit_linear_path(batches, density_weight)
+        if self.linear is not None:
+            weights = torch.ones(1 + self.feature_channels)
+            weights[0] = density_weight * self.feature_channels
+            weights = weights.repeat_interleave(self.grid_shape[0])
+            self.linear.fit_coarse(self._training_pairs(batches), weights)
+            for last in (self.fine_encoder.conv_out, self.coarse_encoder.conv_out, self.decoder.conv_out):
+                nn.init.zeros_(last.weight)
+                nn.init.zeros_(last.bias)
         if self.config.quantize:
-            latents = SceneLatents.cat([self.encode(grid) for grid in batches[:16]])
-            self.coarse_codebook.fit(latents.coarse)
-            self.fine_codebook.fit(latents.fine)
+            self.coarse_codebook.fit(torch.cat([self.encode(grid).coarse for grid in batches[:CODEBOOK_BATCHES]]))
+        if self.linear is not None:
+            self.linear.fit_fine(self._training_pairs(batches), weights, self._coarse_codes)
+        if self.config.quantize:
+            self.fine_codebook.fit(torch.cat([self.encode(grid).fine for grid in batches[:CODEBOOK_BATCHES]]))
 
-    def _fit_linear_path(self, batches: Sequence[VoxelGrid], density_weight: float) -> None:
-        weights = torch.ones(1 + self.feature_channels)
-        weights[0] = density_weight * self.feature_channels
-        encoder, decoder, mean = linear_column_code(
-            (self.voxel_code.normalise(grid) for grid in batches),
-            self.config.fine_channels,
-            weights.repeat_interleave(self.grid_shape[0]),
+    def _training_pairs(self, batches: Sequence[VoxelGrid]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What goes into and what shall come out of the latents, turned this way and that where the grid is square."""
+        square = self.grid_shape[1] == self.grid_shape[2]
+        for i, grid in enumerate(batches):
+            turned = grid.rotate90(i) if square else grid
+            yield self.voxel_code.normalise(turned), self.voxel_code.normalise(turned, dilate=True)
+
+    def _coarse_codes(self, voxels: Float[Tensor, "batch folded y x"]) -> Float[Tensor, "batch folded_c yc xc"]:
+        coarse = self.linear.encode_coarse(voxels).unflatten(1, (self.config.coarse_channels, -1))
+        return self.quantise_coarse(coarse).flatten(1, 2)
+
+
+class _LinearPaths(nn.Module):
+    """Linear codes of V: of blocks of columns for c, and of the columns of what c leaves over for f."""
+
+    def __init__(self, folded: int, coarse_channels: int, fine_channels: int, downsampling: int) -> None:
+        super().__init__()
+        size = {"kernel_size": downsampling, "stride": downsampling}
+        self.downsampling = downsampling
+        self.coarse_encoder = nn.Conv2d(folded, coarse_channels, **size)
+        self.coarse_decoder = nn.ConvTranspose2d(coarse_channels, folded, **size)
+        self.fine_encoder = nn.Conv2d(folded, fine_channels, 1)
+        self.fine_decoder = nn.Conv2d(fine_channels, folded, 1)
+
+    def encode_coarse(self, voxels: Float[Tensor, "batch folded y x"]) -> Float[Tensor, "batch folded_c yc xc"]:
+        return self.coarse_encoder(voxels)
+
+    def encode_fine(self, voxels: Tensor, coarse: Float[Tensor, "batch folded_c yc xc"]) -> Tensor:
+        """f of what the quantised c leaves over."""
+        return self.fine_encoder(voxels - self.coarse_decoder(coarse))
+
+    def decode(self, coarse: Tensor, fine: Tensor) -> Float[Tensor, "batch folded y x"]:
+        return self.coarse_decoder(coarse) + self.fine_decoder(fine)
+
+    def fit_coarse(self, pairs: Iterable[tuple[Tensor, Tensor]], weights: Float[Tensor, "folded"]) -> None:
+        """Sets the path of c to the best linear code of blocks of `downsampling` x `downsampling` columns."""
+        down = self.downsampling
+        rows = ((F.pixel_unshuffle(x, down), F.pixel_unshuffle(t, down)) for x, t in pairs)
+        inputs, targets = _gather_columns(rows)
+        encoder, decoder, mean_input, mean_target = linear_code(
+            inputs, targets, self.coarse_encoder.out_channels, weights.repeat_interleave(down * down)
         )
-        self.linear_encoder.weight.copy_(encoder[:, :, None, None])
-        self.linear_encoder.bias.copy_(-encoder @ mean)
-        self.linear_decoder.weight.copy_(decoder[:, :, None, None])
-        self.linear_decoder.bias.copy_(mean)
-        for last in (self.fine_encoder.conv_out, self.decoder.conv_out):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        self.coarse_encoder.weight.copy_(encoder.unflatten(1, (-1, down, down)))
+        self.coarse_encoder.bias.copy_(-encoder @ mean_input)
+        # One bias per channel is all a transposed convolution has: the mean over the block.
+        self.coarse_decoder.weight.copy_(decoder.T.unflatten(1, (-1, down, down)))
+        self.coarse_decoder.bias.copy_(mean_target.unflatten(0, (-1, down * down)).mean(1))
+
+    def fit_fine(
+        self,
+        pairs: Iterable[tuple[Tensor, Tensor]],
+        weights: Float[Tensor, "folded"],
+        encode_coarse: Callable[[Tensor], Tensor],
+    ) -> None:
+        """Sets the path of f to the best linear code of the columns of what c leaves over."""
+
+        def residuals() -> Iterator[tuple[Tensor, Tensor]]:
+            for x, t in pairs:
+                coarse = self.coarse_decoder(encode_coarse(x))
+                yield x - coarse, t - coarse
+
+        inputs, targets = _gather_columns(residuals())
+        encoder, decoder, mean_input, mean_target = linear_code(inputs, targets, self.fine_encoder.out_channels, weights)
+        self.fine_encoder.weight.copy_(encoder[:, :, None, None])
+        self.fine_encoder.bias.copy_(-encoder @ mean_input)
+        self.fine_decoder.weight.copy_(decoder[:, :, None, None])
+        self.fine_decoder.bias.copy_(mean_target)
+
+
+def _gather_columns(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, "n size"], Float[Tensor, "n size"]]:
+    """Columns of maps as rows of two matrices, every so many of them, so that memory stays bounded."""
+    columns = [tuple(maps.movedim(1, -1).flatten(0, 2) for maps in pair) for pair in pairs]
+    total, size = sum(len(x) for x, _ in columns), columns[0][0].shape[1]
+    stride = -(-total * size // MAX_FIT_VALUES)
+    return tuple(torch.cat([pair[i][::stride] for pair in columns]) for i in range(2))  # type: ignore[return-value]
 
 
 class _Decoder(nn.Module):

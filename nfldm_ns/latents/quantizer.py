@@ -25,6 +25,10 @@ class VectorQuantizer(nn.Module):
         decay: of the moving averages.
     """
 
+    codes: Float[Tensor, "codes dim"]
+    usage: Float[Tensor, "codes"]
+    sums: Float[Tensor, "codes dim"]
+
     def __init__(self, code_dim: int, num_codes: int, decay: float = 0.95) -> None:
         super().__init__()
         self.code_dim = code_dim

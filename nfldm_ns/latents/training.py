@@ -25,7 +25,7 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training import ProgressCallback, RunFolder, Schedule, batch_indices, train
 
-FIT_SCENES = 256  # scenes that statistics and the linear code are fitted to
+FIT_SCENES = 128  # scenes that statistics and the linear code are fitted to
 
 
 @dataclass
@@ -73,19 +73,23 @@ def voxel_loss(
 ) -> Float[Tensor, ""]:
     """Weighted mean of |V - V_hat| of normalised voxels, density counting `density_weight` times.
 
-    A voxel's weight grows with its opacity: what stops no light is not seen. Where the target is empty, estimates below
-    zero are as good as zero.
+    A voxel's weight grows with its opacity, for features with the opacity around it: what stops no light is not seen. Where
+    the target is empty, estimates below zero are as good as zero.
     """
     z = code.num_z
-    opacity = code.gate(grid.density)
-    weight = config.empty_weight + (1 - config.empty_weight) * opacity
-    weight = (weight / weight.mean())[:, 0]
     density, features = reconstruction.split([z, reconstruction.shape[1] - z], dim=1)
     true_density, true_features = target.split([z, target.shape[1] - z], dim=1)
     density = torch.where(true_density <= 0, density.clamp(min=0), density)
     density_error = (density - true_density).abs()
     feature_error = (features - true_features).abs().unflatten(1, (-1, z)).mean(dim=1)
-    return ((config.density_weight * density_error + feature_error) * weight).mean()
+
+    def weigh(error: Tensor, opacity: Tensor) -> Tensor:
+        weight = config.empty_weight + (1 - config.empty_weight) * opacity[:, 0]
+        return (error * weight).sum() / weight.sum()
+
+    return config.density_weight * weigh(density_error, code.gate(grid.density)) + weigh(
+        feature_error, code.gate(grid.density, dilate=True)
+    )
 
 
 class LatentLosses:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -13,14 +14,17 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 DensityTransform = Literal["none", "log", "alpha"]
 MAX_ALPHA = 0.999
+FULL_PCA = 1024  # larger problems are solved by a randomised method
 
 
 class VoxelCode(nn.Module):
     """Maps V to normalised voxels with z folded into channels, and back.
 
     Density is compressed (`log`: `log(1 + sigma / s)`; `alpha`: `1 - exp(-sigma s')` with s' a voxel's height) and scaled
-    to unit root mean square. Features are shifted and scaled per channel to zero mean and unit variance over occupied
-    voxels, times the gate `alpha / (alpha + gate_alpha)`: a voxel that stops no light carries no features.
+    to unit root mean square. Features are shifted to zero mean over occupied voxels and multiplied by the gate
+    `alpha / (alpha + gate_alpha)`: a voxel that stops no light carries no features. One scale for all channels then gives
+    them unit root mean square too; channels keep their proportions, because they are strongly correlated and a decoder
+    that was trained on them expects the large ones to matter.
 
     Statistics are buffers; `fit` computes them from training voxels.
 
@@ -40,7 +44,7 @@ class VoxelCode(nn.Module):
         aabb: tuple[tuple[float, float, float], tuple[float, float, float]],
         transform: DensityTransform = "log",
         log_scale: float = 0.5,
-        gate_alpha: float = 0.05,
+        gate_alpha: float = 0.02,
     ) -> None:
         super().__init__()
         if transform not in ("none", "log", "alpha"):
@@ -52,7 +56,7 @@ class VoxelCode(nn.Module):
         self.voxel_height = (aabb[1][2] - aabb[0][2]) / grid_shape[0]
         self.register_buffer("density_scale", torch.ones(1))
         self.register_buffer("feature_mean", torch.zeros(feature_channels))
-        self.register_buffer("feature_std", torch.ones(feature_channels))
+        self.register_buffer("feature_scale", torch.ones(1))
 
     def alpha(self, density: Tensor) -> Tensor:
         """Opacity of a voxel, `1 - exp(-sigma * height)`."""
@@ -75,83 +79,100 @@ class VoxelCode(nn.Module):
             return -torch.log1p(-compressed.clamp(max=MAX_ALPHA)) / self.voxel_height
         return compressed
 
-    def gate(self, density: Tensor) -> Tensor:
-        """How much of a voxel's features counts, in [0, 1]."""
+    def gate(self, density: Tensor, dilate: bool = False) -> Tensor:
+        """How much of a voxel's features counts, in [0, 1].
+
+        Args:
+            dilate: take the largest opacity among the voxel and its 26 neighbours: trilinear interpolation near a surface
+                reads the features of empty voxels too.
+        """
         if self.gate_alpha <= 0:
             return torch.ones_like(density)
         alpha = self.alpha(density)
+        if dilate:
+            alpha = F.max_pool3d(alpha, 3, stride=1, padding=1)
         return alpha / (alpha + self.gate_alpha)
 
-    def normalise(self, grid: VoxelGrid) -> Float[Tensor, "batch folded y x"]:
-        """Normalised voxels, `[B, (1 + C) * Z, Y, X]`, density first."""
+    def normalise(self, grid: VoxelGrid, dilate: bool = False) -> Float[Tensor, "batch folded y x"]:
+        """Normalised voxels, `[B, (1 + C) * Z, Y, X]`, density first; `dilate` as in `gate`."""
         density = self.compress(grid.density) / self.density_scale
-        shape = (1, -1, 1, 1, 1)
-        features = (grid.features - self.feature_mean.view(shape)) / self.feature_std.view(shape)
-        return torch.cat([density, features * self.gate(grid.density)], dim=1).flatten(1, 2)
+        features = (grid.features - self.feature_mean.view(1, -1, 1, 1, 1)) / self.feature_scale
+        return torch.cat([density, features * self.gate(grid.density, dilate)], dim=1).flatten(1, 2)
 
     def denormalise(self, folded: Float[Tensor, "batch folded y x"], aabb: Float[Tensor, "2 3"]) -> VoxelGrid:
         """Voxels of normalised ones; the inverse of `normalise` wherever the gate is open."""
         voxels = folded.unflatten(1, (-1, self.num_z))
-        shape = (1, -1, 1, 1, 1)
         density = self.expand(voxels[:, :1] * self.density_scale)
-        return VoxelGrid(density, voxels[:, 1:] * self.feature_std.view(shape) + self.feature_mean.view(shape), aabb)
+        return VoxelGrid(density, voxels[:, 1:] * self.feature_scale + self.feature_mean.view(1, -1, 1, 1, 1), aabb)
 
     @torch.no_grad()
     def fit(self, grids: Iterable[VoxelGrid]) -> None:
         """Sets the statistics from training voxels."""
-        sums: list[Tensor] = []
-        for grid in grids:
-            density, features = grid.density.double(), grid.features.double()
-            weight = self.alpha(density)
-            sums.append(
-                torch.cat(
-                    [
-                        torch.stack([self.compress(density).square().sum(), weight.sum(), weight.new_tensor(density.numel())]),
-                        (features * weight).sum(dim=(0, 2, 3, 4)),
-                        (features.square() * weight).sum(dim=(0, 2, 3, 4)),
-                    ]
-                ).cpu()
-            )
-        total = torch.stack(sums).sum(0)
-        density_square, weight, count = total[:3]
-        mean, square = (total[3:] / weight.clamp(min=1e-12)).chunk(2)
+        sums = [self._sums(grid) for grid in grids]
+        count, density_square, weight, gate_square, *features = torch.stack(sums).sum(0).split(
+            [1, 1, 1, 1, *[len(self.feature_mean)] * 3]
+        )
+        weighted, gated, gated_square = features
+        mean = weighted / weight.clamp(min=1e-12)
+        feature_square = (gated_square - 2 * mean * gated + mean.square() * gate_square).mean() / count
         self.density_scale.copy_((density_square / count).sqrt().clamp(min=1e-6))
         self.feature_mean.copy_(mean)
-        self.feature_std.copy_((square - mean.square()).clamp(min=1e-12).sqrt())
+        self.feature_scale.copy_(feature_square.clamp(min=1e-12).sqrt())
+
+    def _sums(self, grid: VoxelGrid) -> Float[Tensor, "sums"]:
+        """What the statistics of one batch add up from."""
+        density, features = grid.density.double(), grid.features.double()
+        alpha, gate = self.alpha(density), self.gate(density)
+        scalars = [density.new_tensor(density.numel()), self.compress(density).square().sum(), alpha.sum()]
+        axes = (0, 2, 3, 4)
+        channels = [(features * alpha).sum(axes), (features * gate.square()).sum(axes), (features * gate).square().sum(axes)]
+        return torch.cat([torch.stack([*scalars, gate.square().sum()]), *channels]).cpu()
 
 
 @torch.no_grad()
-def linear_column_code(
-    folded: Iterable[Float[Tensor, "batch folded y x"]], num_components: int, channel_weights: Float[Tensor, "folded"]
-) -> tuple[Float[Tensor, "components folded"], Float[Tensor, "folded components"], Float[Tensor, "folded"]]:
-    """The linear code of bird's-eye-view columns with the least weighted squared error: weighted PCA.
+def linear_code(
+    inputs: Float[Tensor, "samples size"],
+    targets: Float[Tensor, "samples size"],
+    num_components: int,
+    weights: Float[Tensor, "size"],
+) -> tuple[Float[Tensor, "components size"], Float[Tensor, "size components"], Tensor, Tensor]:
+    """The linear code with the least weighted squared error, and how to read it.
 
-    The components are rotated so that all carry equal variance: quantisation and diffusion, which treat all channels
+    The encoder is a weighted PCA of the inputs; the decoder is the least-squares estimate of the targets from the code. The
+    components are rotated so that all carry nearly equal variance: quantisation and diffusion, which treat all channels
     alike, then spread their errors evenly over the voxels.
 
     Args:
-        folded: batches of normalised voxels.
-        num_components: at most the number of folded channels.
-        channel_weights: weight of each channel's squared error.
+        inputs, targets: paired samples, more than components.
+        weights: of each entry's squared error.
 
     Returns:
-        encoder, decoder and mean: `code = encoder @ (x - mean)`, `x ~ decoder @ code + mean`; codes have unit variance.
+        encoder, decoder, mean input and mean target: `code = encoder @ (x - mean)`, `target ~ decoder @ code + mean`;
+        codes have unit variance on average.
     """
-    count, mean, square = 0, 0.0, 0.0
-    for batch in folded:
-        columns = batch.movedim(1, -1).flatten(0, 2).double()
-        count, mean, square = count + len(columns), mean + columns.sum(0), square + columns.T @ columns
-    mean = mean / count
-    root = channel_weights.double().to(mean.device).sqrt()
-    covariance = (square / count - mean[:, None] * mean) * root[:, None] * root
-    variances, vectors = torch.linalg.eigh(covariance)
-    basis = vectors.flip(1)[:, :num_components]
-    variance = float(variances.flip(0)[:num_components].clamp(min=0).mean())
-    scale = max(variance, 1e-12) ** 0.5
+    mean_input, mean_target = inputs.mean(0), targets.mean(0)
+    root = weights.to(inputs).sqrt()
+    centred = inputs - mean_input
+    basis = _principal_directions(centred * root, num_components)
+    projected = (centred * root) @ basis
+    scale = projected.square().mean().clamp(min=1e-12).sqrt()
     rotation = _equalising_rotation(num_components).to(basis)
     encoder = rotation @ (basis * root[:, None]).T / scale
-    decoder = (basis / root[:, None]) @ rotation.T * scale
-    return encoder.float(), decoder.float(), mean.float()
+    codes = projected @ rotation.T / scale
+    covariance = (codes.T @ codes).double()
+    covariance += 1e-6 * covariance.diagonal().mean() * torch.eye(num_components).to(covariance)
+    cross = (codes.T @ (targets - mean_target)).double()
+    decoder = torch.linalg.solve(covariance, cross).T
+    return encoder.float(), decoder.float(), mean_input, mean_target
+
+
+def _principal_directions(samples: Float[Tensor, "samples size"], count: int) -> Float[Tensor, "size count"]:
+    size = samples.shape[1]
+    if size <= FULL_PCA:
+        return torch.linalg.eigh((samples.T @ samples).double())[1].flip(1)[:, :count].to(samples.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return torch.svd_lowrank(samples, q=min(count + 16, *samples.shape), niter=3)[2][:, :count]
 
 
 def _equalising_rotation(size: int) -> Float[Tensor, "size size"]:

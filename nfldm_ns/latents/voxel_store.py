@@ -62,13 +62,17 @@ class VoxelStore:
         if not (root / "voxels.json").is_file():
             raise UserInputError(f"{root} holds no encoded scenes: make them with 'nfldm-encode'.")
         description = read_json(root / "voxels.json")
-        if not isinstance(description, dict) or (description.get("format"), description.get("version")) != (FORMAT, VERSION):
-            raise UserInputError(f"{root / 'voxels.json'} is not of format {FORMAT} {VERSION}: encode the scenes again.")
+        kind = {"format": FORMAT, "version": VERSION}
+        if not isinstance(description, dict) or {name: description.get(name) for name in kind} != kind:
+            raise UserInputError(
+                f"{root / 'voxels.json'} is not of format {FORMAT} {VERSION}: encode the scenes again."
+            )
         store = cls(root, description)
         missing = [scene_id for scene_id in store.scene_ids if not store.path(scene_id).is_file()]
         if missing:
             raise UserInputError(
-                f"{root} lacks {len(missing)} of {len(store.scene_ids)} scenes: run 'nfldm-encode' again to complete it."
+                f"{root} lacks {len(missing)} of {len(store.scene_ids)} scenes: "
+                "run 'nfldm-encode' again to complete it."
             )
         return store
 
@@ -115,7 +119,8 @@ class VoxelStore:
         """Raises `UserInputError` unless this very stage 1 made the store."""
         if model_hash(scene_autoencoder) != self.autoencoder_hash:
             raise UserInputError(
-                f"The scenes in {self.root} were encoded by another scene auto-encoder: encode them again into another folder."
+                f"The scenes in {self.root} were encoded by another scene auto-encoder: "
+                "encode them again into another folder."
             )
 
     def load(self, scene_id: str) -> dict[str, Tensor]:
@@ -226,8 +231,8 @@ def encode_collection(
 def _describe(collection: SceneCollection, scene_autoencoder: SceneAutoencoder) -> dict[str, Any]:
     if not torch.allclose(collection.aabb, scene_autoencoder.aabb.cpu(), atol=1e-4):
         raise UserInputError(
-            f"The scene auto-encoder was trained for the box {scene_autoencoder.aabb.tolist()}, but {collection.root} has "
-            f"{collection.aabb.tolist()}: use the collection it was trained on."
+            f"The scene auto-encoder was trained for the box {scene_autoencoder.aabb.tolist()}, but {collection.root} "
+            f"has {collection.aabb.tolist()}: use the collection it was trained on."
         )
     return {
         "format": FORMAT,
@@ -251,7 +256,9 @@ def _check_or_start(root: Path, description: dict[str, Any], scene_autoencoder: 
             )
         moved = {**before, "collection": description["collection"]}
         if moved != description:
-            raise UserInputError(f"{root} holds scenes of another collection: choose another output folder or delete it.")
+            raise UserInputError(
+                f"{root} holds scenes of another collection: choose another output folder or delete it."
+            )
     if not (root / AUTOENCODER_FOLDER / "config.json").is_file():
         shutil.rmtree(root / AUTOENCODER_FOLDER, ignore_errors=True)
         with atomic_path(root / AUTOENCODER_FOLDER) as temporary:
