@@ -36,10 +36,14 @@ DEMO_PRESETS: dict[str, DemoSettings] = {
         scene_autoencoder_steps=650,
         scene_autoencoder_preset=asdict(SCENE_AUTOENCODER["tiny"]),
         latent_model=_LATENT.model,
-        latent_training=replace(_steps(_LATENT.training, 200, batch_size=2), num_views=2),
+        latent_training=replace(_steps(_LATENT.training, 200, batch_size=2), num_views=2, fine_dropout=0.0),
         denoiser_models=_DIFFUSION.models,
-        denoiser_training=_DIFFUSION.training,
-        quarter_turns=_DIFFUSION.quarter_turns,
+        denoiser_training={
+            "global": _steps(_DIFFUSION.training["global"], 1000),
+            "coarse": _steps(_DIFFUSION.training["coarse"], 450, batch_size=8),
+            "fine": _steps(_DIFFUSION.training["fine"], 400, batch_size=4),
+        },
+        quarter_turns=False,
         expected_seconds={
             "collect": 110,
             "stage1": 300,
