@@ -36,7 +36,7 @@ DEMO_PRESETS: dict[str, DemoSettings] = {
         scene_autoencoder_steps=650,
         scene_autoencoder_preset=asdict(SCENE_AUTOENCODER["tiny"]),
         latent_model=_LATENT.model,
-        latent_training=replace(_steps(_LATENT.training, 200, batch_size=2), num_views=2, fine_dropout=0.0),
+        latent_training=_steps(_LATENT.training, 200),
         denoiser_models=_DIFFUSION.models,
         denoiser_training={
             "global": _steps(_DIFFUSION.training["global"], 1000),

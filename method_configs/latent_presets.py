@@ -2,7 +2,7 @@
 
 | preset | for | latents |
 |---|---|---|
-| tiny | two CPU cores, minutes | c 16 x 4 x 12 x 12, f 16 x 48 x 48 |
+| tiny | two CPU cores, minutes | c 8 x 4 x 12 x 12, f 16 x 48 x 48 |
 | base | one GPU, hours | c 8 x 8 x 16 x 16, f 8 x 64 x 64 |
 | paper | the paper's sizes | c 4 x 8 x 32 x 32, f 4 x 128 x 128 |
 """
@@ -38,8 +38,10 @@ class DiffusionPreset:
 
 LATENT_PRESETS: dict[str, LatentPreset] = {
     "tiny": LatentPreset(
-        model={},
-        training=LatentTrainingConfig(schedule=Schedule(max_steps=400, batch_size=4, learning_rate=1e-3)),
+        model={"coarse_channels": 8},
+        training=LatentTrainingConfig(
+            schedule=Schedule(max_steps=400, batch_size=2, learning_rate=1e-3), num_views=2, fine_dropout=0.0
+        ),
     ),
     "base": LatentPreset(
         model={
