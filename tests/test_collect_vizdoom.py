@@ -72,6 +72,7 @@ def test_cameras_surround_the_origin(collected: Path) -> None:
     assert scene.bev[32, 32] in (1, 2, 3, 4, 5)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_in_the_same_scenes(collected: Path, tmp_path: Path) -> None:
     root = tmp_path / "again"
     shutil.copytree(collected, root)
