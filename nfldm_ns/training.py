@@ -35,8 +35,8 @@ class Schedule:
     max_steps: int = 1000
     """Optimiser steps."""
     time_budget_s: float | None = None
-    """Ends after this many seconds if that comes first; the learning rate then follows the clock, so results depend on the
-    machine's speed."""
+    """Ends after this many seconds if that comes first; the learning rate then follows the clock, so results depend on
+    the machine's speed."""
     batch_size: int = 4
     """Scenes per step and process."""
     learning_rate: float = 1e-3
@@ -70,7 +70,7 @@ class RunFolder:
     run.json               what is trained on what; a run of something else is refused
     metrics.jsonl          one line per logged step
     tensorboard/           the same for TensorBoard
-    checkpoint-<step>/     model.safetensors, optimizer.safetensors, ema.safetensors, state.json; only the newest is kept
+    checkpoint-<step>/     {model,optimizer,ema}.safetensors and state.json; only the newest is kept
     ```
 
     Args:
@@ -98,8 +98,8 @@ class RunFolder:
             if before.get(key) != identity.get(key):
                 there, here = _first_difference(before.get(key), identity.get(key))
                 raise UserInputError(
-                    f"{self.root} holds a training run of another preset or of other data ({key}: {there} there, {here} "
-                    "here): choose another output folder, or delete it to start again."
+                    f"{self.root} holds a training run of another preset or of other data ({key}: {there} there, "
+                    f"{here} here): choose another output folder, or delete it to start again."
                 )
 
     @property
@@ -128,9 +128,7 @@ class RunFolder:
             if path != destination:
                 shutil.rmtree(path, ignore_errors=True)
 
-    def load(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None
-    ) -> tuple[int, float]:
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMAModel | None) -> tuple[int, float]:
         """Restores the newest checkpoint.
 
         Returns:
@@ -215,7 +213,9 @@ def _load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str,
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def batch_indices(num_items: int, batch_size: int, step: int, seed: int, rank: int = 0, world_size: int = 1) -> list[int]:
+def batch_indices(
+    num_items: int, batch_size: int, step: int, seed: int, rank: int = 0, world_size: int = 1
+) -> list[int]:
     """Items of a step's batch: every item once per epoch, in an order that only the seed decides."""
     first = (step * world_size + rank) * batch_size
     indices = []
@@ -245,12 +245,12 @@ def train(
 ) -> None:
     """Trains a model to the end of its schedule, from the newest checkpoint if there is one.
 
-    All randomness of a step derives from the seed, the step and the rank, so an interrupted and resumed run gives the same
-    weights, on the CPU bit by bit.
+    All randomness of a step derives from the seed, the step and the rank, so an interrupted and resumed run gives the
+    same weights, on the CPU bit by bit.
 
     Args:
-        make_losses: given the (wrapped) model, returns a function from the step to weighted losses by name; their sum is
-            minimised, and names that start with `_` are logged only.
+        make_losses: given the (wrapped) model, returns a function from the step to weighted losses by name; their sum
+            is minimised, and names that start with `_` are logged only.
         ema: moving averages of the model's parameters.
         on_progress: called with the share done and the last losses, instead of a progress bar.
     """
@@ -318,8 +318,8 @@ def _require_finite(means: dict[str, float], step: int, folder: RunFolder) -> No
     broken = [name for name, value in means.items() if not math.isfinite(value)]
     if broken:
         raise UserInputError(
-            f"The training in {folder.root} diverged ({', '.join(broken)} is not finite near step {step}): continue it from "
-            "its last checkpoint with a smaller learning rate."
+            f"The training in {folder.root} diverged ({', '.join(broken)} is not finite near step {step}): continue it "
+            "from its last checkpoint with a smaller learning rate."
         )
 
 
@@ -330,8 +330,8 @@ class _progress_bar:
         self.on_progress = on_progress
         self.bar = None
         if on_progress is None and visible:
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[losses]}"))
-            self.bar = Progress(*columns)
+            text = (TextColumn("{task.description}"), TextColumn("{task.fields[losses]}"))
+            self.bar = Progress(text[0], BarColumn(), TimeRemainingColumn(), text[1])
             self.task = self.bar.add_task(description, total=1.0, losses="")
 
     def __enter__(self) -> Callable[[float, dict[str, float]], None]:

@@ -70,7 +70,9 @@ def small_pipeline(seed: int = 0) -> NFLDMPipeline:
     return assemble_pipeline(small_scene_autoencoder(seed), latent_autoencoder, *denoisers, scheduler=make_scheduler())
 
 
-def random_grid(batch: int = 2, seed: int = 0, shape: tuple[int, int, int] = (4, 16, 16), channels: int = 4) -> VoxelGrid:
+def random_grid(
+    batch: int = 2, seed: int = 0, shape: tuple[int, int, int] = (4, 16, 16), channels: int = 4
+) -> VoxelGrid:
     """Voxels of which a third are occupied."""
     generator = torch.Generator().manual_seed(seed)
     density = (3 * torch.randn(batch, 1, *shape, generator=generator) - 1).clamp(min=0)

@@ -99,7 +99,7 @@ def test_missing_folder_and_missing_components(broken, tmp_path):
     with pytest.raises(UserInputError, match="model_index.json"):
         load_pipeline(tmp_path / "nowhere")
     shutil.rmtree(broken / "coarse_denoiser")
-    with pytest.raises(UserInputError, match="lacks the component coarse_denoiser"):
+    with pytest.raises(UserInputError, match="lacks component coarse_denoiser"):
         load_pipeline(broken)
 
 
@@ -163,8 +163,9 @@ def test_pipeline_is_a_diffusers_pipeline(folder):
 
 
 def test_same_seed_gives_the_same_files_whatever_the_number(folder, tmp_path):
-    sample.main([str(folder), "--num-scenes", "2", "--seed", "7", "--num-inference-steps", "2", "--output-dir", str(tmp_path / "a"), "--device", "cpu"])
-    sample.main([str(folder), "--num-scenes", "1", "--seed", "8", "--num-inference-steps", "2", "--output-dir", str(tmp_path / "b"), "--device", "cpu"])
+    for name, num_scenes, seed in (("a", 2, 7), ("b", 1, 8)):
+        command = f"--num-scenes {num_scenes} --seed {seed} --num-inference-steps 2 --device cpu --output-dir"
+        sample.main([str(folder), *command.split(), str(tmp_path / name)])
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["scene_000007", "scene_000008"]
     a, b = (tmp_path / name / "scene_000008" for name in ("a", "b"))
     first, second = (load_file(scene / "scene.safetensors") for scene in (a, b))
@@ -210,11 +211,13 @@ def test_commands_from_stage_1_to_samples_at_the_tiny_preset(tmp_path):
     collection = make_box_room_collection(tmp_path / "rooms", num_train=3, num_test=1)
     small_scene_autoencoder().save_pretrained(tmp_path / "scene_autoencoder")
     paths = {name: str(tmp_path / name) for name in ("voxels", "stage2", "stage3", "generated")}
-    encode.main(["--load-config", str(tmp_path / "scene_autoencoder"), "--output-dir", paths["voxels"], "--data", str(collection.root)])
+    stage1 = ["--load-config", str(tmp_path / "scene_autoencoder")]
+    encode.main([*stage1, "--output-dir", paths["voxels"], "--data", str(collection.root)])
     train_latent_ae.main(["--voxels", paths["voxels"], "--output-dir", paths["stage2"], "--max-steps", "3"])
     evaluation = json.loads((tmp_path / "stage2" / "evaluation.json").read_text())
     assert set(evaluation) >= {"stage1", "stage2", "without_fine"}
     common = ["--voxels", paths["voxels"], "--latent-autoencoder", paths["stage2"], "--output-dir", paths["stage3"]]
     train_diffusion.main(["all", *common, "--max-steps", "2", "--batch-size", "2"])
-    sample.main([str(tmp_path / "stage3" / "pipeline"), "--num-scenes", "1", "--num-inference-steps", "2", "--output-dir", paths["generated"]])
+    command = "--num-scenes 1 --num-inference-steps 2 --output-dir"
+    sample.main([str(tmp_path / "stage3" / "pipeline"), *command.split(), paths["generated"]])
     assert (tmp_path / "generated" / "scene_000000" / "config.yml").is_file()

@@ -31,7 +31,9 @@ class Encode:
         scene_autoencoder = load_scene_autoencoder(self.load_config)
         data = self.data or read_training_record(self.load_config).get("data")
         if data is None:
-            raise UserInputError(f"{self.load_config} does not say what it was trained on: add --data with the scene collection.")
+            raise UserInputError(
+                f"{self.load_config} does not say what it was trained on: add --data with the scene collection."
+            )
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         store = encode_collection(SceneCollection.open(data), scene_autoencoder, self.output_dir, device)
         print(f"{len(store.scene_ids)} encoded scenes in {store.root}")

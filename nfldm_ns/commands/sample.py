@@ -36,7 +36,9 @@ class Sample:
         from nfldm_ns.diffusion.sampling import sample_scenes
 
         if self.num_scenes < 1 or self.batch_size < 1 or self.num_inference_steps < 1:
-            raise UserInputError("--num-scenes, --batch-size and --num-inference-steps must be at least 1: give larger numbers.")
+            raise UserInputError(
+                "--num-scenes, --batch-size and --num-inference-steps must be at least 1: give larger numbers."
+            )
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         pipeline = load_pipeline(self.pipeline).to(device)
         scenes = sample_scenes(

@@ -70,9 +70,9 @@ def introduction(summary: Mapping[str, Any]) -> str:
     scenes, (width, height) = data["scenes"], data["image_size"]
     return (
         f"`nfldm-demo` made this page in {summary['total_seconds'] / 60:.0f} minutes on {_machine(summary)}. It "
-        f"collected {scenes['train']} training places and {scenes['test']} held-out places of {', '.join(data['maps'])} "
-        "(VizDoom), trained the three stages of NeuralField-LDM on them from scratch, and sampled new scenes: grids of "
-        "densities and features that can be seen from anywhere.\n\n"
+        f"collected {scenes['train']} training places and {scenes['test']} held-out places of "
+        f"{', '.join(data['maps'])} (VizDoom), trained the three stages of NeuralField-LDM on them from scratch, and "
+        "sampled new scenes: grids of densities and features that can be seen from anywhere.\n\n"
         f"Nothing is selected: the generated scenes are the first ones of seed {summary['seed']}, the real ones are "
         f"evenly spaced in the collection. All views have {width} x {height} pixels and are shown enlarged. FID of the "
         f"generated views {samples['fid']:.0f}, of the mean image {samples['mean_image_fid']:.0f}, of real views of "
