@@ -46,9 +46,7 @@ NEAREST, FARTHEST = 0.5, 12.0
 Image = Float[Tensor, "3 height width"]
 
 
-def write_page(
-    folder: DemoFolder, settings: DemoSettings, sections: Sequence[Section], summary: Mapping[str, Any]
-) -> None:
+def write_page(folder: DemoFolder, sections: Sequence[Section], summary: Mapping[str, Any]) -> None:
     """Writes the page.
 
     Args:
