@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -257,7 +258,8 @@ def test_ns_render_works_on_it(folder, tmp_path):
     frames = ["--output-format", "images", "--image-format", "png", "--interpolation-steps", "2"]
     command = [COMMANDS / "ns-render", "interpolate", "--load-config", folder / "config.yml"]
     command += ["--rendered-output-names", "rgb", "depth", "--output-path", "frames", *frames]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}"}  # where ffmpeg is
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     images = sorted((tmp_path / "frames").glob("*.png"))
     assert len(images) == 14  # two per pair of the eight evaluation cameras
