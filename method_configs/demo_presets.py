@@ -40,8 +40,8 @@ DEMO_PRESETS: dict[str, DemoSettings] = {
         denoiser_models=_DIFFUSION.models,
         denoiser_training={
             "global": _steps(_DIFFUSION.training["global"], 1000),
-            "coarse": _steps(_DIFFUSION.training["coarse"], 450, batch_size=8),
-            "fine": _steps(_DIFFUSION.training["fine"], 400, batch_size=4),
+            "coarse": _steps(_DIFFUSION.training["coarse"], 600, batch_size=8),
+            "fine": _steps(_DIFFUSION.training["fine"], 350, batch_size=4),
         },
         quarter_turns=False,
         expected_seconds={

@@ -1,7 +1,7 @@
 """The three denoisers of the hierarchy (paper, Sec. 3.3).
 
 Each predicts, as its scheduler says (velocity by default), from a noisy latent in normalised units: zero mean and unit
-variance per channel, with the statistics kept as buffers. Conditions are given in their own units.
+variance, with the statistics kept as buffers. Conditions are given in their own units.
 
 `scene_code` is what psi_g models: the global latent g and the camera trajectory, concatenated, `[B, G + 5 N]`.
 """
@@ -23,31 +23,39 @@ TIME_CHANNELS = 128
 
 
 class Normaliser(nn.Module):
-    """Per-channel mean and standard deviation of a latent, as buffers."""
+    """Mean and standard deviation of a latent, as buffers.
+
+    Scenes are centred on their cameras, so that latents have a mean of their own at every place (free space around the
+    cameras, nothing seen in the corners). Where the spatial size is given, that map is the mean, and a denoiser starts from it
+    instead of having to learn it; the standard deviation is one number per channel.
+
+    Args:
+        channels: of the latent.
+        space: its spatial size, if it has one.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *space: int) -> None:
         super().__init__()
-        self.register_buffer("mean", torch.zeros(channels))
-        self.register_buffer("std", torch.ones(channels))
+        self.register_buffer("mean", torch.zeros(channels, *space))
+        self.register_buffer("std", torch.ones(channels, *[1] * len(space)))
 
     def fit(self, values: Float[Tensor, "batch channels *space"]) -> None:
         """Computes the statistics; channels that hardly vary are not blown up."""
-        flat = values.double().movedim(1, -1).flatten(0, -2)
-        self.mean.copy_(flat.mean(0))
-        self.std.copy_(flat.std(0, correction=0).clamp(min=MIN_STD))
+        mean = values.double().mean(0)
+        variance = (values.double() - mean).square().movedim(1, -1).flatten(0, -2).mean(0)
+        self.mean.copy_(mean)
+        self.std.copy_(variance.sqrt().clamp(min=MIN_STD).view_as(self.std))
 
     def forward(self, values: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
         """To normalised units."""
-        shape = (-1, *[1] * (values.ndim - 2))
-        return (values - self.mean.view(shape)) / self.std.view(shape)
+        return (values - self.mean) / self.std
 
     def inverse(self, values: Float[Tensor, "batch channels *space"]) -> Float[Tensor, "batch channels *space"]:
         """Back to the latent's own units."""
-        shape = (-1, *[1] * (values.ndim - 2))
-        return values * self.std.view(shape) + self.mean.view(shape)
+        return values * self.std + self.mean
 
 
 class _ResidualLayer(nn.Module):
@@ -197,7 +205,7 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
-        self.latent = Normaliser(folded)
+        self.latent = Normaliser(folded, *coarse_shape[2:])
         self.code = Normaliser(code_dim)
         self.token = nn.Linear(code_dim, context_dim)
         self.unet = _unet(folded, folded, code_dim, tuple(channels), tuple(attention), layers, context_dim, head_dim)
@@ -252,8 +260,8 @@ class FineDenoiser(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
-        self.latent = Normaliser(fine_shape[0])
-        self.coarse = Normaliser(folded)
+        self.latent = Normaliser(*fine_shape)
+        self.coarse = Normaliser(folded, *coarse_shape[2:])
         self.code = Normaliser(code_dim)
         self.token = nn.Linear(code_dim, context_dim)
         self.project_coarse = nn.Conv2d(folded, coarse_channels, 3, padding=1)
