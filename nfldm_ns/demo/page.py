@@ -113,14 +113,11 @@ def numbers(summary: Mapping[str, Any]) -> Section:
         ["set of images", "FID", "KID x 1000"],
         [[name, fid, 1000 * kid] for name, fid, kid in sets],
         caption=f"Distance to real views of held-out places, {samples['num_images']} images in each set (FID depends "
-        "on that number: compare within the table only). Lower is better; no method is expected to beat the last row.",
+        "on that number: compare within the table only). Lower is better; the last row is what real views reach.",
         emphasis=(0,),
         digits=(0, 1, 1),
     )
-    text = (
-        "The baselines say what the numbers are worth: "
-        "this domain has dark, similar images, so even trivial answers score."
-    )
+    text = "The baselines say what the numbers are worth: in a domain of similar images even trivial answers score."
     return Section("Numbers", text, [novel_views, distances])
 
 
@@ -223,7 +220,7 @@ def denoiser_losses(folder: Path) -> Series:
 
 
 def _loss_name(name: str) -> str:
-    return name.removesuffix("_loss").replace("_", " ").strip() or "loss"
+    return "all" if name == "Train Loss" else name.removesuffix("_loss").replace("_", " ")
 
 
 def _positive(series: Series) -> Series:
