@@ -35,7 +35,9 @@ class Encode:
                 f"{self.load_config} does not say what it was trained on: add --data with the scene collection."
             )
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        store = encode_collection(SceneCollection.open(data), scene_autoencoder, self.output_dir, device)
+        collection = SceneCollection.open(data)
+        collection.require_train_and_test()
+        store = encode_collection(collection, scene_autoencoder, self.output_dir, device)
         print(f"{len(store.scene_ids)} encoded scenes in {store.root}")
 
 

@@ -29,6 +29,7 @@ class Sample:
     """cpu or cuda; by default what is there."""
 
     def run(self) -> None:
+        import diffusers
         import torch
         from rich.progress import track
 
@@ -40,6 +41,7 @@ class Sample:
                 "--num-scenes, --batch-size and --num-inference-steps must be at least 1: give larger numbers."
             )
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         pipeline = load_pipeline(self.pipeline).to(device)
         scenes = sample_scenes(
             pipeline,

@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.errors import exit_on_bad_input
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+
+if TYPE_CHECKING:
+    from nfldm_ns.latents.voxel_store import VoxelStore
 
 
 @dataclass
@@ -50,6 +53,7 @@ class TrainDiffusion:
 
         store = VoxelStore.open(self.voxels)
         latent_autoencoder = load_latent_autoencoder(self.latent_autoencoder)
+        self._require_its_voxels(store)
         latent_autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
         preset = DIFFUSION_PRESETS[self.preset]
         turns = preset.quarter_turns if self.quarter_turns is None else self.quarter_turns
@@ -64,6 +68,17 @@ class TrainDiffusion:
             train_denoiser(stage, memory, latent_autoencoder, self.output_dir / stage, preset.models[stage], training)
         saved = save_pipeline(self.output_dir, store.load_autoencoder(), latent_autoencoder)
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
+
+    def _require_its_voxels(self, store: "VoxelStore") -> None:
+        """Raises `UserInputError` where the run of stage 2 says that it learned voxels of another stage 1."""
+        from nfldm_ns.scenes.collection import read_json
+
+        path = self.latent_autoencoder / "run.json"
+        if path.is_file() and read_json(path).get("scene_autoencoder") != store.autoencoder_hash:
+            raise UserInputError(
+                f"{self.latent_autoencoder} was trained on voxels of another scene auto-encoder than those in "
+                f"{store.root}: give the voxels it was trained on."
+            )
 
 
 def main(args: list[str] | None = None) -> None:

