@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -126,9 +127,12 @@ class Check:
     """How many scenes to list, those whose depths agree least first."""
 
     def run(self) -> int:
+        import torch
+
         from nfldm_ns.collect.checking import check_collection
         from nfldm_ns.scenes.collection import SceneCollection
 
+        torch.set_num_threads(1)  # the tensors of one scene are too small to share out
         collection = SceneCollection.open(self.folder)
         with _progress() as progress:
             task = progress.add_task("scenes", total=len(collection.scene_ids))
@@ -217,7 +221,7 @@ _CAPTION = (
 
 def _summary_table(report: "CollectionCheck") -> Table:
     """One row per split, and one for all."""
-    table = Table("split", "scenes", *_COLUMNS)
+    table = Table("split", "scenes", *_COLUMNS, box=SIMPLE)
     for split in (*dict.fromkeys(scene.split for scene in report.scenes), "all"):
         scenes = [s for s in report.scenes if split in ("all", s.split)]
         views = sum(s.num_source + s.num_target for s in scenes)
@@ -229,7 +233,9 @@ def _scene_table(report: "CollectionCheck", count: int) -> Table:
     """The scenes whose depths agree least."""
     from nfldm_ns.collect.checking import CONSISTENT
 
-    table = Table(Column("least agreement", overflow="fold"), *_COLUMNS, caption=_CAPTION.format(CONSISTENT))
+    table = Table(
+        Column("least agreement", overflow="fold"), *_COLUMNS, box=SIMPLE, caption=_CAPTION.format(CONSISTENT)
+    )
     for scene in sorted(report.scenes, key=lambda s: s.reprojection.consistent)[:count]:
         table.add_row(scene.scene_id, f"{scene.num_source}+{scene.num_target}", *_numbers([scene]))
     return table
