@@ -221,7 +221,7 @@ _CAPTION = (
 
 def _summary_table(report: "CollectionCheck") -> Table:
     """One row per split, and one for all."""
-    table = Table("split", "scenes", *_COLUMNS, box=SIMPLE)
+    table = Table("split", "scenes", *_COLUMNS, box=SIMPLE, pad_edge=False)
     for split in (*dict.fromkeys(scene.split for scene in report.scenes), "all"):
         scenes = [s for s in report.scenes if split in ("all", s.split)]
         views = sum(s.num_source + s.num_target for s in scenes)
@@ -234,7 +234,11 @@ def _scene_table(report: "CollectionCheck", count: int) -> Table:
     from nfldm_ns.collect.checking import CONSISTENT
 
     table = Table(
-        Column("least agreement", overflow="fold"), *_COLUMNS, box=SIMPLE, caption=_CAPTION.format(CONSISTENT)
+        Column("least agreement", overflow="fold"),
+        *_COLUMNS,
+        box=SIMPLE,
+        pad_edge=False,
+        caption=_CAPTION.format(CONSISTENT),
     )
     for scene in sorted(report.scenes, key=lambda s: s.reprojection.consistent)[:count]:
         table.add_row(scene.scene_id, f"{scene.num_source}+{scene.num_target}", *_numbers([scene]))
