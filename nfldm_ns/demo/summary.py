@@ -10,7 +10,7 @@ from nfldm_ns.demo.evaluation import METRICS
 from nfldm_ns.demo.folder import DemoFolder
 from nfldm_ns.demo.runner import Marker, read_marker
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.resources import device_info, package_versions
+from nfldm_ns.evaluation.resources import GIB, device_info, package_versions, resident_bytes
 from nfldm_ns.scenes.collection import SceneCollection, read_json
 from nfldm_ns.scenes.writing import write_json
 
@@ -45,7 +45,9 @@ def write_summary(
         its content.
     """
     markers = {name: _marker(folder.root, name) for name in stages}
-    markers[stages[-1]].seconds = round(seconds_so_far, 2)
+    running = markers[stages[-1]]
+    running.seconds = round(seconds_so_far, 2)
+    running.peak_rss_gib = max(running.peak_rss_gib, round(resident_bytes() / GIB, 3))
     summary = summarise(read_json(folder.evaluation / METRICS), markers)
     collection = SceneCollection.open(folder.data)
     content = {

@@ -25,8 +25,8 @@ TIME_CHANNELS = 128
 class Normaliser(nn.Module):
     """Mean and standard deviation of a latent, as buffers.
 
-    Scenes are centred on their cameras, so that latents have a mean of their own at every place (free space around the
-    cameras, nothing seen in the corners). Where the spatial size is given, that map is the mean, and a denoiser starts from it
+    Scenes are centred on their cameras, so that latents have a mean of their own at every place (free space near them,
+    nothing seen in the corners). Where the spatial size is given, that map is the mean, and a denoiser starts from it
     instead of having to learn it; the standard deviation is one number per channel.
 
     Args:

@@ -100,12 +100,18 @@ class ResourceMeter:
             self._sample()
 
     def _sample(self) -> None:
-        total = 0
-        with contextlib.suppress(psutil.Error):
-            for process in [self._process, *self._process.children(recursive=True)]:
-                with contextlib.suppress(psutil.Error):  # a child may have ended meanwhile
-                    total += process.memory_info().rss
-        self._peak_bytes = max(self._peak_bytes, total)
+        self._peak_bytes = max(self._peak_bytes, resident_bytes(self._process))
+
+
+def resident_bytes(process: psutil.Process | None = None) -> int:
+    """Resident memory of a process (by default this one) and its children at this moment."""
+    process = process or psutil.Process()
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        for member in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):  # a child may have ended meanwhile
+                total += member.memory_info().rss
+    return total
 
 
 def package_versions() -> dict[str, str]:
