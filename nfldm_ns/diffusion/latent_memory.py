@@ -72,8 +72,10 @@ def encode_latents(
         on_progress: called with the share that is done, instead of a progress bar.
 
     Raises:
-        UserInputError: if a scene has fewer cameras than `num_cameras`.
+        UserInputError: if the voxels are not those the auto-encoder was made for, or a scene has fewer cameras than
+            `num_cameras`.
     """
+    _require_fit(store, latent_autoencoder)
     device = next(latent_autoencoder.parameters()).device
     cameras = [_source_cameras(store.load_collection(), scene_id) for scene_id in scene_ids]
     fewest = min(c.shape[0] for c in cameras)
@@ -91,7 +93,7 @@ def encode_latents(
     for i, batch in enumerate(bar):
         grid = store.grid(batch).to(device)
         turned = [latent_autoencoder.encode(grid.rotate90(turn) if turn else grid) for turn in turns]
-        codes = [latent_autoencoder.quantise(latents).coarse for latents in turned]
+        codes = [latent_autoencoder.quantise_coarse(latents.coarse) for latents in turned]
         parts["g"].append(torch.stack([latents.global_latent for latents in turned], 1).cpu())
         parts["coarse"].append(torch.stack([latents.coarse for latents in turned], 1).half().cpu())
         parts["coarse_codes"].append(torch.stack(codes, 1).half().cpu())
@@ -109,6 +111,17 @@ def encode_latents(
         tuple(float(getattr(first, name)[0]) for name in ("fx", "fy", "cx", "cy")),  # type: ignore[arg-type]
         (int(first.height[0]), int(first.width[0])),
     )
+
+
+def _require_fit(store: VoxelStore, latent_autoencoder: LatentAutoencoder) -> None:
+    found = (store.feature_channels, *store.grid_shape)
+    expected = (latent_autoencoder.feature_channels, *latent_autoencoder.grid_shape)
+    if found != expected or not torch.allclose(store.aabb, latent_autoencoder.aabb.cpu(), atol=1e-4):
+        raise UserInputError(
+            f"The voxels in {store.root} are of shape {found} in the box {store.aabb.tolist()}, but the latent "
+            f"auto-encoder was made for {expected} in {latent_autoencoder.aabb.tolist()}: give the voxels it was "
+            "trained on."
+        )
 
 
 def _source_cameras(collection: SceneCollection, scene_id: str) -> Cameras:

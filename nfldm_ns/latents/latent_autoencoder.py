@@ -30,8 +30,8 @@ from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 MODEL_FOLDER = "latent_autoencoder"
-CODEBOOK_BATCHES = 16
-MAX_FIT_VALUES = 1 << 26  # of the samples that linear codes are fitted to
+CODEBOOK_BATCHES = 4
+MAX_FIT_VALUES = 1 << 25  # of the samples that linear codes are fitted to
 Box = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
@@ -60,17 +60,18 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
     """V to a global, a coarse and a fine latent, and back.
 
     Density and features are concatenated and z is folded into channels, so that all networks are 2D CNNs over the
-    bird's-eye-view plane. Three separate encoders give g (a vector, small KL penalty), c (3D, vector-quantised) and f (2D
-    at full horizontal size, vector-quantised). The decoder is Table 8's: c -> conv -> MidBlock-CGN -> ResBlocks-CGN ->
-    (ResBlocks-CGN, upsample)s -> concatenate f -> conv -> split z, where CGN is group norm with scale and shift from g.
+    bird's-eye-view plane. Three encoders give g (a vector, small KL penalty), c (3D, vector-quantised) and f (2D at
+    full horizontal size, vector-quantised). The decoder is Table 8's: c -> conv -> MidBlock-CGN -> ResBlocks-CGN ->
+    (ResBlocks-CGN, upsample)s -> concatenate f -> conv -> split z, where CGN is group norm with scale and shift from
+    g.
 
-    At small sizes V is hard to compress, so two things are added to the paper's. c and f also have linear paths into and out
-    of the networks (`linear_paths`): a code of the columns of each block for c, and a code of what c leaves over for f.
-    `fit` sets them to the best linear codes, which training then improves on. And ResBlocks may follow the concatenation
-    of f (`fusion_blocks`).
+    At small sizes V is hard to compress, so two things are added to the paper's. c and f also have linear paths into
+    and out of the networks (`linear_paths`): a code of the columns of each block for c, and a code of what c leaves
+    over for f. `fit` sets them to the best linear codes, which training then improves on. And ResBlocks may follow the
+    concatenation of f (`fusion_blocks`).
 
-    A latent is split into groups of `*_code_dim` channels, each of which is one code of the shared codebook; the paper's
-    four channels are one group.
+    A latent is split into groups of `*_code_dim` channels, each of which is one code of the shared codebook; the
+    paper's four channels are one group.
 
     Diffusion models the latents before quantisation; `decode` quantises them first.
 
@@ -103,7 +104,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         feature_channels: int = 16,
         aabb: Box = ((-10, -10, -2.5), (10, 10, 4)),
         global_dim: int = 128,
-        coarse_channels: int = 16,
+        coarse_channels: int = 8,
         coarse_height: int = 4,
         fine_channels: int = 16,
         coarse_codes: int = 1024,
@@ -112,13 +113,13 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         fine_code_dim: int = 2,
         quantize: bool = True,
         codebook_decay: float = 0.95,
-        encoder_channels: tuple[int, ...] = (48, 64, 128),
+        encoder_channels: tuple[int, ...] = (32, 64, 96),
         encoder_blocks: int = 1,
-        fine_encoder_channels: int = 64,
+        fine_encoder_channels: int = 48,
         fine_encoder_blocks: int = 1,
-        decoder_channels: tuple[int, ...] = (128, 96, 64),
+        decoder_channels: tuple[int, ...] = (96, 64, 48),
         decoder_blocks: int = 1,
-        fusion_channels: int = 96,
+        fusion_channels: int = 64,
         fusion_blocks: int = 1,
         linear_paths: bool = True,
         density_transform: str = "log",
@@ -129,7 +130,13 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         _check_sizes(self.config, self.downsampling)
         folded = (1 + feature_channels) * grid_shape[0]
         self.register_buffer("box", torch.tensor(aabb, dtype=torch.float32), persistent=False)
-        self.voxel_code = VoxelCode(feature_channels, grid_shape, aabb, density_transform, gate_alpha=gate_alpha)  # type: ignore[arg-type]
+        self.voxel_code = VoxelCode(
+            feature_channels,
+            grid_shape,
+            aabb,
+            density_transform,  # type: ignore[arg-type]
+            gate_alpha=gate_alpha,
+        )
         widths = tuple(encoder_channels)
         self.global_encoder = DownsamplingEncoder(folded, widths, 2 * global_dim, encoder_blocks)
         self.coarse_encoder = DownsamplingEncoder(folded, widths, coarse_channels * coarse_height, encoder_blocks)
@@ -243,7 +250,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         return LatentReconstruction(target, reconstruction, decoded, latents, kl, commitment + fine_commitment)
 
     @torch.no_grad()
-    def fit(self, batches: Sequence[VoxelGrid], density_weight: float = 2.5) -> None:
+    def fit(self, batches: Sequence[VoxelGrid], density_weight: float = 1.0) -> None:
         """Fits to training voxels what needs no gradient: statistics, the linear paths, and the codebooks.
 
         Args:
@@ -257,8 +264,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             weights = weights.repeat_interleave(self.grid_shape[0])
             self.linear.fit_coarse(self._training_pairs(batches), weights)
             for last in (self.fine_encoder.conv_out, self.coarse_encoder.conv_out, self.decoder.conv_out):
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(last.bias)
+                _set(last, torch.zeros_like(last.weight), 0.0)
         if self.config.quantize:
             self.coarse_codebook.fit(torch.cat([self.encode(grid).coarse for grid in batches[:CODEBOOK_BATCHES]]))
         if self.linear is not None:
@@ -274,6 +280,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             yield self.voxel_code.normalise(turned), self.voxel_code.normalise(turned, dilate=True)
 
     def _coarse_codes(self, voxels: Float[Tensor, "batch folded y x"]) -> Float[Tensor, "batch folded_c yc xc"]:
+        assert self.linear is not None
         coarse = self.linear.encode_coarse(voxels).unflatten(1, (self.config.coarse_channels, -1))
         return self.quantise_coarse(coarse).flatten(1, 2)
 
@@ -283,10 +290,9 @@ class _LinearPaths(nn.Module):
 
     def __init__(self, folded: int, coarse_channels: int, fine_channels: int, downsampling: int) -> None:
         super().__init__()
-        size = {"kernel_size": downsampling, "stride": downsampling}
         self.downsampling = downsampling
-        self.coarse_encoder = nn.Conv2d(folded, coarse_channels, **size)
-        self.coarse_decoder = nn.ConvTranspose2d(coarse_channels, folded, **size)
+        self.coarse_encoder = nn.Conv2d(folded, coarse_channels, downsampling, downsampling)
+        self.coarse_decoder = nn.ConvTranspose2d(coarse_channels, folded, downsampling, downsampling)
         self.fine_encoder = nn.Conv2d(folded, fine_channels, 1)
         self.fine_decoder = nn.Conv2d(fine_channels, folded, 1)
 
@@ -308,11 +314,10 @@ class _LinearPaths(nn.Module):
         encoder, decoder, mean_input, mean_target = linear_code(
             inputs, targets, self.coarse_encoder.out_channels, weights.repeat_interleave(down * down)
         )
-        self.coarse_encoder.weight.copy_(encoder.unflatten(1, (-1, down, down)))
-        self.coarse_encoder.bias.copy_(-encoder @ mean_input)
+        _set(self.coarse_encoder, encoder.unflatten(1, (-1, down, down)), -encoder @ mean_input)
         # One bias per channel is all a transposed convolution has: the mean over the block.
-        self.coarse_decoder.weight.copy_(decoder.T.unflatten(1, (-1, down, down)))
-        self.coarse_decoder.bias.copy_(mean_target.unflatten(0, (-1, down * down)).mean(1))
+        bias = mean_target.unflatten(0, (-1, down * down)).mean(1)
+        _set(self.coarse_decoder, decoder.T.unflatten(1, (-1, down, down)), bias)
 
     def fit_fine(
         self,
@@ -328,11 +333,19 @@ class _LinearPaths(nn.Module):
                 yield x - coarse, t - coarse
 
         inputs, targets = _gather_columns(residuals())
-        encoder, decoder, mean_input, mean_target = linear_code(inputs, targets, self.fine_encoder.out_channels, weights)
-        self.fine_encoder.weight.copy_(encoder[:, :, None, None])
-        self.fine_encoder.bias.copy_(-encoder @ mean_input)
-        self.fine_decoder.weight.copy_(decoder[:, :, None, None])
-        self.fine_decoder.bias.copy_(mean_target)
+        encoder, decoder, mean_input, mean_target = linear_code(
+            inputs, targets, self.fine_encoder.out_channels, weights
+        )
+        _set(self.fine_encoder, encoder[:, :, None, None], -encoder @ mean_input)
+        _set(self.fine_decoder, decoder[:, :, None, None], mean_target)
+
+
+@torch.no_grad()
+def _set(layer: nn.Conv2d | nn.ConvTranspose2d, weight: Tensor, bias: Tensor | float) -> None:
+    """Sets a layer's weight and bias."""
+    assert layer.bias is not None
+    layer.weight.copy_(weight)
+    layer.bias.copy_(torch.as_tensor(bias))
 
 
 def _gather_columns(pairs: Iterable[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, "n size"], Float[Tensor, "n size"]]:
@@ -380,7 +393,7 @@ class _Decoder(nn.Module):
         for block in self.lowest:
             h = block(h, global_latent)
         for blocks, upsample in zip(self.levels, self.upsamples, strict=True):
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, global_latent)
             h = upsample(h)
         h = self.fusion_in(torch.cat([h, fine.to(h.dtype)], dim=1))
@@ -401,7 +414,10 @@ def _check_sizes(config, downsampling: int) -> None:
         raise ValueError(f"a grid of {y} x {x} columns cannot be downsampled {downsampling} times")
     if len(config.decoder_channels) != len(config.encoder_channels):
         raise ValueError("encoder_channels and decoder_channels must name the same number of resolutions")
-    for channels, code_dim in ((config.coarse_channels, config.coarse_code_dim), (config.fine_channels, config.fine_code_dim)):
+    for channels, code_dim in (
+        (config.coarse_channels, config.coarse_code_dim),
+        (config.fine_channels, config.fine_code_dim),
+    ):
         if channels % code_dim:
             raise ValueError(f"{channels} channels cannot be split into codes of {code_dim}")
 

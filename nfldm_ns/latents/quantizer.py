@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 KMEANS_ITERATIONS = 10
+KMEANS_SAMPLES_PER_CODE = 32
 DEAD_CODE_SHARE = 0.02  # a code used less than this share of its fair part is moved to where data is
 
 
@@ -63,8 +64,12 @@ class VectorQuantizer(nn.Module):
         return torch.addmm(half_squares, vectors, self.codes.T, alpha=-1).argmin(dim=1)
 
     def fit(self, latent: Float[Tensor, "batch channels *space"]) -> None:
-        """Sets the codes to k-means centres of a latent's groups."""
+        """Sets the codes to k-means centres of a latent's groups (of a random share of them, if there are many)."""
         vectors = latent.unflatten(1, (-1, self.code_dim)).movedim(2, -1).reshape(-1, self.code_dim)
+        if len(vectors) > KMEANS_SAMPLES_PER_CODE * self.num_codes:
+            vectors = vectors[
+                torch.randperm(len(vectors))[: KMEANS_SAMPLES_PER_CODE * self.num_codes].to(vectors.device)
+            ]
         pick = torch.randint(len(vectors), (self.num_codes,), device=vectors.device)
         self.codes.copy_(vectors[pick])
         for _ in range(KMEANS_ITERATIONS):

@@ -25,7 +25,7 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training import ProgressCallback, RunFolder, Schedule, batch_indices, train
 
-FIT_SCENES = 128  # scenes that statistics and the linear code are fitted to
+FIT_SCENES = 96  # scenes that statistics and the linear code are fitted to
 
 
 @dataclass
@@ -73,8 +73,8 @@ def voxel_loss(
 ) -> Float[Tensor, ""]:
     """Weighted mean of |V - V_hat| of normalised voxels, density counting `density_weight` times.
 
-    A voxel's weight grows with its opacity, for features with the opacity around it: what stops no light is not seen. Where
-    the target is empty, estimates below zero are as good as zero.
+    A voxel's weight grows with its opacity, for features with the opacity around it: what stops no light is not seen.
+    Where the target is empty, estimates below zero are as good as zero.
     """
     z = code.num_z
     density, features = reconstruction.split([z, reconstruction.shape[1] - z], dim=1)
@@ -140,6 +140,7 @@ class LatentLosses:
         if views.depths is not None:
             losses["depth_loss"] = weights.depth_mult * depth_loss(rendered.maps, views)
         if weights.lpips_mult:
+            assert self.lpips is not None
             images = (rendered.rgb.flatten(0, 1) * 2 - 1, views.images.flatten(0, 1) * 2 - 1)
             losses["lpips_loss"] = weights.lpips_mult * self.lpips(*images).mean()
         return losses
@@ -147,9 +148,7 @@ class LatentLosses:
     def batch(self, step: int) -> tuple[VoxelGrid, Views]:
         """Voxels of a step's scenes and views to compare their renderings with, turned together."""
         schedule = self.config.schedule
-        indices = batch_indices(
-            len(self.memory), schedule.batch_size, step, schedule.seed, self.rank, self.world_size
-        )
+        indices = batch_indices(len(self.memory), schedule.batch_size, step, schedule.seed, self.rank, self.world_size)
         views = Views.stack([self._draw_views(self.memory.scene_ids[i]) for i in indices]).to(self.device)
         grid = self.memory.grid(indices, self.device)
         if self.config.quarter_turns:
@@ -204,14 +203,20 @@ def train_latent_autoencoder(
     folder = RunFolder(output_dir, identity)
     if folder.checkpoint is None:
         fit_memory = VoxelMemory(memory.voxels[:FIT_SCENES], memory.scene_ids[:FIT_SCENES], memory.aabb)
-        model.fit(fit_memory.batches(8, accelerator.device), config.losses.density_weight)
+        model.fit(fit_memory.batches(8, accelerator.device))
     cache = SceneCache(store.load_collection(), cache_gib)
 
     def make_losses(wrapped: nn.Module) -> LatentLosses:
         return LatentLosses(wrapped, model.voxel_code, renderer, memory, cache, config, accelerator, lpips)
 
     train(
-        folder, model, make_losses, config.schedule, accelerator, description="Latent auto-encoder", on_progress=on_progress
+        folder,
+        model,
+        make_losses,
+        config.schedule,
+        accelerator,
+        description="Latent auto-encoder",
+        on_progress=on_progress,
     )
     if accelerator.is_main_process:
         with atomic_path(Path(output_dir) / MODEL_FOLDER) as temporary:
@@ -237,12 +242,15 @@ def new_latent_autoencoder(store: VoxelStore, model_config: dict[str, Any]) -> L
             }
         )
     except ValueError as error:
-        raise UserInputError(f"This preset does not fit the voxels in {store.root} ({error}): choose another.") from None
+        raise UserInputError(
+            f"This preset does not fit the voxels in {store.root} ({error}): choose another."
+        ) from None
 
 
 def public_config(model: nn.Module) -> dict[str, Any]:
     """A model's configuration without diffusers' own entries."""
-    return {name: value for name, value in dict(model.config).items() if not name.startswith("_")}  # type: ignore[arg-type]
+    config = dict(model.config)  # type: ignore[arg-type]
+    return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
 def _require_turnable(store: VoxelStore, config: LatentTrainingConfig) -> None:
@@ -252,5 +260,6 @@ def _require_turnable(store: VoxelStore, config: LatentTrainingConfig) -> None:
     square = store.grid_shape[1] == store.grid_shape[2] and torch.allclose(low, -high, atol=1e-4)
     if not square or abs(float(high[0] - high[1])) > 1e-4:
         raise UserInputError(
-            f"The box of {store.root} is not square around the origin, so its scenes cannot be turned: add --no-quarter-turns."
+            f"The box of {store.root} is not square around the origin, so its scenes cannot be turned: "
+            "add --no-quarter-turns."
         )

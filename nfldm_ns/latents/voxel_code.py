@@ -20,11 +20,11 @@ FULL_PCA = 1024  # larger problems are solved by a randomised method
 class VoxelCode(nn.Module):
     """Maps V to normalised voxels with z folded into channels, and back.
 
-    Density is compressed (`log`: `log(1 + sigma / s)`; `alpha`: `1 - exp(-sigma s')` with s' a voxel's height) and scaled
-    to unit root mean square. Features are shifted to zero mean over occupied voxels and multiplied by the gate
-    `alpha / (alpha + gate_alpha)`: a voxel that stops no light carries no features. One scale for all channels then gives
-    them unit root mean square too; channels keep their proportions, because they are strongly correlated and a decoder
-    that was trained on them expects the large ones to matter.
+    Density is compressed (`log`: `log(1 + sigma / s)`; `alpha`: `1 - exp(-sigma s')` with s' a voxel's height) and
+    scaled to unit root mean square. Features are shifted to zero mean over occupied voxels and multiplied by the gate
+    `alpha / (alpha + gate_alpha)`: a voxel that stops no light carries no features. One scale for all channels then
+    gives them unit root mean square too; channels keep their proportions, because they are strongly correlated and a
+    decoder that was trained on them expects the large ones to matter.
 
     Statistics are buffers; `fit` computes them from training voxels.
 
@@ -36,6 +36,10 @@ class VoxelCode(nn.Module):
         log_scale: s in 1/m.
         gate_alpha: opacity of a voxel at which half of its features count; 0 keeps all.
     """
+
+    density_scale: Tensor
+    feature_mean: Tensor
+    feature_scale: Tensor
 
     def __init__(
         self,
@@ -83,8 +87,8 @@ class VoxelCode(nn.Module):
         """How much of a voxel's features counts, in [0, 1].
 
         Args:
-            dilate: take the largest opacity among the voxel and its 26 neighbours: trilinear interpolation near a surface
-                reads the features of empty voxels too.
+            dilate: take the largest opacity among the voxel and its 26 neighbours: trilinear interpolation near a
+                surface reads the features of empty voxels too.
         """
         if self.gate_alpha <= 0:
             return torch.ones_like(density)
@@ -109,8 +113,8 @@ class VoxelCode(nn.Module):
     def fit(self, grids: Iterable[VoxelGrid]) -> None:
         """Sets the statistics from training voxels."""
         sums = [self._sums(grid) for grid in grids]
-        count, density_square, weight, gate_square, *features = torch.stack(sums).sum(0).split(
-            [1, 1, 1, 1, *[len(self.feature_mean)] * 3]
+        count, density_square, weight, gate_square, *features = (
+            torch.stack(sums).sum(0).split([1, 1, 1, 1, *[len(self.feature_mean)] * 3])
         )
         weighted, gated, gated_square = features
         mean = weighted / weight.clamp(min=1e-12)
@@ -125,7 +129,11 @@ class VoxelCode(nn.Module):
         alpha, gate = self.alpha(density), self.gate(density)
         scalars = [density.new_tensor(density.numel()), self.compress(density).square().sum(), alpha.sum()]
         axes = (0, 2, 3, 4)
-        channels = [(features * alpha).sum(axes), (features * gate.square()).sum(axes), (features * gate).square().sum(axes)]
+        channels = [
+            (features * alpha).sum(axes),
+            (features * gate.square()).sum(axes),
+            (features * gate).square().sum(axes),
+        ]
         return torch.cat([torch.stack([*scalars, gate.square().sum()]), *channels]).cpu()
 
 
@@ -138,9 +146,9 @@ def linear_code(
 ) -> tuple[Float[Tensor, "components size"], Float[Tensor, "size components"], Tensor, Tensor]:
     """The linear code with the least weighted squared error, and how to read it.
 
-    The encoder is a weighted PCA of the inputs; the decoder is the least-squares estimate of the targets from the code. The
-    components are rotated so that all carry nearly equal variance: quantisation and diffusion, which treat all channels
-    alike, then spread their errors evenly over the voxels.
+    The encoder is a weighted PCA of the inputs; the decoder is the least-squares estimate of the targets from the code.
+    The components are rotated so that all carry nearly equal variance: quantisation and diffusion, which treat all
+    channels alike, then spread their errors evenly over the voxels.
 
     Args:
         inputs, targets: paired samples, more than components.

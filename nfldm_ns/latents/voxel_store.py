@@ -31,8 +31,9 @@ AUTOENCODER_FOLDER = "scene_autoencoder"
 def model_hash(model: torch.nn.Module) -> str:
     """A fingerprint of a model's configuration and weights, in 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    config = {k: v for k, v in sorted(dict(model.config).items()) if not k.startswith("_")}
-    digest.update(json.dumps(config, sort_keys=True).encode())
+    config = dict(model.config)  # type: ignore[arg-type]
+    own = {name: value for name, value in config.items() if not name.startswith("_")}
+    digest.update(json.dumps(own, sort_keys=True).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
