@@ -34,6 +34,7 @@ class DiffusionPreset:
     models: dict[Stage, dict[str, Any]]
     training: dict[Stage, DiffusionTrainingConfig]
     quarter_turns: bool = True
+    temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 LATENT_PRESETS: dict[str, LatentPreset] = {
@@ -131,6 +132,7 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
             "coarse": DiffusionTrainingConfig(schedule=Schedule(max_steps=600, batch_size=16, learning_rate=1e-3)),
             "fine": DiffusionTrainingConfig(schedule=Schedule(max_steps=500, batch_size=8, learning_rate=1e-3)),
         },
+        temperatures=(1.0, 1.0, 0.3),
     ),
     "base": DiffusionPreset(
         models={

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
 
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser, Normaliser
 from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
+from nfldm_ns.diffusion.pipeline import load_pipeline
 from nfldm_ns.diffusion.training import (
     STAGES,
     DiffusionTrainingConfig,
@@ -168,7 +170,7 @@ def test_denoisers_of_every_preset_fit_its_latents(preset):
         "paper": ((4, 8, 32, 32), (4, 128, 128)),
     }
     coarse, fine = shapes[preset]
-    assert LATENT_PRESETS[preset].model.get("coarse_channels", 16) == coarse[0]
+    assert LATENT_PRESETS[preset].model.get("coarse_channels", 8) == coarse[0]
     models = DIFFUSION_PRESETS[preset].models
     with torch.device("meta"):
         code, time = torch.empty(2, 168), torch.empty(2, dtype=torch.long)
@@ -285,6 +287,10 @@ def test_pipeline_is_saved_only_when_all_denoisers_fit(memory, latent_autoencode
     for stage in ("global", "coarse"):
         train(stage, memory, latent_autoencoder, tmp_path / stage)
         assert save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder) is None
+    train("fine", memory, latent_autoencoder, tmp_path / "fine")
+    saved = save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder, temperatures=(1.0, 1.0, 0.5))
+    assert tuple(load_pipeline(saved).config.temperatures) == (1.0, 1.0, 0.5)
+    shutil.rmtree(tmp_path / "fine")
     other = replace(TRAINING, prediction_type="epsilon")
     train("fine", memory, latent_autoencoder, tmp_path / "fine", other)
     with pytest.raises(UserInputError, match="epsilon, v_prediction"):

@@ -92,6 +92,18 @@ def test_clip_limits_the_latents():
     assert float(output.latents.fine.abs().max()) <= 0.5
 
 
+def test_temperatures_scale_the_noise_and_belong_to_the_pipeline(tmp_path):
+    pipeline = small_pipeline()
+    cold = pipeline(2, scene_generators(0, 2), num_inference_steps=3, temperatures=(1.0, 1.0, 0.0))
+    warm = pipeline(2, scene_generators(0, 2), num_inference_steps=3)
+    assert torch.equal(cold.latents.coarse, warm.latents.coarse)
+    assert float(cold.latents.fine.std()) < float(warm.latents.fine.std())
+    pipeline.register_to_config(temperatures=(1.0, 1.0, 0.0))
+    pipeline.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)(2, scene_generators(0, 2), num_inference_steps=3)
+    assert torch.equal(again.latents.fine, cold.latents.fine)
+
+
 # Broken folders
 
 

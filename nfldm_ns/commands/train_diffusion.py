@@ -66,7 +66,7 @@ class TrainDiffusion:
                 training, schedule=replace(training.schedule, **given), prediction_type=self.prediction_type
             )
             train_denoiser(stage, memory, latent_autoencoder, self.output_dir / stage, preset.models[stage], training)
-        saved = save_pipeline(self.output_dir, store.load_autoencoder(), latent_autoencoder)
+        saved = save_pipeline(self.output_dir, store.load_autoencoder(), latent_autoencoder, preset.temperatures)
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
 
     def _require_its_voxels(self, store: "VoxelStore") -> None:

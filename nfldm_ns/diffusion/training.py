@@ -259,9 +259,15 @@ def load_denoiser(folder: Path) -> Denoiser | None:
 
 
 def save_pipeline(
-    output_dir: Path | str, scene_autoencoder: SceneAutoencoder, latent_autoencoder: LatentAutoencoder
+    output_dir: Path | str,
+    scene_autoencoder: SceneAutoencoder,
+    latent_autoencoder: LatentAutoencoder,
+    temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Path | None:
     """Saves `<output_dir>/pipeline` once all three denoisers in `<output_dir>/{global,coarse,fine}` are trained.
+
+    Args:
+        temperatures: of g, c and f, the pipeline's default for sampling.
 
     Returns:
         the pipeline's folder; None while a denoiser is missing.
@@ -288,7 +294,7 @@ def save_pipeline(
         )
     components: dict[str, Any] = {f"{stage}_denoiser": denoiser for stage, denoiser in denoisers.items()}
     components["scheduler"] = make_scheduler(types.pop())
-    pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components)
+    pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)
     return output_dir / "pipeline"
