@@ -44,6 +44,7 @@ DEMO_PRESETS: dict[str, DemoSettings] = {
             "fine": _steps(_DIFFUSION.training["fine"], 350, batch_size=4),
         },
         quarter_turns=False,
+        temperatures=_DIFFUSION.temperatures,
         expected_seconds={
             "collect": 110,
             "stage1": 300,

@@ -28,6 +28,7 @@ class DemoSettings:
         denoiser_models: sizes of the denoisers.
         denoiser_training: their trainings.
         quarter_turns: whether the denoisers learn from turned scenes, too.
+        temperatures: of g, c and f in sampling, see `NFLDMPipeline`.
         denoiser_shares: how long each of them trains, relative to the others.
         denoiser_processes: how many denoisers train side by side (one after the other on a GPU).
         num_scenes: generated scenes that are written as folders.
@@ -48,6 +49,7 @@ class DemoSettings:
     scene_autoencoder_preset: Mapping[str, Any] = field(default_factory=dict)
     scene_autoencoder_options: tuple[str, ...] = ()
     quarter_turns: bool = True
+    temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0)
     denoiser_processes: int = 2
     num_scenes: int = 8
     num_inference_steps: int = 30

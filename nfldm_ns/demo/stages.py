@@ -51,7 +51,12 @@ class Demo:
             "preset": s.scene_autoencoder_preset,
             "options": s.scene_autoencoder_options,
         }
-        denoisers = {"models": s.denoiser_models, "training": s.denoiser_training, "quarter_turns": s.quarter_turns}
+        denoisers = {
+            "models": s.denoiser_models,
+            "training": s.denoiser_training,
+            "quarter_turns": s.quarter_turns,
+            "temperatures": s.temperatures,
+        }
         return [
             Stage("collect", "Collecting scenes from VizDoom", self.collect, s.collection, ("data",)),
             Stage(
@@ -142,7 +147,7 @@ class Demo:
             save_latents(latents, memory)
         processes = 1 if self.device == "cuda" else min(settings.denoiser_processes, torch.get_num_threads())
         train_denoisers(self._jobs(), latents, self.folder.stage2, processes, lambda share: report(0.1 + 0.9 * share))
-        save_pipeline(self.folder.stage3, store.load_autoencoder(), latent_autoencoder.cpu())
+        save_pipeline(self.folder.stage3, store.load_autoencoder(), latent_autoencoder.cpu(), settings.temperatures)
 
     def _jobs(self) -> list[DenoiserJob]:
         """Trainings of the denoisers, the longest first."""
