@@ -330,6 +330,7 @@ def test_full_disk_while_collecting(box_room_collection: SceneCollection, small_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ns_train_prints_one_sentence(tmp_path: Path) -> None:
     command = [Path(sys.executable).with_name("ns-train"), "nfldm-scene-ae-tiny", "--data", tmp_path / "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
