@@ -270,7 +270,13 @@ def assemble_pipeline(
     for model in (scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser):
         model.cpu().float().eval()
     pipeline = NFLDMPipeline(
-        scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser, scheduler
+        scene_autoencoder,
+        latent_autoencoder,
+        global_denoiser,
+        coarse_denoiser,
+        fine_denoiser,
+        scheduler,
+        temperatures,
     )
     check_agreement(pipeline)
     return pipeline
