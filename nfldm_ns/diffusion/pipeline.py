@@ -69,7 +69,7 @@ class NFLDMPipeline(DiffusionPipeline):
         coarse_denoiser: CoarseDenoiser,
         fine_denoiser: FineDenoiser,
         scheduler: SchedulerMixin,
-        temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
+        temperatures: Sequence = (1.0, 1.0, 1.0),  # diffusers' check of types knows plain classes only
     ) -> None:
         super().__init__()
         self.register_to_config(temperatures=tuple(temperatures))
