@@ -16,6 +16,7 @@ from nfldm_ns.training import Schedule
 # Rooms of tan brick with grey floors: the most uniform of Freedoom's maps, brightened.
 ONE_LOOK = SceneOptions(
     image_size=64,
+    aabb=((-8.0, -8.0, -2.5), (8.0, 8.0, 4.0)),
     min_distance=1.0,
     min_light=240,
     accept=PlaceFilter(min_view_depth=1.0, min_depth=2.2, min_inside=0.85),
@@ -33,27 +34,28 @@ def _steps(training, max_steps: int, **others):
 DEMO_PRESETS: dict[str, DemoSettings] = {
     "demo": DemoSettings(
         collection=HELD_OUT_PLACES,
-        scene_autoencoder_steps=650,
+        scene_autoencoder_steps=1000,
         scene_autoencoder_preset=asdict(SCENE_AUTOENCODER["tiny"]),
         latent_model=_LATENT.model,
-        latent_training=_steps(_LATENT.training, 200),
+        latent_training=_steps(_LATENT.training, 250),
         denoiser_models=_DIFFUSION.models,
         denoiser_training={
-            "global": _steps(_DIFFUSION.training["global"], 1000),
-            "coarse": _steps(_DIFFUSION.training["coarse"], 600, batch_size=8),
-            "fine": _steps(_DIFFUSION.training["fine"], 350, batch_size=4),
+            "global": _steps(_DIFFUSION.training["global"], 2000),
+            "coarse": _steps(_DIFFUSION.training["coarse"], 1200),
+            "fine": _steps(_DIFFUSION.training["fine"], 800),
         },
         quarter_turns=False,
         temperatures=_DIFFUSION.temperatures,
+        num_images=168,
         expected_seconds={
-            "collect": 110,
-            "stage1": 300,
-            "encode": 25,
-            "stage2": 230,
-            "stage3": 200,
-            "sample": 40,
-            "evaluate": 110,
-            "report": 20,
+            "collect": 55,
+            "stage1": 330,
+            "encode": 17,
+            "stage2": 110,
+            "stage3": 300,
+            "sample": 35,
+            "evaluate": 90,
+            "report": 30,
         },
     ),
     "smoke": DemoSettings(
@@ -73,6 +75,7 @@ DEMO_PRESETS: dict[str, DemoSettings] = {
             *("--pipeline.model.network.encoder-channels", "8", "8"),
             *("--pipeline.model.network.decoder-channels", "8", "8"),
             *("--pipeline.model.loss.lpips-mult", "0"),
+            *("--pipeline.model.loss.adversarial-mult", "0"),
             *("--steps-per-save", "2"),
         ),
         latent_model={

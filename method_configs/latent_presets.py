@@ -2,7 +2,7 @@
 
 | preset | for | latents |
 |---|---|---|
-| tiny | two CPU cores, minutes | c 8 x 4 x 12 x 12, f 16 x 48 x 48 |
+| tiny | two CPU cores, minutes | c 12 x 4 x 8 x 8, f 16 x 32 x 32 |
 | base | one GPU, hours | c 8 x 8 x 16 x 16, f 8 x 64 x 64 |
 | paper | the paper's sizes | c 4 x 8 x 32 x 32, f 4 x 128 x 128 |
 """
@@ -39,9 +39,12 @@ class DiffusionPreset:
 
 LATENT_PRESETS: dict[str, LatentPreset] = {
     "tiny": LatentPreset(
-        model={"coarse_channels": 8},
+        model={"coarse_channels": 12},
         training=LatentTrainingConfig(
-            schedule=Schedule(max_steps=400, batch_size=2, learning_rate=1e-3), num_views=2, fine_dropout=0.0
+            schedule=Schedule(max_steps=400, batch_size=2, learning_rate=1e-3),
+            losses=LatentLossConfig(lpips_mult=1.0),
+            num_views=2,
+            fine_dropout=0.0,
         ),
     ),
     "base": LatentPreset(
@@ -132,7 +135,7 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
             "coarse": DiffusionTrainingConfig(schedule=Schedule(max_steps=600, batch_size=16, learning_rate=1e-3)),
             "fine": DiffusionTrainingConfig(schedule=Schedule(max_steps=500, batch_size=8, learning_rate=1e-3)),
         },
-        temperatures=(1.0, 1.0, 0.3),
+        temperatures=(1.0, 0.8, 0.5),
     ),
     "base": DiffusionPreset(
         models={

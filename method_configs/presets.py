@@ -16,6 +16,7 @@ class SceneAutoencoderPreset:
         sampling: `SceneSamplerConfig`, what a training batch consists of.
         max_num_iterations: training steps.
         learning_rate: the highest of the cosine schedule.
+        discriminator_learning_rate: constant.
         warmup_steps: steps of rising learning rate.
         precision: "fp32" or "bf16", arithmetic of the networks in training.
         cost: parameters, memory and time per step, as measured.
@@ -26,6 +27,7 @@ class SceneAutoencoderPreset:
     sampling: dict[str, Any] = field(default_factory=dict)
     max_num_iterations: int = 2000
     learning_rate: float = 1e-3
+    discriminator_learning_rate: float = 1e-3
     warmup_steps: int = 50
     precision: Literal["fp32", "bf16"] = "fp32"
     cost: str = ""
@@ -33,10 +35,17 @@ class SceneAutoencoderPreset:
 
 SCENE_AUTOENCODER = {
     "tiny": SceneAutoencoderPreset(
-        network={"grid_shape": (16, 48, 48), "feature_channels": 16, "num_depth_bins": 40},
-        loss={"lpips_views": 1, "depth_mult": 0.1, "depth_norm": "l1"},
+        network={"grid_shape": (12, 32, 32), "feature_channels": 16, "num_depth_bins": 32, "num_samples": 40},
+        loss={
+            "lpips_views": 2,
+            "rgb_mult": 2.0,
+            "adversarial_mult": 0.05,
+            "adversarial_start": 400,
+            "depth_mult": 0.1,
+            "depth_norm": "l1",
+        },
         sampling={"scenes_per_batch": 1, "num_target_views": 4},
-        max_num_iterations=650,
+        max_num_iterations=1000,
         learning_rate=2e-3,
     ),
     "base": SceneAutoencoderPreset(
@@ -49,6 +58,7 @@ SCENE_AUTOENCODER = {
             "encoder_channels": (96, 192),
             "decoder_channels": (128, 64),
         },
+        loss={"adversarial_mult": 0.05, "adversarial_start": 10_000},
         sampling={"scenes_per_batch": 4, "num_target_views": 4},
         max_num_iterations=100_000,
         learning_rate=4e-4,

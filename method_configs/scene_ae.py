@@ -44,7 +44,11 @@ def scene_autoencoder_config(method_name: str, preset: SceneAutoencoderPreset) -
             "autoencoder": {
                 "optimizer": AdamWConfig(lr=preset.learning_rate, max_norm=1.0),
                 "scheduler": CosineScheduleConfig(warmup_steps=preset.warmup_steps),
-            }
+            },
+            "discriminator": {
+                "optimizer": AdamWConfig(lr=preset.discriminator_learning_rate, betas=(0.5, 0.99)),
+                "scheduler": None,
+            },
         },
         viewer=ViewerConfig(quit_on_train_completion=True),
         vis="viewer+tensorboard",

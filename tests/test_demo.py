@@ -18,7 +18,9 @@ from rich.console import Console
 from torch import nn
 
 from nfldm_ns.autoencoder.novel_views import evaluate_novel_views, reconstruct
+from nfldm_ns.commands.demo import Demo as DemoCommand
 from nfldm_ns.commands.demo import main
+from nfldm_ns.demo import pace
 from nfldm_ns.demo.console import StageConsole, Timetable, clock
 from nfldm_ns.demo.denoisers import load_latents, save_latents
 from nfldm_ns.demo.evaluation import compare_image_sets, evenly, judge_novel_views
@@ -140,6 +142,52 @@ def test_fingerprint_depends_on_every_setting_and_on_nothing_else() -> None:
     assert fingerprint(settings.with_seed(3)) != fingerprint(settings.with_seed(4))
     assert settings.with_seed(3).collection.scenes.seed == 3
     assert {t.schedule.seed for t in settings.with_seed(3).denoiser_training.values()} == {3}
+
+
+# Length
+
+
+def test_length_is_the_largest_that_ends_in_time() -> None:
+    expected = {"collect": 100.0, "stage1": 300.0, "stage2": 100.0, "stage3": 200.0, "report": 100.0}
+    assert pace.choose_length(expected, slowness=1.0, limit_s=800.0) == 1.0
+    assert pace.choose_length(expected, slowness=1.5, limit_s=800.0) == 0.5  # 300 + 0.5 * 900 = 750
+    assert pace.choose_length(expected, slowness=9.0, limit_s=800.0) == min(pace.LENGTHS)
+
+
+def test_length_shortens_all_trainings_and_nothing_else() -> None:
+    settings = DEMO_PRESETS["demo"]
+    half = settings.with_length(0.5)
+    assert settings.with_length(1.0) is settings
+    assert half.scene_autoencoder_steps == round(settings.scene_autoencoder_steps / 2)
+    pairs = [(settings.latent_training, half.latent_training)]
+    pairs += [(settings.denoiser_training[name], half.denoiser_training[name]) for name in settings.denoiser_training]
+    for full, short in pairs:
+        assert short.schedule.max_steps == round(full.schedule.max_steps / 2)
+    start = settings.scene_autoencoder_preset["loss"]["adversarial_start"]
+    assert half.scene_autoencoder_options[-2:] == ("--pipeline.model.loss.adversarial-start", str(start // 2))
+    assert half.length == 0.5
+    assert half.collection == settings.collection
+    assert half.expected_seconds["collect"] == settings.expected_seconds["collect"]
+    assert half.expected_seconds["stage1"] == settings.expected_seconds["stage1"] / 2
+
+
+def test_a_continued_demo_keeps_its_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = DEMO_PRESETS["demo"]
+    monkeypatch.setattr(pace, "measure_gflops", lambda: settings.reference_gflops / 10)
+    slow = DemoCommand(tmp_path).training_length(settings, "cpu")
+    assert slow == min(pace.LENGTHS)
+    monkeypatch.setattr(pace, "measure_gflops", lambda: settings.reference_gflops * 10)
+    assert DemoCommand(tmp_path).training_length(settings, "cpu") == slow
+    assert DemoCommand(tmp_path, length=1.0).training_length(settings, "cpu") == 1.0
+    assert DemoCommand(tmp_path).training_length(settings, "cpu") == 1.0
+    (tmp_path / pace.LENGTH).write_text("{")
+    assert DemoCommand(tmp_path).training_length(settings, "cpu") == 1.0
+    with pytest.raises(UserInputError, match="--length is 2, but it is a share"):
+        DemoCommand(tmp_path, length=2).training_length(settings, "cpu")
+
+
+def test_speed_is_measured() -> None:
+    assert 0.1 < pace.measure_gflops(0.05) < 1e6
 
 
 # Progress
@@ -358,6 +406,7 @@ def check_report(root: Path) -> None:
     for part, keys in REPORT_KEYS.items():
         assert keys <= set(report[part])
     assert {"total_seconds", "seed", "versions", "device"} <= set(report)
+    assert report["length"] == 1.0
     assert {"psnr", "lpips"} <= set(report["stage1"]["nearest_view"]) & set(report["stage1"]["mean_image"])
     assert report["seed"] == 0
     assert report["data"]["scenes"] == {"train": 8, "val": 0, "test": 2}

@@ -19,6 +19,7 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
+from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig, SceneAutoencoderTrainerConfig
 from nfldm_ns.autoencoder.run_folder import config_folder
@@ -57,7 +58,7 @@ def small_config(data: Path, output_dir: Path, steps: int) -> SceneAutoencoderTr
     config.machine.device_type = "cpu"
     config.pipeline.datamanager.sampling = SceneSamplerConfig(scenes_per_batch=2, num_target_views=2)
     config.pipeline.model.network = SMALL_NETWORK
-    config.pipeline.model.loss.lpips_mult = 0.0
+    config.pipeline.model.loss.lpips_mult = config.pipeline.model.loss.adversarial_mult = 0.0
     config.pipeline.model.precision = "fp32"
     return config
 
@@ -225,6 +226,28 @@ def test_resumed_run_has_equal_weights(run, box_room_collection, tmp_path):
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
     assert not all(torch.equal(value, checkpoint(run, 3)[key]) for key, value in straight.items())
+
+
+def test_adversarial_training_starts_late_and_resumes_equal(box_room_collection, tmp_path):
+    require_weights("lpips-vgg")
+
+    def config(name: str, steps: int) -> SceneAutoencoderTrainerConfig:
+        config = small_config(box_room_collection.root, tmp_path / name, steps)
+        config.steps_per_save = 1
+        config.pipeline.model.loss = StageOneLossConfig(lpips_views=1, adversarial_mult=0.1, adversarial_start=3)
+        return config
+
+    run = train(config("straight", 5))
+    before, start, after, straight = (checkpoint(run, step) for step in (1, 2, 3, 4))
+    judge = [key for key in straight if "discriminator" in key]
+    assert judge and not any("discriminator" in key for key in load_scene_autoencoder(run).state_dict())
+    assert all(torch.equal(before[key], start[key]) for key in judge)
+    assert not all(torch.equal(start[key], after[key]) for key in judge)
+    resumed = config("resumed", 1)
+    resumed.load_dir, resumed.load_step = run / "nerfstudio_models", 3
+    again = checkpoint(train(resumed), 4)
+    assert straight.keys() == again.keys()
+    assert all(torch.equal(value, again[key]) for key, value in straight.items())
 
 
 def test_time_budget_ends_the_training(box_room_collection, tmp_path):

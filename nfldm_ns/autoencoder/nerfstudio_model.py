@@ -7,15 +7,20 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.models.base_model import ModelConfig
 from torch import Tensor, nn
 
+from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.voxel_model import VoxelModel
 from nfldm_ns.evaluation.metrics import psnr
 from nfldm_ns.scenes.views import SceneBatch, Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+PERCEPTUAL_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16, by level
 
 
 @dataclass
@@ -79,19 +84,35 @@ class SceneAutoencoderModel(VoxelModel):
             aabb=tuple(tuple(corner) for corner in self.scene_box.aabb.tolist()),
             **{key: data[key] for key in ("near", "far", "image_size", "focal_length")},
         ).to(memory_format=torch.channels_last)
-        self._perceptual: tuple[nn.Module, ...] = ()  # a tuple, so that its weights stay out of our checkpoints
+        self._perceptual: tuple[PerceptualNetwork, ...] = ()  # a tuple, so that its weights stay out of checkpoints
+        self.discriminator = None
+        if self.config.loss.adversarial_mult:
+            levels = self.config.loss.adversarial_levels
+            self.discriminator = ProjectedDiscriminator([PERCEPTUAL_CHANNELS[level] for level in levels])
+        self._step = 0
         self._shown_views: Views | None = None
         self._shown_grid: VoxelGrid | None = None
 
     def prepare_training(self) -> None:
-        """Loads the perceptual distance; `UserInputError` if its weights are missing."""
-        if self.config.loss.lpips_mult:
+        """Loads the perceptual network; `UserInputError` if its weights are missing."""
+        if self.config.loss.lpips_mult or self.discriminator is not None:
             from nfldm_ns.evaluation.weights import load_lpips
 
-            self._perceptual = (load_lpips("vgg").to(self.device),)
+            self._perceptual = (PerceptualNetwork(load_lpips("vgg")).to(self.device),)
 
     def get_param_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"autoencoder": list(self.autoencoder.parameters())}
+        groups = {"autoencoder": list(self.autoencoder.parameters())}
+        if self.discriminator is not None:
+            groups["discriminator"] = list(self.discriminator.parameters())
+        return groups
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        return [TrainingCallback([TrainingCallbackLocation.BEFORE_TRAIN_ITERATION], self._begin_step)]
+
+    def _begin_step(self, step: int) -> None:
+        self._step = step
 
     def get_outputs(self, ray_bundle: Any) -> dict[str, Any]:
         """Encodes a `SceneBatch` and renders its target views: `rendered`, `grid`. Else as `VoxelModel`."""
@@ -107,7 +128,10 @@ class SceneAutoencoderModel(VoxelModel):
     ) -> dict[str, Tensor]:
         """Weighted losses of a batch of scenes; `batch["target"]` holds the true views."""
         perceptual = self._perceptual[0] if self._perceptual else None
-        return stage_one_losses(self.config.loss, outputs["rendered"], batch["target"], outputs["grid"], perceptual)
+        discriminator = self.discriminator if self._step >= self.config.loss.adversarial_start else None
+        return stage_one_losses(
+            self.config.loss, outputs["rendered"], batch["target"], outputs["grid"], perceptual, discriminator
+        )
 
     @torch.no_grad()
     def get_metrics_dict(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:

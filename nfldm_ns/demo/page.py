@@ -152,7 +152,9 @@ def next_steps(folder: DemoFolder) -> Section:
 def footer(summary: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     data = summary["data"]
-    return f"Seed {summary['seed']}. {versions}. Data: {data['name']}, {data['licence']}."
+    length = summary["length"]
+    shortened = f" Trainings had {length:.0%} of their steps, to end in time on this machine." if length < 1 else ""
+    return f"Seed {summary['seed']}.{shortened} {versions}. Data: {data['name']}, {data['licence']}."
 
 
 def _machine(summary: Mapping[str, Any]) -> str:

@@ -13,6 +13,8 @@ from nfldm_ns.collect.doom_collection import CollectionOptions
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentTrainingConfig
 
+TRAININGS = ("stage1", "stage2", "stage3")  # stages whose time grows with their steps
+
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -36,7 +38,9 @@ class DemoSettings:
         num_images: images per set for FID and KID, and held-out views that are judged.
         views_per_scene: how many of them show one scene.
         video_frames: of each fly-through.
-        expected_seconds: by stage, on two CPU cores; only for the remaining time at the start.
+        expected_seconds: by stage, on two CPU cores: for the remaining time at the start, and to choose a length.
+        reference_gflops: speed of those cores (`measure_gflops`).
+        length: share of the trainings' steps that is left.
     """
 
     collection: CollectionOptions
@@ -57,6 +61,8 @@ class DemoSettings:
     views_per_scene: int = 4
     video_frames: int = 48
     expected_seconds: Mapping[str, float] = field(default_factory=dict)
+    reference_gflops: float = 190.0
+    length: float = 1.0
 
     def with_seed(self, seed: int) -> DemoSettings:
         """The same with one seed for everything."""
@@ -67,6 +73,32 @@ class DemoSettings:
             latent_training=_seeded(self.latent_training, seed),
             denoiser_training={name: _seeded(training, seed) for name, training in self.denoiser_training.items()},
         )
+
+    def with_length(self, share: float) -> DemoSettings:
+        """The same with a share of the steps of all trainings."""
+        if share == 1:
+            return self
+        start = self.scene_autoencoder_preset.get("loss", {}).get("adversarial_start", 0)
+        options = ("--pipeline.model.loss.adversarial-start", str(round(start * share)))
+        seconds = {name: value * (share if name in TRAININGS else 1) for name, value in self.expected_seconds.items()}
+        return replace(
+            self,
+            scene_autoencoder_steps=_shortened(self.scene_autoencoder_steps, share),
+            scene_autoencoder_options=(*self.scene_autoencoder_options, *options),
+            latent_training=_with_steps(self.latent_training, share),
+            denoiser_training={name: _with_steps(training, share) for name, training in self.denoiser_training.items()},
+            expected_seconds=seconds,
+            length=self.length * share,
+        )
+
+
+def _shortened(steps: int, share: float) -> int:
+    return max(1, round(steps * share))
+
+
+def _with_steps(training: Any, share: float) -> Any:
+    steps = _shortened(training.schedule.max_steps, share)
+    return replace(training, schedule=replace(training.schedule, max_steps=steps))
 
 
 def _seeded(training: Any, seed: int) -> Any:

@@ -194,7 +194,8 @@ class Demo:
         begun = time.monotonic()
         sections = picture_sections(self.folder, self.settings, report)
         names = [stage.name for stage in self.stages()]
-        summary = write_summary(self.folder, names, self.seed, self.device, time.monotonic() - begun)
+        seconds = time.monotonic() - begun
+        summary = write_summary(self.folder, names, self.seed, self.settings.length, self.device, seconds)
         write_page(self.folder, sections, summary)
 
 

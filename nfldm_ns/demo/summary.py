@@ -27,18 +27,20 @@ MEANING = {
     "samples": "FID and KID (Inception features) to real views of held-out places, num_images images in each set",
     "train_vs_test": "real views of training places in the place of samples: about the best that could be reached",
     "fid_to_train, kid_to_train": "samples compared with real views of training places",
+    "length": "share of the preset's training steps, below 1 on machines that would not end in time",
     "seconds": "wall time",
     "peak_rss_gib": "largest resident memory of the process and its children, shared pages counted for each",
 }
 
 
 def write_summary(
-    folder: DemoFolder, stages: Sequence[str], seed: int, device: str, seconds_so_far: float
+    folder: DemoFolder, stages: Sequence[str], seed: int, length: float, device: str, seconds_so_far: float
 ) -> dict[str, Any]:
     """Writes `report.json`.
 
     Args:
         stages: names of all stages in order; the last one is running.
+        length: share of the preset's training steps.
         seconds_so_far: what the last one has taken.
 
     Returns:
@@ -53,6 +55,7 @@ def write_summary(
     content = {
         **summary,
         "seed": seed,
+        "length": length,
         "data": {
             "name": collection.name,
             "licence": collection.licence,

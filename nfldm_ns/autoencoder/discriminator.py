@@ -1,0 +1,68 @@
+"""The adversarial loss on rendered images (the paper's stage 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Features = Sequence[Float[Tensor, "batch channels h w"]]
+EPS = 1e-4
+
+
+class ProjectedDiscriminator(nn.Module):
+    """Tells real from rendered patches by the features of a frozen, pretrained network.
+
+    A projected discriminator (Sauer et al., NeurIPS 2021, "Projected GANs Converge Faster"): only small heads are
+    trained, one per level of features, so that it is of use after some ten steps, where one that starts from pixels
+    needs thousands.
+
+    Args:
+        channels: of each level of features it looks at.
+        width: of the heads.
+    """
+
+    def __init__(self, channels: Sequence[int], width: int = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_head(count, width) for count in channels)
+
+    def forward(self, features: Features) -> list[Float[Tensor, "batch 1 h w"]]:
+        """Logits of patches, one map per level; positive means real."""
+        scaled = [level / (level.square().mean(1, keepdim=True).sqrt() + EPS) for level in features]
+        return [head(level) for head, level in zip(self.heads, scaled, strict=True)]
+
+
+def _head(in_channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, width, 1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(width, 1, 1),
+    )
+
+
+def generator_loss(discriminator: nn.Module, rendered: Features) -> Float[Tensor, ""]:
+    """The non-saturating loss (Goodfellow et al. 2014): mean over levels and patches of `softplus(-D(rendered))`.
+
+    Its gradients reach the renderer alone: the discriminator's parameters count as constants.
+    """
+    constants = {name: parameter.detach() for name, parameter in discriminator.named_parameters()}
+    return _mean(F.softplus(-logits) for logits in functional_call(discriminator, constants, (rendered,)))
+
+
+def discriminator_loss(discriminator: nn.Module, rendered: Features, real: Features) -> Float[Tensor, ""]:
+    """Mean over levels and patches of `softplus(-D(real)) + softplus(D(rendered))`.
+
+    Its gradients reach the discriminator alone.
+    """
+    judged = discriminator([level.detach() for level in rendered]), discriminator([level.detach() for level in real])
+    return _mean(F.softplus(logits) for logits in judged[0]) + _mean(F.softplus(-logits) for logits in judged[1])
+
+
+def _mean(levels) -> Float[Tensor, ""]:
+    return torch.stack([level.mean() for level in levels]).mean()

@@ -1,0 +1,40 @@
+"""The perceptual network of the image losses: its features, and the distance LPIPS defines on them."""
+
+from __future__ import annotations
+
+import lpips
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+Features = list[Float[Tensor, "batch channels h w"]]
+
+
+class PerceptualNetwork(nn.Module):
+    """LPIPS (Zhang et al. 2018) in two steps, so that a discriminator can look at the same features.
+
+    Args:
+        metric: the frozen metric, from `nfldm_ns.evaluation.weights.load_lpips`.
+    """
+
+    def __init__(self, metric: lpips.LPIPS) -> None:
+        super().__init__()
+        self.metric = metric
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Channels of each level of features, finest first."""
+        return tuple(self.metric.chns)
+
+    def features(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
+        """Activations of all levels, for images in [-1, 1]."""
+        scaled = self.metric.scaling_layer(images).contiguous(memory_format=torch.channels_last)
+        return list(self.metric.net(scaled))
+
+    def distance(self, first: Features, second: Features) -> Float[Tensor, "batch"]:
+        """The LPIPS of images with these features."""
+        levels = []
+        for a, b, head in zip(first, second, self.metric.lins, strict=True):
+            difference = (lpips.normalize_tensor(a) - lpips.normalize_tensor(b)).square()
+            levels.append(head(difference).mean(dim=(1, 2, 3)))
+        return torch.stack(levels).sum(0)
