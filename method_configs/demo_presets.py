@@ -27,32 +27,24 @@ _LATENT = LATENT_PRESETS["tiny"]
 _DIFFUSION = DIFFUSION_PRESETS["tiny"]
 
 
-def _steps(training, max_steps: int, **others):
-    return replace(training, schedule=replace(training.schedule, max_steps=max_steps, **others))
-
-
 DEMO_PRESETS: dict[str, DemoSettings] = {
     "demo": DemoSettings(
         collection=HELD_OUT_PLACES,
-        scene_autoencoder_steps=1000,
+        scene_autoencoder_steps=SCENE_AUTOENCODER["tiny"].max_num_iterations,
         scene_autoencoder_preset=asdict(SCENE_AUTOENCODER["tiny"]),
         latent_model=_LATENT.model,
-        latent_training=_steps(_LATENT.training, 250),
+        latent_training=_LATENT.training,
         denoiser_models=_DIFFUSION.models,
-        denoiser_training={
-            "global": _steps(_DIFFUSION.training["global"], 2000),
-            "coarse": _steps(_DIFFUSION.training["coarse"], 1200),
-            "fine": _steps(_DIFFUSION.training["fine"], 800),
-        },
-        quarter_turns=False,
+        denoiser_training=_DIFFUSION.training,
+        quarter_turns=_DIFFUSION.quarter_turns,
         temperatures=_DIFFUSION.temperatures,
         num_images=168,
         expected_seconds={
-            "collect": 55,
-            "stage1": 330,
+            "collect": 40,
+            "stage1": 325,
             "encode": 17,
-            "stage2": 110,
-            "stage3": 300,
+            "stage2": 108,
+            "stage3": 295,
             "sample": 35,
             "evaluate": 90,
             "report": 30,

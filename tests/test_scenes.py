@@ -291,6 +291,23 @@ def test_a_success_replaces_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "new.json"]
 
 
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
+    destination = tmp_path / "out"
+    write_json(destination / "old.json", [1])
+    rename = Path.replace
+
+    def refuse_the_new_one(path: Path, target: Path) -> Path:
+        if path.suffix == ".tmp" and target == destination:
+            raise PermissionError(13, "Permission denied", str(target))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_the_new_one)
+    with pytest.raises(PermissionError), atomic_path(destination) as temporary:
+        write_json(temporary / "new.json", [2])
+    monkeypatch.undo()
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "old.json"]
+
+
 def make_collection_and_expect_a_sentence(root: Path, capsys: pytest.CaptureFixture[str]) -> str:
     with pytest.raises(SystemExit) as exit_info, exit_on_bad_input():
         make_box_room_collection(root, num_train=1, num_test=1, num_val=0, image_size=32)

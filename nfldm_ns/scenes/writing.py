@@ -38,8 +38,9 @@ def atomic_path(destination: Path) -> Iterator[Path]:
     try:
         yield temporary
         if temporary.is_dir() and destination.exists():
-            shutil.rmtree(destination)
-        temporary.replace(destination)
+            _replace_folder(temporary, destination)
+        else:
+            temporary.replace(destination)
     except UserInputError:
         raise
     except Exception as error:
@@ -52,6 +53,18 @@ def atomic_path(destination: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _replace_folder(new: Path, destination: Path) -> None:
+    """Puts a new folder in the place of an old one, which stays if that fails."""
+    old = new.with_suffix(".old")
+    destination.replace(old)
+    try:
+        new.replace(destination)
+    except OSError:
+        old.replace(destination)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _write_error(error: Exception, temporary: Path) -> int | None:
