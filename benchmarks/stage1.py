@@ -6,7 +6,10 @@ Prints the median time of each part at the size of `nfldm-scene-ae-tiny`, and ra
 
 - lifting by one scatter over all views and depths, against a Python loop over views and depths;
 - features at the few samples that matter, against features at all samples;
-- rays at the feature maps' resolution, against rays through every pixel.
+- rays at the feature maps' resolution, against rays through every pixel;
+- the perceptual distance and the discriminator on the preset's few views, against both on all views.
+
+Needs the weights of LPIPS (`nfldm-weights get lpips-vgg`).
 """
 
 from __future__ import annotations
@@ -15,16 +18,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import tyro
 from nerfstudio.cameras.cameras import Cameras
 
+from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
 from nfldm_ns.autoencoder.lifting import fuse_frustums
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.nerfstudio_model import PERCEPTUAL_CHANNELS
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import render_feature_maps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.scenes.views import Views, index_cameras, make_cameras
 
 
@@ -84,14 +92,16 @@ def fuse_in_a_loop(model: SceneAutoencoder, density: torch.Tensor, features: tor
 def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = SceneAutoencoder().to(memory_format=torch.channels_last)
+    preset = SCENE_AUTOENCODER["tiny"]
+    model = SceneAutoencoder(**preset.network).to(memory_format=torch.channels_last)
     source, target = random_views(8), random_views(4)
+    perceptual, own = PerceptualNetwork(load_lpips("vgg")), StageOneLossConfig(**preset.loss)
+    discriminator = ProjectedDiscriminator([PERCEPTUAL_CHANNELS[level] for level in own.adversarial_levels])
 
-    def step() -> None:
+    def step(config: StageOneLossConfig, judge: ProjectedDiscriminator | None = None) -> None:
         grid = model.encode(source)
-        losses = stage_one_losses(
-            StageOneLossConfig(lpips_mult=0), model.render(grid, target.cameras), target, grid, None
-        )
+        rendered = model.render(grid, target.cameras)
+        losses = stage_one_losses(config, rendered, target, grid, perceptual, judge)
         sum(losses.values()).backward()
 
     with torch.no_grad():
@@ -119,7 +129,13 @@ def main(options: Options) -> None:
             "render and decode, 4 views": lambda: model.render(grid, target.cameras),
         }
         times = {name: median_ms(part, options.repeats) for name, part in parts.items()}
-    times["step without the perceptual distance"] = median_ms(step, options.repeats)
+    steps = {
+        "step without the perceptual network": lambda: step(replace(own, lpips_mult=0)),
+        "step without the discriminator": lambda: step(own),
+        "step": lambda: step(own, discriminator),
+        "step, perceptual network on all views": lambda: step(replace(own, lpips_views=None), discriminator),
+    }
+    times.update({name: median_ms(part, options.repeats) for name, part in steps.items()})
     for name, value in times.items():
         print(f"{name:45s} {value:8.1f} ms")
     ratios = {
@@ -129,6 +145,7 @@ def main(options: Options) -> None:
             "volume rendering, 4 views",
         ),
         "rendering, a ray per pixel / this": ("volume rendering, a ray per pixel", "volume rendering, 4 views"),
+        "step, perceptual network on all / few views": ("step, perceptual network on all views", "step"),
     }
     for name, (plain, ours) in ratios.items():
         print(f"{name:45s} {times[plain] / times[ours]:8.1f} x")
