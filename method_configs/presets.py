@@ -19,7 +19,8 @@ class SceneAutoencoderPreset:
         discriminator_learning_rate: constant.
         warmup_steps: steps of rising learning rate.
         precision: "fp32" or "bf16", arithmetic of the networks in training.
-        cost: parameters, memory and time per step, as measured.
+        image_size: side of the images in pixels that it is meant for (what it is trained on comes from the data).
+        num_source_views: of the scenes that it is meant for.
     """
 
     network: dict[str, Any]
@@ -30,7 +31,8 @@ class SceneAutoencoderPreset:
     discriminator_learning_rate: float = 1e-3
     warmup_steps: int = 50
     precision: Literal["fp32", "bf16"] = "fp32"
-    cost: str = ""
+    image_size: int = 64
+    num_source_views: int = 8
 
 
 SCENE_AUTOENCODER = {
@@ -50,10 +52,10 @@ SCENE_AUTOENCODER = {
     ),
     "base": SceneAutoencoderPreset(
         network={
-            "grid_shape": (32, 128, 128),
+            "grid_shape": (16, 64, 64),
             "feature_channels": 32,
             "num_depth_bins": 64,
-            "num_samples": 128,
+            "num_samples": 96,
             "num_feature_samples": None,
             "encoder_channels": (96, 192),
             "decoder_channels": (128, 64),
@@ -63,5 +65,26 @@ SCENE_AUTOENCODER = {
         max_num_iterations=100_000,
         learning_rate=4e-4,
         warmup_steps=1000,
+        image_size=128,
+    ),
+    "paper": SceneAutoencoderPreset(
+        network={
+            "grid_shape": (32, 128, 128),
+            "feature_channels": 32,
+            "num_depth_bins": 64,
+            "num_samples": 128,
+            "num_feature_samples": None,
+            "encoder_channels": (128, 256),
+            "encoder_blocks": 2,
+            "decoder_channels": (256, 128),
+            "decoder_blocks": 2,
+        },
+        loss={"adversarial_mult": 0.05, "adversarial_start": 20_000},
+        sampling={"scenes_per_batch": 1, "num_target_views": 6},
+        max_num_iterations=400_000,
+        learning_rate=2e-4,
+        warmup_steps=1000,
+        image_size=128,
+        num_source_views=6,
     ),
 }

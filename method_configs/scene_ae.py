@@ -1,4 +1,4 @@
-"""nerfstudio methods of stage 1: `nfldm-scene-ae-tiny` and `nfldm-scene-ae`."""
+"""nerfstudio methods of stage 1: `nfldm-scene-ae-tiny`, `nfldm-scene-ae` and `nfldm-scene-ae-paper`."""
 
 from __future__ import annotations
 
@@ -63,4 +63,9 @@ nfldm_scene_ae_tiny = MethodSpecification(
 nfldm_scene_ae = MethodSpecification(
     config=scene_autoencoder_config("nfldm-scene-ae", SCENE_AUTOENCODER["base"]),
     description="NeuralField-LDM stage 1: scene auto-encoder, one GPU.",
+)
+
+nfldm_scene_ae_paper = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae-paper", SCENE_AUTOENCODER["paper"]),
+    description="NeuralField-LDM stage 1: scene auto-encoder at the paper's size, several GPUs.",
 )

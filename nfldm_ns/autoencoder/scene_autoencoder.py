@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -87,7 +88,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             raise ValueError(f"encoder_input must be 'rgb' or 'rgbd', not {encoder_input!r}")
         box = torch.tensor(aabb, dtype=torch.float32)
         self.register_buffer("box", box, persistent=False)
-        reach = float((box.abs().amax(0)).norm())
+        reach = math.hypot(*(max(abs(low), abs(high)) for low, high in zip(*aabb, strict=True)))
         centres, widths = depth_bins(near, min(far, reach), num_depth_bins, depth_spacing)  # type: ignore[arg-type]
         self.register_buffer("bin_centres", centres, persistent=False)
         self.register_buffer("bin_widths", widths, persistent=False)

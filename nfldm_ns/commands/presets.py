@@ -1,0 +1,57 @@
+"""`nfldm-presets`: sizes of all presets, and what a training step of each costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tyro
+
+from nfldm_ns.errors import exit_on_bad_input
+
+MIN_WIDTH = 100
+
+
+@dataclass
+class Presets:
+    """Lists the presets of the three stages: parameters, operations and memory of one training step.
+
+    Counted for the networks, in single precision, at the preset's batch and for images of the size it is meant for;
+    lifting and volume rendering come on top. G is 10^9; operations are multiplications and additions, forward and
+    backward.
+    """
+
+    def run(self) -> None:
+        from rich.box import SIMPLE
+        from rich.console import Console
+        from rich.table import Table
+
+        from nfldm_ns.method_configs.preset_costs import preset_costs
+
+        table = Table(box=SIMPLE, pad_edge=False)
+        for heading in ("stage", "preset", "sizes"):
+            table.add_column(heading, no_wrap=True)
+        for heading in ("batch", "parameters", "G ops", "memory"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in preset_costs():
+            cost = row.cost
+            table.add_row(
+                row.stage,
+                row.preset,
+                row.sizes,
+                str(row.batch_size),
+                f"{cost.parameters / 1e6:.2f} M",
+                f"{cost.flops / 1e9:,.0f}",
+                f"{cost.bytes / 2**30:.2f} GiB",
+            )
+        Console(width=max(Console().width, MIN_WIDTH)).print(table)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    command = tyro.cli(Presets, prog="nfldm-presets", args=args)
+    with exit_on_bad_input():
+        command.run()
+
+
+if __name__ == "__main__":
+    main()

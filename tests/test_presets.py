@@ -1,0 +1,74 @@
+"""Presets of all stages: what they cost, and that they can be built and stepped."""
+
+import pytest
+import torch
+from torch import nn
+
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.commands import presets
+from nfldm_ns.evaluation.network_cost import NetworkCost, network_cost
+from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
+from nfldm_ns.method_configs.preset_costs import preset_costs, scene_autoencoder_cost
+from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
+from nfldm_ns.scenes.views import Views
+from tests.synthetic import AABB, BoxRoom, surround_cameras
+
+
+def test_cost_of_one_convolution():
+    with torch.device("meta"):
+        layer = nn.Conv2d(3, 8, 3, padding=1)
+        images = torch.empty(4, 3, 10, 10)
+    forward = 2 * 4 * 100 * 8 * 27
+    cost = network_cost(layer, lambda: layer(images))
+    assert cost.parameters == 8 * 27 + 8
+    assert cost.flops == 2 * forward, "the images need no gradient"
+    assert cost.activation_bytes == 4 * images.numel()
+    assert cost.bytes == 16 * cost.parameters + cost.activation_bytes
+    frozen = network_cost(layer.requires_grad_(False), lambda: layer(images), backward=False)
+    assert frozen == NetworkCost(0, forward, 0)
+
+
+def test_every_network_of_every_preset_is_counted():
+    rows = list(preset_costs())
+    assert set(SCENE_AUTOENCODER) == set(LATENT_PRESETS) == set(DIFFUSION_PRESETS)
+    assert len(rows) == 5 * len(SCENE_AUTOENCODER)
+    assert len({(row.stage, row.preset) for row in rows}) == len(rows)
+    assert all(min(row.cost.parameters, row.cost.flops, row.cost.activation_bytes) > 0 for row in rows)
+
+
+def test_parameters_are_those_of_the_model():
+    preset = SCENE_AUTOENCODER["tiny"]
+    model = SceneAutoencoder(**preset.network)
+    networks = [*model.encoder.parameters(), *model.decoder.parameters()]
+    assert scene_autoencoder_cost(preset).parameters == sum(parameter.numel() for parameter in networks)
+
+
+def test_the_command_lists_them(capsys):
+    presets.main([])
+    said = capsys.readouterr().out
+    for name in ("tiny", "base", "paper", "3 fine", "c 4x8x32x32, f 4x128x128, g 128", "G ops"):
+        assert name in said
+
+
+@pytest.mark.parametrize("name", ["base", "paper"])
+def test_large_presets_take_a_step(name):
+    """One scene with all its source views, one target view."""
+    preset, generator = SCENE_AUTOENCODER[name], torch.Generator().manual_seed(0)
+    size = preset.image_size
+    torch.manual_seed(0)
+    model = SceneAutoencoder(**preset.network, image_size=(size, size), focal_length=size / 2, aabb=AABB)
+    room = BoxRoom.random(generator)
+    counts = (preset.num_source_views, 1)
+    source, target = (Views.stack([room.render(surround_cameras(n, size, generator))]) for n in counts)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=preset.learning_rate)
+    grid = model.encode(source)
+    assert grid.shape == preset.network["grid_shape"]
+    rendered = model.render(grid, target.cameras)
+    assert rendered.rgb.shape == (1, 1, 3, size, size)
+    losses = stage_one_losses(StageOneLossConfig(lpips_mult=0), rendered, target, grid, None)
+    sum(losses.values()).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
+    before = model.encoder.out.weight.clone()
+    optimizer.step()
+    assert not torch.equal(before, model.encoder.out.weight)
