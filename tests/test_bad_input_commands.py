@@ -279,7 +279,10 @@ def test_training_explains_unwritable_output(stages: Path, unwritable: Path, ref
     assert str(unwritable.parent) in refused(train, small_config(stages / "rooms", unwritable, 1))
 
 
-def test_sample_explains_unwritable_output(stages: Path, unwritable: Path, refused: Refused) -> None:
+def test_sample_explains_unwritable_output_before_it_samples(
+    stages: Path, unwritable: Path, monkeypatch: pytest.MonkeyPatch, refused: Refused
+) -> None:
+    monkeypatch.delattr("nfldm_ns.diffusion.pipeline.NFLDMPipeline.__call__")
     arguments = [stages / "pipeline", "--num-scenes", 1, "--num-inference-steps", 1, *to(unwritable)]
     assert str(unwritable.parent) in refused(sample.main, *arguments)
 

@@ -35,6 +35,7 @@ class Sample:
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
         from nfldm_ns.diffusion.sampling import sample_scenes
+        from nfldm_ns.scenes.writing import require_writable
 
         if self.num_scenes < 1 or self.batch_size < 1 or self.num_inference_steps < 1:
             raise UserInputError(
@@ -43,6 +44,7 @@ class Sample:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         pipeline = load_pipeline(self.pipeline).to(device)
+        require_writable(self.output_dir)
         scenes = sample_scenes(
             pipeline,
             self.output_dir,
