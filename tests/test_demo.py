@@ -150,6 +150,7 @@ def test_fingerprint_depends_on_every_setting_and_on_nothing_else() -> None:
 def test_length_is_the_largest_that_ends_in_time() -> None:
     expected = {"collect": 100.0, "stage1": 300.0, "stage2": 100.0, "stage3": 200.0, "report": 100.0}
     assert pace.choose_length(expected, slowness=1.0, limit_s=800.0) == 1.0
+    assert pace.choose_length(expected, slowness=1.25, limit_s=800.0) == 1.0, "no more than noise"
     assert pace.choose_length(expected, slowness=1.5, limit_s=800.0) == 0.5  # 300 + 0.5 * 900 = 750
     assert pace.choose_length(expected, slowness=9.0, limit_s=800.0) == min(pace.LENGTHS)
 
