@@ -27,8 +27,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
 from nfldm_ns.autoencoder.lifting import fuse_frustums
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
-from nfldm_ns.autoencoder.nerfstudio_model import PERCEPTUAL_CHANNELS
-from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import render_feature_maps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.evaluation.weights import load_lpips

@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator, discriminator_loss, generator_loss
-from nfldm_ns.autoencoder.nerfstudio_model import PERCEPTUAL_CHANNELS
-from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
 from nfldm_ns.evaluation.weights import load_lpips
 from tests.pretrained import require_weights
 

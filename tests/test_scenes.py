@@ -291,6 +291,14 @@ def test_a_success_replaces_what_was_there(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "new.json"]
 
 
+def test_a_folder_never_replaces_a_file(tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(NotADirectoryError), atomic_path(tmp_path / "out") as temporary:
+        write_json(temporary / "new.json", [2])
+    assert [p.name for p in tmp_path.rglob("*")] == ["out"]
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path, monkeypatch) -> None:
     destination = tmp_path / "out"
     write_json(destination / "old.json", [1])

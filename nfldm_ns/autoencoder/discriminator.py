@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-Features = Sequence[Float[Tensor, "batch channels h w"]]
+from nfldm_ns.autoencoder.perceptual import Features
+
 EPS = 1e-4
 
 

@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
-from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.voxel_model import VoxelModel
 from nfldm_ns.evaluation.metrics import psnr
 from nfldm_ns.scenes.views import SceneBatch, Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-
-PERCEPTUAL_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16, by level
 
 
 @dataclass

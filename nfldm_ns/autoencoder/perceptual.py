@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import lpips
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+if TYPE_CHECKING:
+    import lpips
+
+PERCEPTUAL_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16, by level, finest first
 Features = list[Float[Tensor, "batch channels h w"]]
 
 
@@ -33,8 +38,10 @@ class PerceptualNetwork(nn.Module):
 
     def distance(self, first: Features, second: Features) -> Float[Tensor, "batch"]:
         """The LPIPS of images with these features."""
+        from lpips import normalize_tensor  # nothing that only views or renders needs the package
+
         levels = []
         for a, b, head in zip(first, second, self.metric.lins, strict=True):
-            difference = (lpips.normalize_tensor(a) - lpips.normalize_tensor(b)).square()
+            difference = (normalize_tensor(a) - normalize_tensor(b)).square()
             levels.append(head(difference).mean(dim=(1, 2, 3)))
         return torch.stack(levels).sum(0)

@@ -153,7 +153,7 @@ def footer(summary: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     data = summary["data"]
     length = summary["length"]
-    shortened = f" Trainings had {length:.0%} of their steps, to end in time on this machine." if length < 1 else ""
+    shortened = f" Trainings had {length:.0%} of the preset's steps." if length < 1 else ""
     return f"Seed {summary['seed']}.{shortened} {versions}. Data: {data['name']}, {data['licence']}."
 
 

@@ -27,7 +27,7 @@ MEANING = {
     "samples": "FID and KID (Inception features) to real views of held-out places, num_images images in each set",
     "train_vs_test": "real views of training places in the place of samples: about the best that could be reached",
     "fid_to_train, kid_to_train": "samples compared with real views of training places",
-    "length": "share of the preset's training steps, below 1 on machines that would not end in time",
+    "length": "share of the preset's training steps: as asked for, else what ends in time on this machine",
     "seconds": "wall time",
     "peak_rss_gib": "largest resident memory of the process and its children, shared pages counted for each",
 }

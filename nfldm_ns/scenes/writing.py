@@ -38,7 +38,7 @@ def atomic_path(destination: Path) -> Iterator[Path]:
     temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         yield temporary
-        if temporary.is_dir() and destination.exists():
+        if temporary.is_dir() and destination.is_dir():
             _replace_folder(temporary, destination)
         else:
             temporary.replace(destination)
