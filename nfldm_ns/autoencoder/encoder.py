@@ -20,6 +20,7 @@ class ImageEncoder(nn.Module):
         in_channels: 3 for RGB, 5 for RGB, depth and its validity.
         num_depth_bins: D.
         feature_channels: C.
+        extra_channels: further outputs per pixel.
         stride: image pixels per feature pixel (a power of two).
         channels: widths from the feature resolution downwards, each level at half the size of the one before.
         num_blocks: residual blocks per level and direction.
@@ -33,10 +34,11 @@ class ImageEncoder(nn.Module):
         stride: int,
         channels: tuple[int, ...],
         num_blocks: int,
+        extra_channels: int = 0,
     ) -> None:
         super().__init__()
         self.stride = stride
-        self.num_depth_bins = num_depth_bins
+        self.outputs = (num_depth_bins, feature_channels, extra_channels)
         # Space to depth keeps every pixel's colour while the network runs at the feature resolution.
         self.stem = nn.Conv2d(in_channels * stride**2, channels[0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -49,7 +51,7 @@ class ImageEncoder(nn.Module):
             self.up.append(nn.Sequential(*_blocks(previous + width, width, num_blocks)))
             previous = width
         self.norm = group_norm(previous)
-        self.out = nn.Conv2d(previous, num_depth_bins + feature_channels, 3, padding=1)
+        self.out = nn.Conv2d(previous, sum(self.outputs), 3, padding=1)
         nn.init.normal_(self.out.weight, std=1e-3)
         nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
         self.colours = nn.Conv2d(3, feature_channels, 1)
@@ -61,8 +63,8 @@ class ImageEncoder(nn.Module):
 
     def forward(
         self, images: Float[Tensor, "batch in_channels height width"]
-    ) -> tuple[Float[Tensor, "batch bins h w"], Float[Tensor, "batch channels h w"]]:
-        """Density logits along the rays and features; images are centred to [-1, 1], colours first."""
+    ) -> tuple[Float[Tensor, "batch bins h w"], Float[Tensor, "batch channels h w"], Float[Tensor, "batch extra h w"]]:
+        """Density logits along the rays, features and extra outputs; images are centred to [-1, 1], colours first."""
         colours = F.avg_pool2d(images[:, :3], self.stride)
         x = self.stem(F.pixel_unshuffle(images, self.stride))
         skips = []
@@ -72,9 +74,8 @@ class ImageEncoder(nn.Module):
         for blocks, skip in zip(self.up, reversed(skips[:-1]), strict=True):
             x = F.interpolate(x, size=skip.shape[-2:], mode="nearest")
             x = blocks(torch.cat([x, skip], dim=1))
-        x = self.out(F.silu(self.norm(x)))
-        logits, features = x[:, : self.num_depth_bins], x[:, self.num_depth_bins :]
-        return logits, features + self.colours(colours)
+        logits, features, extra = self.out(F.silu(self.norm(x))).split(self.outputs, dim=1)
+        return logits, features + self.colours(colours), extra
 
 
 def _blocks(in_channels: int, out_channels: int, num_blocks: int) -> list[nn.Module]:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from nfldm_ns.scenes.views import camera_rays
-from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.scenes.views import camera_rays, project_points
+from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 
-Fusion = Literal["occupancy", "mean"]
+Fusion = Literal["attention", "occupancy", "mean"]
+Splatting = Literal["gather", "nearest", "trilinear"]
 EPS = 1e-6
 SEEN = 1e-3  # entries that rays end at with a lower probability carry no features
 
@@ -56,32 +61,8 @@ def box_exit_depth(
     return enter, torch.maximum(leave, enter)
 
 
-def frustum_voxels(
-    origins: Float[Tensor, "*batch 3"],
-    directions: Float[Tensor, "*batch h w 3"],
-    depths: Float[Tensor, "bins"],
-    aabb: Float[Tensor, "2 3"],
-    shape: tuple[int, int, int],
-) -> tuple[Int[Tensor, "*batch h w bins"], Float[Tensor, "*batch h w bins"]]:
-    """The flat index of the voxel at each depth of each ray, and 1 or 0 for inside or outside the box.
-
-    Points outside get the index of voxel 0.
-    """
-    z, y, x = shape
-    size = origins.new_tensor([x, y, z])
-    scale = size / (aabb[1] - aabb[0])
-    start = ((origins - aabb[0]) * scale)[..., None, None, :]
-    slope = directions * scale
-    cells = [(start[..., axis, None] + slope[..., axis, None] * depths).floor().to(torch.int32) for axis in range(3)]
-    inside = torch.ones_like(cells[0], dtype=torch.bool)
-    for cell, count in zip(cells, (x, y, z), strict=True):
-        inside &= (cell >= 0) & (cell < count)
-    index = ((cells[2] * y + cells[1]) * x + cells[0]) * inside
-    return index.long(), inside.to(origins.dtype)
-
-
 def fuse_frustums(
-    density: Float[Tensor, "batch views bins h w"],
+    density: Float[Tensor, "batch views bins h w"] | None,
     features: Float[Tensor, "batch views channels h w"],
     cameras: Cameras,
     centres: Float[Tensor, "bins"],
@@ -89,50 +70,210 @@ def fuse_frustums(
     aabb: Float[Tensor, "2 3"],
     shape: tuple[int, int, int],
     fusion: Fusion = "occupancy",
+    splatting: Splatting = "nearest",
+    attention: Float[Tensor, "batch views h w"] | None = None,
 ) -> VoxelGrid:
-    """Places all frustums in the world and fuses them into one grid, by one scatter over all views of all scenes.
+    """Places all frustums in the world and fuses them into one grid, at once for all views of all scenes.
 
-    Every frustum entry is the paper's `F(h, w, d) = [O(h, w, d) phi(h, w), sigma(h, w, d)]` and falls into the voxel
-    that contains its bin's centre. `fusion` says how a voxel combines its entries:
+    Every frustum entry is the paper's `F(h, w, d) = [O(h, w, d) phi(h, w), sigma(h, w, d)]`. `splatting` says which
+    entries a voxel gets:
+
+    - `"nearest"`: an entry goes to the voxel that contains its bin's centre.
+    - `"trilinear"`: to the eight voxels around its bin's centre, with trilinear weights.
+    - `"gather"`: a voxel reads every frustum that contains its centre there, by trilinear interpolation; far surfaces,
+      whose pixels are wider than a voxel, get no holes.
+
+    `fusion` says how a voxel combines its entries:
 
     - `"mean"`, the paper's: the plain mean of the entries.
     - `"occupancy"`: features weighted by O, densities by the probability that the ray reaches the entry; a view that
       does not see a voxel then has no say in it.
+    - `"attention"`: as `"occupancy"`, the weights multiplied by the exponential of `attention`, a logit that the image
+      encoder gives each of its pixels.
 
     Args:
-        density: sigma in 1/m at the bins' centres.
+        density: sigma in 1/m at the bins' centres; None, where densities are not of the views, counts all bins of a
+            ray alike and gives a grid of density 0.
         cameras: batch shape `[B, N]`.
         centres, widths: planar depth of the bins in metres.
         shape: (Z, Y, X).
     """
-    batch, _, bins, h, w = density.shape
-    channels = features.shape[2]
-    num_voxels = shape[0] * shape[1] * shape[2]
+    if (attention is not None) != (fusion == "attention"):
+        raise ValueError(f"fusion {fusion!r} does not go with attention {'given' if attention is not None else 'None'}")
+    frustums = _frustum_values(density, features, cameras, widths, attention)
+    if splatting == "gather":
+        entries = _gather(frustums, features, cameras, centres, widths, aabb, shape)
+    else:
+        entries = _splat(frustums, features, cameras, centres, aabb, shape, splatting == "trilinear")
+    return _fuse(entries, fusion, features.shape[0], aabb, shape)
+
+
+def _frustum_values(
+    density: Float[Tensor, "batch views bins h w"] | None,
+    features: Float[Tensor, "batch views channels h w"],
+    cameras: Cameras,
+    widths: Float[Tensor, "bins"],
+    attention: Float[Tensor, "batch views h w"] | None,
+) -> Float[Tensor, "batch views values bins h w"]:
+    """Sigma, the probability that the ray reaches the bin, O, and where there is attention its weight."""
+    if density is None:
+        density = features.new_zeros(*features.shape[:2], len(widths), *features.shape[-2:])
+        transmittance = occupancy = torch.ones_like(density)
+    else:
+        with torch.no_grad():
+            _, directions = camera_rays(cameras, *density.shape[-2:])
+            delta = widths * directions.norm(dim=-1, keepdim=True)
+        along = occupancy_along_rays(density.movedim(2, -1), delta)
+        occupancy, transmittance = (values.movedim(-1, 2) for values in along)
+    values = [density, transmittance, occupancy]
+    if attention is not None:
+        values.append(attention.exp()[:, :, None].expand_as(density))
+    return torch.stack(values, dim=2)
+
+
+@dataclass
+class _Entries:
+    """Frustum entries that fall into voxels.
+
+    Attributes:
+        index: the voxel of each, counted over all scenes of the batch.
+        share: how much of the entry the voxel gets; None is all of it.
+        values: sigma, the probability that the ray reaches the entry, O, and where there is attention its weight.
+        seen: entries whose O is large enough to carry features; most are empty or hidden.
+        features: of the seen entries' pixels.
+    """
+
+    index: Int[Tensor, "entries"]
+    share: Float[Tensor, "entries"] | None
+    values: Float[Tensor, "entries values"]
+    seen: Int[Tensor, "seen"]
+    features: Float[Tensor, "seen channels"]
+
+
+def _splat(
+    frustums: Float[Tensor, "batch views values bins h w"],
+    features: Float[Tensor, "batch views channels h w"],
+    cameras: Cameras,
+    centres: Float[Tensor, "bins"],
+    aabb: Float[Tensor, "2 3"],
+    shape: tuple[int, int, int],
+    trilinear: bool,
+) -> _Entries:
+    """Every entry to the voxel, or the eight voxels, at its bin's centre."""
+    batch, _, num_values, bins, h, w = frustums.shape
     with torch.no_grad():
         origins, directions = camera_rays(cameras, h, w)
-        delta = widths * directions.norm(dim=-1, keepdim=True)
-        index, inside = frustum_voxels(origins, directions, centres, aabb, shape)
-        scene = torch.arange(batch, device=density.device).view(-1, 1, 1, 1, 1)
-        index = (index + scene * num_voxels).flatten()
-    density = density.permute(0, 1, 3, 4, 2)
-    occupancy, transmittance = occupancy_along_rays(density, delta)
+        corners = frustum_voxels(origins, directions, centres, aabb, shape, trilinear)
+        scene = torch.arange(batch, device=frustums.device).view(-1, 1, 1, 1, 1) * math.prod(shape)
+        index = torch.cat([(index + scene).flatten() for index, _ in corners])
+        share = torch.cat([share.flatten() for _, share in corners])
+        inside = share.nonzero()[:, 0]
+        entry = inside % (index.numel() // len(corners))
+    values = frustums.permute(0, 1, 4, 5, 3, 2).reshape(-1, num_values)[entry]
+    seen = (values[:, 2] > SEEN).nonzero()[:, 0]
+    pixels = features.permute(0, 1, 3, 4, 2).reshape(-1, features.shape[2])
+    return _Entries(index[inside], share[inside] if trilinear else None, values, seen, pixels[entry[seen] // bins])
 
-    weight = transmittance * inside if fusion == "occupancy" else inside
-    density_sum = _scatter((weight * density).flatten(), index, batch * num_voxels)
-    weight_sum = _scatter(weight.flatten(), index, batch * num_voxels)
-    fused_density = density_sum / (weight_sum + EPS)
 
-    # Most entries are empty or hidden: features go only where rays may end.
-    seen = ((occupancy * inside).flatten() > SEEN).nonzero()[:, 0]
-    kept = occupancy.flatten()[seen]
-    phi = features.permute(0, 1, 3, 4, 2).reshape(-1, channels)[seen // bins]
-    feature_sum = _scatter(phi * kept[:, None], index[seen], batch * num_voxels)
-    occupancy_fusion = fusion == "occupancy"
-    norm = _scatter(kept, index[seen], batch * num_voxels) + SEEN if occupancy_fusion else weight_sum + EPS
-    fused_features = feature_sum / norm[:, None]
+def frustum_voxels(
+    origins: Float[Tensor, "*batch 3"],
+    directions: Float[Tensor, "*batch h w 3"],
+    depths: Float[Tensor, "bins"],
+    aabb: Float[Tensor, "2 3"],
+    shape: tuple[int, int, int],
+    trilinear: bool = False,
+) -> list[tuple[Int[Tensor, "*batch h w bins"], Float[Tensor, "*batch h w bins"]]]:
+    """The flat index of a voxel at each depth of each ray and its share: one pair, or eight with trilinear shares.
+
+    Voxels outside the box have index 0 and share 0.
+    """
+    size = origins.new_tensor(shape[::-1])
+    scale = size / (aabb[1] - aabb[0])
+    start = ((origins - aabb[0]) * scale)[..., None, None, :] - (0.5 if trilinear else 0.0)
+    slope = directions * scale
+    places = [start[..., axis, None] + slope[..., axis, None] * depths for axis in range(3)]
+    lows = [place.floor() for place in places]
+    corners = []
+    for steps in product((0, 1), repeat=3) if trilinear else [(0, 0, 0)]:
+        share = torch.ones_like(places[0])
+        flat = torch.zeros_like(places[0], dtype=torch.long)
+        for axis in (2, 1, 0):
+            cell = lows[axis] + steps[axis]
+            share = share * ((cell >= 0) & (cell < size[axis]))
+            if trilinear:
+                share = share * (1 - (places[axis] - cell).abs())
+            flat = flat * shape[2 - axis] + cell.long()
+        corners.append((flat * (share > 0), share))
+    return corners
+
+
+def _gather(
+    frustums: Float[Tensor, "batch views values bins h w"],
+    features: Float[Tensor, "batch views channels h w"],
+    cameras: Cameras,
+    centres: Float[Tensor, "bins"],
+    widths: Float[Tensor, "bins"],
+    aabb: Float[Tensor, "2 3"],
+    shape: tuple[int, int, int],
+) -> _Entries:
+    """Every voxel reads the frustums that contain its centre."""
+    batch, num_views, num_values, *size = frustums.shape
+    with torch.no_grad():
+        points, inside = frustum_coordinates(voxel_centres(shape, aabb).reshape(-1, 3), cameras, centres, widths)
+        view, voxel = inside.flatten(0, 1).nonzero().unbind(1)
+        index = voxel + (view // num_views) * math.prod(shape)
+        # grid_sample wants as many points of every view: each view's are moved to the front of its row.
+        counts = inside.sum(-1).flatten()
+        place = torch.arange(len(view), device=view.device) - (counts.cumsum(0) - counts)[view]
+        rows = points.new_zeros(batch * num_views, max(1, int(counts.max())), 3)
+        rows[view, place] = points.flatten(0, 1)[view, voxel]
+    sampled = F.grid_sample(frustums.flatten(0, 1), rows[:, :, None, None], padding_mode="border", align_corners=False)
+    values = sampled[..., 0, 0].transpose(1, 2)[view, place]
+    seen = (values[:, 2] > SEEN).nonzero()[:, 0]
+    read = F.grid_sample(features.flatten(0, 1), rows[:, :, None, :2], padding_mode="border", align_corners=False)
+    return _Entries(index, None, values, seen, read[..., 0].transpose(1, 2)[view[seen], place[seen]])
+
+
+def frustum_coordinates(
+    points: Float[Tensor, "points 3"],
+    cameras: Cameras,
+    centres: Float[Tensor, "bins"],
+    widths: Float[Tensor, "bins"],
+) -> tuple[Float[Tensor, "*batch points 3"], Bool[Tensor, "*batch points"]]:
+    """World points in the `grid_sample` coordinates (column, row, depth bin) of each camera's frustum.
+
+    Returns:
+        coordinates, -1 to 1 from border to border, and whether a point lies within.
+    """
+    pixels, depth = project_points(cameras, points)
+    size = torch.stack([cameras.width, cameras.height], dim=-1).to(pixels)
+    edges = torch.cat([centres[:1] - widths[:1] / 2, centres + widths / 2])
+    bin_index = (torch.searchsorted(edges, depth.contiguous()) - 1).clamp(0, len(centres) - 1)
+    along = (bin_index + (depth - edges[bin_index]) / widths[bin_index]) / len(centres)
+    coordinates = torch.cat([pixels / size, along[..., None]], dim=-1) * 2 - 1
+    return coordinates, (coordinates.abs() <= 1).all(-1) & (depth > 0)
+
+
+def _fuse(
+    entries: _Entries, fusion: Fusion, batch: int, aabb: Float[Tensor, "2 3"], shape: tuple[int, int, int]
+) -> VoxelGrid:
+    """Weighted means of the entries of every voxel."""
+    rows = batch * math.prod(shape)
+    density, transmittance, occupancy, *attention = entries.values.unbind(1)
+    share = entries.share if entries.share is not None else torch.ones_like(density)
+    if attention:
+        share = share * attention[0]
+    weight = share if fusion == "mean" else share * transmittance
+    weight_sum = _scatter(weight, entries.index, rows) + EPS
+    fused_density = _scatter(weight * density, entries.index, rows) / weight_sum
+
+    index = entries.index[entries.seen]
+    weight = (share * occupancy)[entries.seen]
+    feature_sum = _scatter(weight[:, None] * entries.features, index, rows)
+    norm = weight_sum if fusion == "mean" else _scatter(weight, index, rows) + SEEN
     return VoxelGrid(
         fused_density.reshape(batch, 1, *shape),
-        fused_features.reshape(batch, *shape, channels).permute(0, 4, 1, 2, 3),
+        (feature_sum / norm[:, None]).reshape(batch, *shape, -1).permute(0, 4, 1, 2, 3),
         aabb,
     )
 

@@ -37,8 +37,16 @@ class SceneNetworkConfig:
     """how those depths are spaced"""
     encoder_input: Literal["rgb", "rgbd"] = "rgbd"
     """rgbd: depth is an input and a prior where a view has it; rgb: as in the paper"""
-    fusion: Literal["occupancy", "mean"] = "occupancy"
-    """how views are fused; mean: as in the paper"""
+    density_from: Literal["views", "voxels"] = "views"
+    """views: explicit densities along the rays, as in the paper; voxels: predicted from the fused features, its ablation"""
+    fusion: Literal["attention", "occupancy", "mean"] = "occupancy"
+    """how views are fused; mean: as in the paper; attention: by learned weights"""
+    splatting: Literal["gather", "nearest", "trilinear"] = "nearest"
+    """how voxels get what views see: read by the voxels, or splatted to the nearest voxel or to eight"""
+    background_channels: int = 8
+    """functions of direction in the code of what lies beyond the box"""
+    background_implementation: Literal["torch", "tcnn"] = "torch"
+    """of the background's network; tcnn needs tiny-cuda-nn wherever the model is used"""
     num_samples: int = 48
     """density samples per rendered ray"""
     num_feature_samples: int | None = 8

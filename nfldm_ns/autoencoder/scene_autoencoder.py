@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +13,15 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 
+from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS, Background, background_code
 from nfldm_ns.autoencoder.decoder import ImageDecoder
 from nfldm_ns.autoencoder.encoder import ImageEncoder
-from nfldm_ns.autoencoder.lifting import box_exit_depth, depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.lifting import box_exit_depth, depth_bins, fuse_frustums, occupancy_along_rays
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.scenes.views import Views, camera_rays
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+ATTENTION_RANGE = 4.0  # logits by which views are weighted stay within plus and minus this
 
 
 @dataclass
@@ -54,7 +57,13 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         depth_spacing: "linear" or "inverse".
         encoder_input: "rgbd" takes depth where a view has it, as input and as prior of the densities; "rgb" is the
             paper's way.
-        fusion: "occupancy" or "mean" (the paper's), see `fuse_frustums`.
+        density_from: "views", the paper's: the image encoder gives explicit densities along its rays; "voxels", its
+            ablation: they are predicted from the fused features.
+        fusion: "attention", "occupancy" or "mean" (the paper's), see `fuse_frustums`.
+        splatting: "gather", "nearest" or "trilinear", see there too.
+        background_channels: K of the code of what lies beyond the box, see `Background`.
+        background_implementation: of its network: "torch", or "tcnn" where tiny-cuda-nn is there; weights of one do not
+            fit the other.
         num_samples, num_feature_samples: per rendered ray, see `render_feature_maps`.
         encoder_channels, encoder_blocks, decoder_channels, decoder_blocks: network sizes.
     """
@@ -75,7 +84,11 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         num_depth_bins: int = 40,
         depth_spacing: str = "linear",
         encoder_input: str = "rgbd",
+        density_from: str = "views",
         fusion: str = "occupancy",
+        splatting: str = "nearest",
+        background_channels: int = 8,
+        background_implementation: str = "torch",
         num_samples: int = 48,
         num_feature_samples: int | None = 8,
         encoder_channels: tuple[int, ...] = (32, 64),
@@ -86,6 +99,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         super().__init__()
         if encoder_input not in ("rgb", "rgbd"):
             raise ValueError(f"encoder_input must be 'rgb' or 'rgbd', not {encoder_input!r}")
+        if density_from not in ("views", "voxels"):
+            raise ValueError(f"density_from must be 'views' or 'voxels', not {density_from!r}")
         box = torch.tensor(aabb, dtype=torch.float32)
         self.register_buffer("box", box, persistent=False)
         reach = math.hypot(*(max(abs(low), abs(high)) for low, high in zip(*aabb, strict=True)))
@@ -94,18 +109,22 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         self.register_buffer("bin_widths", widths, persistent=False)
         self.encoder = ImageEncoder(
             5 if encoder_input == "rgbd" else 3,
-            num_depth_bins,
+            num_depth_bins if density_from == "views" else 0,
             feature_channels,
             feature_stride,
             tuple(encoder_channels),
             encoder_blocks,
+            extra_channels=background_channels + (fusion == "attention"),
         )
         self.decoder = ImageDecoder(feature_channels, feature_stride, tuple(decoder_channels), decoder_blocks)
         self.density_bias = nn.Parameter(torch.tensor(-3.0))
-        # Densities (1/m before softplus) that a measured depth adds at the surface and removes before it.
-        self.prior_surface = nn.Parameter(torch.tensor(16.0))
-        self.prior_empty = nn.Parameter(torch.tensor(5.0))
-        self.background = nn.Sequential(nn.Linear(3, 32), nn.SiLU(), nn.Linear(32, feature_channels))
+        if density_from == "voxels":
+            self.density_head = nn.Sequential(nn.Conv3d(feature_channels, 32, 1), nn.SiLU(), nn.Conv3d(32, 1, 1))
+        elif encoder_input == "rgbd":
+            # Densities (1/m before softplus) that a measured depth adds at the surface and removes before it.
+            self.prior_surface = nn.Parameter(torch.tensor(16.0))
+            self.prior_empty = nn.Parameter(torch.tensor(5.0))
+        self.background = Background(background_channels, feature_channels, background_implementation)
 
     @property
     def aabb(self) -> Float[Tensor, "2 3"]:
@@ -125,27 +144,48 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         """(height, width) it is trained on."""
         return tuple(self.config.image_size)
 
+    @property
+    def background_shape(self) -> tuple[int, int]:
+        """Of a scene's code of what lies beyond the box."""
+        return self.config.background_channels, BACKGROUND_MOMENTS
+
     def encode(self, views: Views) -> VoxelGrid:
-        """Source views of batch shape `[B, N]` to one grid per scene."""
+        """Source views of batch shape `[B, N]`, any number of them, to one grid per scene."""
         batch, num_views = views.shape
-        logits, features = self._encode_images(views)
-        h, w = logits.shape[-2:]
-        logits = logits.reshape(batch, num_views, -1, h, w)
-        if self.config.encoder_input == "rgbd" and views.depths is not None:
-            logits = logits + self._depth_prior(views, h, w)
-        density = F.softplus(logits.float() + self.density_bias)
-        return fuse_frustums(
+        logits, features, extra = (
+            output.float().unflatten(0, (batch, num_views)) for output in self._encode_images(views)
+        )
+        beyond, attention = extra.split(
+            [self.config.background_channels, extra.shape[2] - self.config.background_channels], 2
+        )
+        h, w = features.shape[-2:]
+        _, directions = camera_rays(views.cameras, h, w)
+        density = None
+        leaves = torch.ones_like(features[:, :, 0])
+        if self.config.density_from == "views":
+            if self.config.encoder_input == "rgbd" and views.depths is not None:
+                logits = logits + self._depth_prior(views, h, w)
+            density = F.softplus(logits + self.density_bias)
+            delta = self.bin_widths * directions.norm(dim=-1, keepdim=True)
+            leaves = 1 - occupancy_along_rays(density.movedim(2, -1), delta)[0].sum(-1)
+        grid = fuse_frustums(
             density,
-            features.reshape(batch, num_views, -1, h, w).float(),
+            features,
             views.cameras,
             self.bin_centres,
             self.bin_widths,
             self.aabb,
             self.grid_shape,
             self.config.fusion,
+            self.config.splatting,
+            ATTENTION_RANGE * torch.tanh(attention[:, :, 0]) if self.config.fusion == "attention" else None,
         )
+        if density is None:
+            grid.density = F.softplus(self.density_head(grid.features) + self.density_bias)
+        grid.background = background_code(beyond, leaves, directions)
+        return grid
 
-    def _encode_images(self, views: Views) -> tuple[Tensor, Tensor]:
+    def _encode_images(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
         inputs = views.images * 2 - 1
         if self.config.encoder_input == "rgbd":
             depths = views.depths if views.depths is not None else torch.zeros_like(views.images[..., :1, :, :])
@@ -192,7 +232,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             self.config.num_samples,
             self.config.num_feature_samples,
         )
-        return self.decode(maps, height, width)
+        beyond = self.background(maps.directions, grid.background)
+        return self.decode(replace(maps, features=maps.features + (1 - maps.accumulation) * beyond), height, width)
 
     def _ray_grid(self, cameras: Cameras) -> tuple[int, int]:
         """Rows and columns of rays, so that a ray covers the same angle as in training."""
@@ -205,11 +246,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
     def decode(self, maps: FeatureMaps, height: int, width: int) -> RenderedViews:
         """Feature maps to images of `height` x `width` pixels."""
         batch, num_views = maps.features.shape[:2]
-        directions = F.normalize(maps.directions, dim=2).movedim(2, -1)
-        background = self.background(directions).movedim(-1, 2)
-        features = maps.features + (1 - maps.accumulation) * background
         image = self.decoder(
-            features.flatten(0, 1).contiguous(memory_format=torch.channels_last), maps.accumulation.flatten(0, 1)
+            maps.features.flatten(0, 1).contiguous(memory_format=torch.channels_last), maps.accumulation.flatten(0, 1)
         )
         image = (image.float() + 1) / 2
         if image.shape[-2:] != (height, width):

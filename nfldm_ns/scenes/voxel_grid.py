@@ -19,11 +19,14 @@ class VoxelGrid:
         density: `[B, 1, Z, Y, X]`, non-negative, in 1/m.
         features: `[B, C, Z, Y, X]`.
         aabb: `[2, 3]`, minimum and maximum corner (x, y, z) in metres.
+        background: `[B, K, 4]`, a code of what lies beyond the box: functions `a_k + b_k . d` of a direction d, with
+            (a, b_x, b_y, b_z) along the last axis; None if nothing is known of it.
     """
 
     density: Float[Tensor, "batch 1 z y x"]
     features: Float[Tensor, "batch channels z y x"]
     aabb: Float[Tensor, "2 3"]
+    background: Float[Tensor, "batch codes 4"] | None = None
 
     def __post_init__(self) -> None:
         if self.density.ndim != 5 or self.density.shape[1] != 1:
@@ -34,6 +37,8 @@ class VoxelGrid:
             )
         if self.aabb.shape != (2, 3):
             raise ValueError(f"aabb must be [2, 3], not {tuple(self.aabb.shape)}")
+        if self.background is not None and (self.background.ndim != 3 or self.background.shape[2] != 4):
+            raise ValueError(f"background must be [B, K, 4], not {tuple(self.background.shape)}")
 
     @property
     def batch_size(self) -> int:
@@ -57,19 +62,25 @@ class VoxelGrid:
     def to(self, *args, **kwargs) -> VoxelGrid:
         """Moves the voxels as `Tensor.to` does; the box keeps float32."""
         density = self.density.to(*args, **kwargs)
-        return VoxelGrid(density, self.features.to(*args, **kwargs), self.aabb.to(density.device))
+        background = None if self.background is None else self.background.to(*args, **kwargs)
+        return VoxelGrid(density, self.features.to(*args, **kwargs), self.aabb.to(density.device), background)
 
     def __getitem__(self, index: int | slice) -> VoxelGrid:
         """Selects scenes; an integer keeps the batch axis."""
         if isinstance(index, int):
             index = slice(index, index + 1) if index != -1 else slice(-1, None)
-        return replace(self, density=self.density[index], features=self.features[index])
+        background = None if self.background is None else self.background[index]
+        return replace(self, density=self.density[index], features=self.features[index], background=background)
 
     @staticmethod
     def cat(grids: list[VoxelGrid]) -> VoxelGrid:
-        """Joins grids of one box along the batch axis."""
+        """Joins grids of one box along the batch axis, with backgrounds if all have one."""
+        backgrounds = [grid.background for grid in grids if grid.background is not None]
         return VoxelGrid(
-            torch.cat([grid.density for grid in grids]), torch.cat([grid.features for grid in grids]), grids[0].aabb
+            torch.cat([grid.density for grid in grids]),
+            torch.cat([grid.features for grid in grids]),
+            grids[0].aabb,
+            torch.cat(backgrounds) if len(backgrounds) == len(grids) else None,
         )
 
     def fold(self) -> Float[Tensor, "batch channels_times_z y x"]:
@@ -95,7 +106,8 @@ class VoxelGrid:
         turn = partial(
             torch.rot90, k=-quarter_turns, dims=(-2, -1)
         )  # y grows with the row: rot90 runs clockwise from above
-        return replace(self, density=turn(self.density), features=turn(self.features))
+        background = None if self.background is None else _turn_background(self.background, quarter_turns)
+        return replace(self, density=turn(self.density), features=turn(self.features), background=background)
 
     def normalise(self, points: Float[Tensor, "*batch 3"]) -> Float[Tensor, "*batch 3"]:
         """World points in metres to `grid_sample` coordinates: the box becomes [-1, 1]^3."""
@@ -108,6 +120,13 @@ class VoxelGrid:
         voxels = torch.cat([self.density, self.features], dim=1)
         values = sample_voxels(voxels, self.normalise(points))
         return values[..., :1], values[..., 1:]
+
+
+def _turn_background(code: Float[Tensor, "batch codes 4"], quarter_turns: int) -> Float[Tensor, "batch codes 4"]:
+    """The functions on the sphere turned counter-clockwise about the z axis."""
+    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
+    a, x, y, z = code.unbind(-1)
+    return torch.stack([a, cos * x - sin * y, sin * x + cos * y, z], dim=-1)
 
 
 def normalise_points(points: Float[Tensor, "*batch 3"], aabb: Float[Tensor, "2 3"]) -> Float[Tensor, "*batch 3"]:
