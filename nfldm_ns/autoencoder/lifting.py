@@ -9,16 +9,17 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from nfldm_ns.scenes.views import camera_rays, project_points
-from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
+from nfldm_ns.scenes.views import camera_rays
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 Fusion = Literal["attention", "occupancy", "mean"]
-Splatting = Literal["gather", "nearest", "trilinear"]
+Splatting = Literal["filled", "nearest", "trilinear"]
 EPS = 1e-6
+FILLING = 0.05  # weight of the coarser grid's mean in a voxel, relative to an entry of its own
 SEEN = 1e-3  # entries that rays end at with a lower probability carry no features
 
 
@@ -80,8 +81,8 @@ def fuse_frustums(
 
     - `"nearest"`: an entry goes to the voxel that contains its bin's centre.
     - `"trilinear"`: to the eight voxels around its bin's centre, with trilinear weights.
-    - `"gather"`: a voxel reads every frustum that contains its centre there, by trilinear interpolation; far surfaces,
-      whose pixels are wider than a voxel, get no holes.
+    - `"filled"`: as `"nearest"`, and voxels between the rays, where pixels are wider than a voxel, take the mean of the
+      entries in the voxel of half the resolution around them (push-pull).
 
     `fusion` says how a voxel combines its entries:
 
@@ -101,11 +102,8 @@ def fuse_frustums(
     if (attention is not None) != (fusion == "attention"):
         raise ValueError(f"fusion {fusion!r} does not go with attention {'given' if attention is not None else 'None'}")
     frustums = _frustum_values(density, features, cameras, widths, attention)
-    if splatting == "gather":
-        entries = _gather(frustums, features, cameras, centres, widths, aabb, shape)
-    else:
-        entries = _splat(frustums, features, cameras, centres, aabb, shape, splatting == "trilinear")
-    return _fuse(entries, fusion, features.shape[0], aabb, shape)
+    entries = _splat(frustums, features, cameras, centres, aabb, shape, splatting == "trilinear")
+    return _fuse(entries, fusion, features.shape[0], aabb, shape, splatting == "filled")
 
 
 def _frustum_values(
@@ -207,55 +205,13 @@ def frustum_voxels(
     return corners
 
 
-def _gather(
-    frustums: Float[Tensor, "batch views values bins h w"],
-    features: Float[Tensor, "batch views channels h w"],
-    cameras: Cameras,
-    centres: Float[Tensor, "bins"],
-    widths: Float[Tensor, "bins"],
+def _fuse(
+    entries: _Entries,
+    fusion: Fusion,
+    batch: int,
     aabb: Float[Tensor, "2 3"],
     shape: tuple[int, int, int],
-) -> _Entries:
-    """Every voxel reads the frustums that contain its centre."""
-    batch, num_views, num_values, *size = frustums.shape
-    with torch.no_grad():
-        points, inside = frustum_coordinates(voxel_centres(shape, aabb).reshape(-1, 3), cameras, centres, widths)
-        view, voxel = inside.flatten(0, 1).nonzero().unbind(1)
-        index = voxel + (view // num_views) * math.prod(shape)
-        # grid_sample wants as many points of every view: each view's are moved to the front of its row.
-        counts = inside.sum(-1).flatten()
-        place = torch.arange(len(view), device=view.device) - (counts.cumsum(0) - counts)[view]
-        rows = points.new_zeros(batch * num_views, max(1, int(counts.max())), 3)
-        rows[view, place] = points.flatten(0, 1)[view, voxel]
-    sampled = F.grid_sample(frustums.flatten(0, 1), rows[:, :, None, None], padding_mode="border", align_corners=False)
-    values = sampled[..., 0, 0].transpose(1, 2)[view, place]
-    seen = (values[:, 2] > SEEN).nonzero()[:, 0]
-    read = F.grid_sample(features.flatten(0, 1), rows[:, :, None, :2], padding_mode="border", align_corners=False)
-    return _Entries(index, None, values, seen, read[..., 0].transpose(1, 2)[view[seen], place[seen]])
-
-
-def frustum_coordinates(
-    points: Float[Tensor, "points 3"],
-    cameras: Cameras,
-    centres: Float[Tensor, "bins"],
-    widths: Float[Tensor, "bins"],
-) -> tuple[Float[Tensor, "*batch points 3"], Bool[Tensor, "*batch points"]]:
-    """World points in the `grid_sample` coordinates (column, row, depth bin) of each camera's frustum.
-
-    Returns:
-        coordinates, -1 to 1 from border to border, and whether a point lies within.
-    """
-    pixels, depth = project_points(cameras, points)
-    size = torch.stack([cameras.width, cameras.height], dim=-1).to(pixels)
-    edges = torch.cat([centres[:1] - widths[:1] / 2, centres + widths / 2])
-    bin_index = (torch.searchsorted(edges, depth.contiguous()) - 1).clamp(0, len(centres) - 1)
-    along = (bin_index + (depth - edges[bin_index]) / widths[bin_index]) / len(centres)
-    coordinates = torch.cat([pixels / size, along[..., None]], dim=-1) * 2 - 1
-    return coordinates, (coordinates.abs() <= 1).all(-1) & (depth > 0)
-
-
-def _fuse(
-    entries: _Entries, fusion: Fusion, batch: int, aabb: Float[Tensor, "2 3"], shape: tuple[int, int, int]
+    filled: bool,
 ) -> VoxelGrid:
     """Weighted means of the entries of every voxel."""
     rows = batch * math.prod(shape)
@@ -264,21 +220,33 @@ def _fuse(
     if attention:
         share = share * attention[0]
     weight = share if fusion == "mean" else share * transmittance
-    weight_sum = _scatter(weight, entries.index, rows) + EPS
-    fused_density = _scatter(weight * density, entries.index, rows) / weight_sum
+    values = torch.stack([weight * density, weight], dim=1)
+    density_sums = _scatter(values, entries.index, rows).reshape(batch, *shape, 2)
 
     index = entries.index[entries.seen]
     weight = (share * occupancy)[entries.seen]
-    feature_sum = _scatter(weight[:, None] * entries.features, index, rows)
-    norm = weight_sum if fusion == "mean" else _scatter(weight, index, rows) + SEEN
+    values = torch.cat([weight[:, None] * entries.features, weight[:, None]], dim=1)
+    feature_sums = _scatter(values, index, rows).reshape(batch, *shape, -1)
+    if fusion == "mean":
+        feature_sums = torch.cat([feature_sums[..., :-1], density_sums[..., 1:]], dim=-1)
+    if filled:
+        density_sums, feature_sums = fill_holes(density_sums), fill_holes(feature_sums)
+    least = EPS if fusion == "mean" else SEEN
     return VoxelGrid(
-        fused_density.reshape(batch, 1, *shape),
-        (feature_sum / norm[:, None]).reshape(batch, *shape, -1).permute(0, 4, 1, 2, 3),
+        (density_sums[..., :1] / (density_sums[..., 1:] + EPS)).movedim(-1, 1),
+        (feature_sums[..., :-1] / (feature_sums[..., -1:] + least)).movedim(-1, 1),
         aabb,
     )
 
 
+def fill_holes(sums: Float[Tensor, "batch z y x channels"]) -> Float[Tensor, "batch z y x channels"]:
+    """Adds to every voxel's sums (weighted values, and weights) a little of those of the 2 x 2 x 2 voxels around it."""
+    around = F.avg_pool3d(sums.movedim(-1, 1), 2, ceil_mode=True, count_include_pad=False)
+    for axis, size in enumerate(sums.shape[1:4], start=2):
+        around = around.repeat_interleave(2, dim=axis).narrow(axis, 0, size)
+    return sums + FILLING * around.movedim(1, -1)
+
+
 def _scatter(values: Float[Tensor, "entries *channels"], index: Int[Tensor, "entries"], num_rows: int) -> Tensor:
     """Sums of the entries of each row, `[rows, *channels]`."""
-    sums = values.new_zeros(num_rows, *values.shape[1:])
-    return sums.index_add(0, index, values) if values.ndim > 1 else sums.scatter_add(0, index, values)
+    return values.new_zeros(num_rows, *values.shape[1:]).index_add(0, index, values)

@@ -60,7 +60,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         density_from: "views", the paper's: the image encoder gives explicit densities along its rays; "voxels", its
             ablation: they are predicted from the fused features.
         fusion: "attention", "occupancy" or "mean" (the paper's), see `fuse_frustums`.
-        splatting: "gather", "nearest" or "trilinear", see there too.
+        splatting: "filled", "nearest" or "trilinear", see there too.
         background_channels: K of the code of what lies beyond the box, see `Background`.
         background_implementation: of its network: "torch", or "tcnn" where tiny-cuda-nn is there; weights of one do not
             fit the other.
@@ -86,7 +86,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         encoder_input: str = "rgbd",
         density_from: str = "views",
         fusion: str = "occupancy",
-        splatting: str = "nearest",
+        splatting: str = "filled",
         background_channels: int = 8,
         background_implementation: str = "torch",
         num_samples: int = 48,

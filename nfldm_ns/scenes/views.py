@@ -196,20 +196,3 @@ def camera_rays(
     rotation = scaled.camera_to_worlds[..., :3, :3]
     directions = torch.einsum("...ij,...hwj->...hwi", rotation, local)
     return scaled.camera_to_worlds[..., :3, 3], directions
-
-
-def project_points(
-    cameras: Cameras, points: Float[Tensor, "points 3"]
-) -> tuple[Float[Tensor, "*batch points 2"], Float[Tensor, "*batch points"]]:
-    """Where perspective cameras of batch shape `[*B]` see world points: the inverse of `camera_rays`.
-
-    Returns:
-        (column, row) in pixels, meaningful where depth is positive, and planar depth in metres.
-    """
-    rotation, origin = cameras.camera_to_worlds[..., :3, :3], cameras.camera_to_worlds[..., :3, 3]
-    local = points @ rotation - (origin[..., None, :] @ rotation)
-    depth = -local[..., 2]
-    safe = torch.where(depth.abs() < 1e-9, torch.full_like(depth, 1e-9), depth)
-    columns = cameras.cx + cameras.fx * local[..., 0] / safe
-    rows = cameras.cy - cameras.fy * local[..., 1] / safe
-    return torch.stack([columns, rows], dim=-1), depth
