@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -78,6 +79,39 @@ def read_training_record(path: Path | str) -> dict[str, Any]:
     """What the training of an auto-encoder wrote down: `data`, `method`, `step`, `seconds`, ... (empty if nothing)."""
     record = scene_autoencoder_folder(path) / RECORD
     return read_json(record) if record.is_file() else {}
+
+
+def read_run_config(path: Path | str) -> dict[str, Any]:
+    """The `config.yml` of an auto-encoder's run as plain values: nothing it names is imported or called.
+
+    Raises:
+        UserInputError: if it is missing or not YAML.
+    """
+    folder = scene_autoencoder_folder(path)
+    config = (folder.parent if folder.name == FOLDER else folder) / "config.yml"
+    try:
+        content = yaml.load(config.read_text(encoding="utf-8"), Loader=_PlainValues)
+    except FileNotFoundError:
+        raise UserInputError(f"{config} is missing: give the folder of a whole run.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserInputError(f"{config} is damaged ({error}): restore it or train again.") from None
+    if not isinstance(content, dict):
+        raise UserInputError(f"{config} does not describe a run: restore it or train again.")
+    return content
+
+
+class _PlainValues(yaml.SafeLoader):
+    """Reads objects of any class as dicts, lists and strings."""
+
+    def construct_object_of_any_class(self, _: str, node: yaml.Node) -> Any:
+        if isinstance(node, yaml.MappingNode):
+            return self.construct_mapping(node, deep=True)
+        if isinstance(node, yaml.SequenceNode):
+            return self.construct_sequence(node, deep=True)
+        return self.construct_scalar(node)
+
+
+_PlainValues.add_multi_constructor("tag:yaml.org,2002:python/", _PlainValues.construct_object_of_any_class)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

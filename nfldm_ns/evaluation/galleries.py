@@ -107,7 +107,7 @@ def image_grid(
     Args:
         columns: images in [0, 1] by label, for example `{"source": ..., "render": ..., "depth": ...}`; the columns may
             differ in length and image size.
-        row_labels: written to the left of the rows.
+        row_labels: written to the left of the rows; they may have several lines.
         tile_size: images are enlarged by whole factors until they are at least this high (pixels stay visible), and all
             tiles get the height of the largest.
         gap: white space between tiles in pixels.
@@ -119,7 +119,8 @@ def image_grid(
     height = max(tile.height for tile in everything)
     num_rows = max(len(column) for column in tiles.values())
     font = _font(max(12, height // 9))
-    margin = max((int(font.getlength(label)) + 2 * gap for label in row_labels), default=gap)
+    lines = [line for label in row_labels for line in label.splitlines()]
+    margin = max((int(font.getlength(line)) + 2 * gap for line in lines), default=gap)
     label_height = int(font.size * 1.5)
     widths = {
         label: max([*(tile.width for tile in column), int(font.getlength(label))]) for label, column in tiles.items()

@@ -109,6 +109,16 @@ class Table:
     emphasis: Sequence[int] = ()
     digits: int | Sequence[int] = 3
 
+    def markdown(self) -> str:
+        """The table in Markdown, its caption above it."""
+        rows = [self.columns, ["---"] * len(self.columns)]
+        digits = _column_digits(self)
+        for index, row in enumerate(self.rows):
+            cells = [_plain_cell(cell, n) for cell, n in zip(row, digits, strict=True)]
+            rows.append([f"**{cell}**" for cell in cells] if index in self.emphasis else cells)
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        return "\n".join([self.caption, ""] * bool(self.caption) + lines) + "\n"
+
 
 @dataclass
 class Curves:
@@ -282,14 +292,19 @@ def _image_kind(data: bytes) -> str:
 
 
 def _table(table: Table) -> str:
-    digits = [table.digits] * len(table.columns) if isinstance(table.digits, int) else list(table.digits)
-    for row in table.rows:
-        if len(row) != len(table.columns):
-            raise ValueError(f"a row of {len(row)} cells does not fit {len(table.columns)} columns: {row}")
+    digits = _column_digits(table)
     head = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.columns)
     body = "\n".join(_row(row, digits, emphasis=index in table.emphasis) for index, row in enumerate(table.rows))
     caption = f"<caption>{_text(table.caption)}</caption>" if table.caption else ""
     return f'<div class="table"><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>'
+
+
+def _column_digits(table: Table) -> list[int]:
+    """Decimals by column; `ValueError` unless every row fits the columns."""
+    for row in table.rows:
+        if len(row) != len(table.columns):
+            raise ValueError(f"a row of {len(row)} cells does not fit {len(table.columns)} columns: {row}")
+    return [table.digits] * len(table.columns) if isinstance(table.digits, int) else list(table.digits)
 
 
 def _row(row: Sequence[Any], digits: Sequence[int], emphasis: bool) -> str:
@@ -299,9 +314,13 @@ def _row(row: Sequence[Any], digits: Sequence[int], emphasis: bool) -> str:
 
 
 def _cell(value: Any, digits: int) -> str:
+    return _text(_plain_cell(value, digits))
+
+
+def _plain_cell(value: Any, digits: int) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return MISSING
-    return f"{value:.{digits}f}" if isinstance(value, float) else _text(str(value))
+    return f"{value:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def _curves(curves: Curves) -> Picture:

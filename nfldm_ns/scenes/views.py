@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -171,6 +172,44 @@ def rotate_cameras90(cameras: Cameras, quarter_turns: int) -> Cameras:
     turn = cameras.camera_to_worlds.new_tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
     fields = {name: getattr(cameras, name) for name in _FIELDS}
     return _rebuild(cameras, {**fields, "camera_to_worlds": turn @ cameras.camera_to_worlds})
+
+
+def view_yaws(cameras: Cameras) -> Float[Tensor, "*batch"]:
+    """Directions in which cameras look in the horizontal plane: radians, counter-clockwise from x."""
+    back = cameras.camera_to_worlds[..., :3, 2]
+    return torch.atan2(-back[..., 1], -back[..., 0])
+
+
+def evenly_spread_views(cameras: Cameras, count: int) -> list[int]:
+    """Indices, in rising order, of `count` of the cameras `[N]` that look around as evenly as they can.
+
+    The first camera is one of them. The others are those closest to the yaws that divide the circle from there into
+    `count` equal parts; each camera is taken once.
+    """
+    yaws = view_yaws(cameras)
+    if not 1 <= count <= len(yaws):
+        raise ValueError(f"{count} views cannot be chosen from {len(yaws)}")
+    chosen = [0]
+    for part in range(1, count):
+        difference = (yaws - yaws[0] - 2 * math.pi * part / count).remainder(2 * math.pi)
+        distance = torch.minimum(difference, 2 * math.pi - difference)
+        distance[chosen] = torch.inf
+        chosen.append(int(distance.argmin()))
+    return sorted(chosen)
+
+
+def sparse_depths(
+    depths: Float[Tensor, "*batch 1 height width"], num_points: int, generator: torch.Generator
+) -> Float[Tensor, "*batch 1 height width"]:
+    """Depth maps as a Lidar gives them: `num_points` known pixels of each view, drawn at random, the others unknown (0).
+
+    Views with fewer known pixels keep them all.
+    """
+    flat = depths.flatten(-3)
+    order = torch.rand(flat.shape, generator=generator).to(flat.device).masked_fill(flat == 0, -1)
+    kept = order.topk(min(num_points, flat.shape[-1]), dim=-1).indices
+    sparse = torch.zeros_like(flat).scatter(-1, kept, flat.gather(-1, kept))
+    return sparse.reshape(depths.shape)
 
 
 def camera_rays(
