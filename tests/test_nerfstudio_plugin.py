@@ -137,6 +137,33 @@ def test_the_batch_of_a_step_is_always_the_same(box_room_collection):
     assert torch.equal(batches[2].source.cameras.camera_to_worlds, again.source.cameras.camera_to_worlds)
 
 
+def test_fewer_views_in_some_batches(box_room_collection):
+    cache, ids = SceneCache(box_room_collection, 1.0), box_room_collection.splits["train"]
+    config = SceneSamplerConfig(scenes_per_batch=1, view_dropout=0.5)
+    ranks = [SceneSampler(cache, ids, config, world_size=2, rank=rank) for rank in range(2)]
+    counts = [[rank.batch(step).source.shape[1] for step in range(60)] for rank in ranks]
+    assert counts[0] == counts[1]  # so that all ranks have the same work
+    assert set(counts[0]) == set(range(1, 9)) and 20 < counts[0].count(8) < 50
+    assert {rank.batch(0).target.shape[1] for rank in ranks} == {4}
+
+
+def test_depth_is_dropped_from_source_views_alone(box_room_collection):
+    cache, ids = SceneCache(box_room_collection, 1.0), box_room_collection.splits["train"]
+    config = SceneSamplerConfig(scenes_per_batch=1, missing_depth=0.3, sparse_depth=0.3, sparse_points=(4, 40))
+    sampler = SceneSampler(cache, ids, config)
+    known = []
+    for step in range(60):
+        batch = sampler.batch(step)
+        known.append((batch.source.depths > 0).sum(dim=(2, 3, 4))[0])
+        assert bool((batch.target.depths > 0).all())
+    counts = torch.stack(known)
+    assert bool((counts == counts[:, :1]).all())  # one kind for all views of a scene
+    kinds = counts[:, 0]
+    assert 8 < int((kinds == 0).sum()) < 30 and 8 < int(((kinds >= 4) & (kinds <= 40)).sum()) < 30
+    assert int((kinds == 32 * 32).sum()) > 10
+    assert torch.equal(SceneSampler(cache, ids, config).batch(7).source.depths, sampler.batch(7).source.depths)
+
+
 def test_turned_scenes_are_the_same_scenes(box_room_collection):
     """Points seen through depth and pose turn about the z axis by one multiple of 90 degrees for all views."""
     cache, scene_id = SceneCache(box_room_collection, 1.0), "room_000"

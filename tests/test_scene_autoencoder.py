@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 
 import nerfacc
 import pytest
 import torch
 from nerfstudio.cameras.rays import Frustums, RaySamples
 
-from nfldm_ns.autoencoder.lifting import SEEN, box_exit_depth, depth_bins, fuse_frustums, occupancy_along_rays
+from nfldm_ns.autoencoder.background import Background, background_code
+from nfldm_ns.autoencoder.lifting import (
+    EPS,
+    SEEN,
+    box_exit_depth,
+    depth_bins,
+    fill_holes,
+    fuse_frustums,
+    occupancy_along_rays,
+)
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, depth_loss, stage_one_losses
 from nfldm_ns.autoencoder.renderer import render_feature_maps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder, downsample_depth
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.scenes.views import Views, camera_rays, make_cameras
+from nfldm_ns.scenes.views import Views, camera_rays, make_cameras, rotate_cameras90
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 
 AABB = torch.tensor([[-4.0, -4.0, -2.0], [4.0, 4.0, 2.0]])
@@ -77,46 +87,94 @@ def test_rays_leave_the_box_on_its_border():
     assert float((points.abs() / AABB[1]).amax(-1).sub(1).abs().max()) < 1e-4
 
 
-@pytest.mark.parametrize("fusion", ["mean", "occupancy"])
-def test_fusion_is_exact_against_a_slow_loop(fusion):
+def three_views() -> dict:
+    """Random densities, features and attention of three views of 4 x 4 pixels with six depth bins."""
     torch.manual_seed(0)
-    cameras = make_cameras(
-        torch.cat([level_camera(yaw, 4).camera_to_worlds for yaw in (0, 40, 200)], dim=1), 3.2, 3.2, 2.0, 2.0, 4, 4
-    )
-    density, features = torch.rand(1, 3, 6, 4, 4) * 2, torch.randn(1, 3, 2, 4, 4)
+    poses = torch.cat([level_camera(yaw, 4).camera_to_worlds for yaw in (0, 40, 200)], dim=1)
     centres, widths = depth_bins(0.3, 5.0, 6)
-    grid = fuse_frustums(density, features, cameras, centres, widths, AABB, SHAPE, fusion)
+    return {
+        "density": torch.rand(1, 3, 6, 4, 4) * 2,
+        "features": torch.randn(1, 3, 2, 4, 4),
+        "cameras": make_cameras(poses, 3.2, 3.2, 2.0, 2.0, 4, 4),
+        "centres": centres,
+        "widths": widths,
+        "attention": torch.randn(1, 3, 4, 4),
+    }
 
-    origins, directions = camera_rays(cameras, 4, 4)
-    sums: dict[tuple[int, int, int], list] = {}
-    for view in range(3):
-        for row in range(4):
-            for column in range(4):
-                transmittance = 1.0
-                ray = directions[0, view, row, column]
-                for d in range(6):
-                    sigma = float(density[0, view, d, row, column])
-                    opacity = 1 - math.exp(-sigma * float(widths[d] * ray.norm()))
-                    point = origins[0, view] + ray * centres[d]
-                    unit = (point - AABB[0]) / (AABB[1] - AABB[0])
-                    if bool(((unit >= 0) & (unit < 1)).all()):
-                        x, y, z = (int(u * n) for u, n in zip(unit, (16, 16, 8), strict=True))
-                        phi = features[0, view, :, row, column]
-                        occupancy = transmittance * opacity
-                        occupancy = occupancy if occupancy > SEEN else 0.0  # carries no features, as documented
-                        sums.setdefault((z, y, x), []).append((transmittance, occupancy, sigma, phi))
-                    transmittance *= 1 - opacity
+
+def slow_entries(views: dict, trilinear: bool):
+    """Every frustum entry in plain Python: its voxel, share, transmittance, occupancy, sigma, features, attention."""
+    origins, directions = camera_rays(views["cameras"], 4, 4)
+    for view, row, column in product(range(3), range(4), range(4)):
+        transmittance = 1.0
+        ray = directions[0, view, row, column]
+        for d in range(6):
+            sigma = float(views["density"][0, view, d, row, column])
+            opacity = 1 - math.exp(-sigma * float(views["widths"][d] * ray.norm()))
+            point = origins[0, view] + ray * views["centres"][d]
+            place = ((point - AABB[0]) / (AABB[1] - AABB[0]) * torch.tensor([16.0, 16.0, 8.0])).tolist()
+            values = (transmittance, transmittance * opacity, sigma, views["features"][0, view, :, row, column])
+            for cell, share in voxel_shares(place, trilinear):
+                if all(0 <= index < size for index, size in zip(cell, (16, 16, 8), strict=True)):
+                    yield cell[::-1], share, *values, math.exp(float(views["attention"][0, view, row, column]))
+            transmittance *= 1 - opacity
+
+
+def voxel_shares(place: list[float], trilinear: bool):
+    if not trilinear:
+        return [(tuple(math.floor(x) for x in place), 1.0)]
+    corners = product(*((math.floor(x - 0.5), math.floor(x - 0.5) + 1) for x in place))
+    return [(cell, math.prod(1 - abs(x - 0.5 - i) for x, i in zip(place, cell, strict=True))) for cell in corners]
+
+
+@pytest.mark.parametrize("splatting", ["nearest", "trilinear"])
+@pytest.mark.parametrize("fusion", ["mean", "occupancy", "attention"])
+def test_fusion_is_exact_against_a_slow_loop(fusion, splatting):
+    views = three_views()
+    given = {**views, "attention": views["attention"] if fusion == "attention" else None}
+    grid = fuse_frustums(**given, aabb=AABB, shape=SHAPE, fusion=fusion, splatting=splatting)
+
+    sums: dict[tuple, list[float]] = {}
+    features: dict[tuple, torch.Tensor] = {}
+    for cell, share, reached, occupancy, sigma, phi, attention in slow_entries(views, splatting == "trilinear"):
+        occupancy = occupancy if occupancy > SEEN else 0.0  # carries no features, as documented
+        entry = share * (attention if fusion == "attention" else 1.0)
+        weight = entry * (1.0 if fusion == "mean" else reached)
+        row = sums.setdefault(cell, [0.0, 0.0, 0.0])
+        for k, value in enumerate((weight * sigma, weight, entry * occupancy)):
+            row[k] += value
+        features[cell] = features.get(cell, torch.zeros(2)) + entry * occupancy * phi
     expected_density, expected_features = torch.zeros(SHAPE), torch.zeros(2, *SHAPE)
-    for cell, entries in sums.items():
-        total_t, total_o = sum(t for t, *_ in entries), sum(o for _, o, *_ in entries)
-        if fusion == "mean":
-            expected_density[cell] = sum(s for _, _, s, _ in entries) / len(entries)
-            expected_features[(slice(None), *cell)] = sum(o * phi for _, o, _, phi in entries) / len(entries)
-        else:
-            expected_density[cell] = sum(t * s for t, _, s, _ in entries) / total_t
-            expected_features[(slice(None), *cell)] = sum(o * phi for _, o, _, phi in entries) / (total_o + SEEN)
+    for cell, (density, weight, occupancy) in sums.items():
+        expected_density[cell] = density / (weight + EPS)
+        norm = weight + EPS if fusion == "mean" else occupancy + SEEN
+        expected_features[(slice(None), *cell)] = features[cell] / norm
     torch.testing.assert_close(grid.density[0, 0], expected_density, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(grid.features[0], expected_features, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(grid.features[0], expected_features, atol=1e-4, rtol=2e-3)
+
+
+def test_attention_without_differences_is_the_occupancy_weighted_mean():
+    views = {**three_views(), "attention": torch.zeros(1, 3, 4, 4)}
+    attended = fuse_frustums(**views, aabb=AABB, shape=SHAPE, fusion="attention")
+    plain = fuse_frustums(**{**views, "attention": None}, aabb=AABB, shape=SHAPE, fusion="occupancy")
+    torch.testing.assert_close(attended.features, plain.features)
+    with pytest.raises(ValueError, match="attention"):
+        fuse_frustums(**views, aabb=AABB, shape=SHAPE, fusion="mean")
+
+
+def test_only_voxels_between_rays_are_filled():
+    """Two entries in one corner of a block: the block's other voxels take their mean, other blocks stay empty."""
+    sums = torch.zeros(1, 4, 4, 4, 2)
+    sums[0, 0, 0, 0] = torch.tensor([6.0, 2.0])
+    filled = fill_holes(sums)
+    means = filled[..., 0] / filled[..., 1].clamp(min=1e-9)
+    torch.testing.assert_close(means[0, :2, :2, :2], torch.full((2, 2, 2), 3.0))
+    assert float(filled[0, 2:].abs().max()) == 0 and float(filled[0, :, 2:].abs().max()) == 0
+    sums[0, 0, 0, 1] = torch.tensor([100.0, 10.0])
+    own = fill_holes(sums)[0, 0, 0, 0]
+    assert float(own[0] / own[1]) == pytest.approx(3.0, rel=0.35)  # a voxel with entries of its own nearly keeps them
+    odd = fill_holes(torch.rand(2, 3, 5, 7, 4))
+    assert odd.shape == (2, 3, 5, 7, 4)
 
 
 def test_a_plane_comes_back_where_it_was():
@@ -199,6 +257,56 @@ class TestSceneAutoencoder:
         without = [name for name, p in model.named_parameters() if p.grad is None and "prior" not in name]
         assert not without
 
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"fusion": "attention"},
+            {"fusion": "mean", "splatting": "trilinear"},
+            {"density_from": "voxels"},
+            {"density_from": "voxels", "encoder_input": "rgb", "fusion": "mean"},
+            {"depth_spacing": "inverse", "splatting": "nearest"},
+        ],
+    )
+    def test_every_choice_trains_all_its_parameters(self, batch, options):
+        model = small_autoencoder(**options)
+        for parameter in model.parameters():  # away from the zeros that some layers start with
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+        grid = model.encode(batch.source)
+        rendered = model.render(grid, batch.target.cameras)
+        losses = stage_one_losses(StageOneLossConfig(lpips_mult=0), rendered, batch.target, grid, None)
+        sum(losses.values()).backward()
+        still = [name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
+        assert not still
+
+    def test_any_number_of_views(self, batch):
+        model = small_autoencoder()
+        grids = [model.encode(batch.source[:, :count]) for count in (1, 3, batch.source.shape[1])]
+        seen = [float((grid.features.abs().sum(1) > 0).float().mean()) for grid in grids]
+        assert seen[0] < seen[1] < seen[2]
+
+    def test_densities_from_voxels_follow_the_features(self, batch):
+        model = small_autoencoder(density_from="voxels", splatting="nearest")
+        grid = model.encode(batch.source)
+        unseen = grid.features.abs().sum(1, keepdim=True) == 0
+        assert bool(unseen.any()) and float(grid.density[unseen].detach().std()) < 1e-6
+        assert float(grid.density[~unseen].detach().std()) > 1e-6
+
+    def test_a_turned_scene_has_a_turned_code_and_looks_the_same(self, batch):
+        model = small_autoencoder()
+        for parameter in model.parameters():
+            parameter.data.add_(0.05 * torch.randn_like(parameter))
+        source = batch.source
+        turned = Views(rotate_cameras90(source.cameras, 1), source.images, source.depths)
+        with torch.no_grad():
+            grid, other = model.encode(source), model.encode(turned)
+            assert float(grid.background.abs().max()) > 1e-3
+            torch.testing.assert_close(other.background, grid.rotate90(1).background, atol=1e-5, rtol=1e-4)
+            empty = VoxelGrid(torch.zeros_like(grid.density), grid.features, grid.aabb, grid.background)
+            image = model.render(empty, batch.target.cameras).rgb
+            same = model.render(empty.rotate90(1), rotate_cameras90(batch.target.cameras, 1)).rgb
+        torch.testing.assert_close(image, same, atol=1e-5, rtol=1e-4)
+        assert float(image.std()) > 1e-3
+
     def test_views_without_depth_are_encoded_too(self, batch):
         model = small_autoencoder()
         colours = Views(batch.source.cameras, batch.source.images)
@@ -226,6 +334,27 @@ class TestSceneAutoencoder:
                 maps = model.render(model.encode(source), batch.target.cameras).maps
                 errors.append(float(depth_loss(maps, batch.target, "l1")))
         assert errors[0] < 0.5 * errors[1]
+
+
+class TestBackground:
+    def test_rays_that_leave_the_box_alone_make_the_code(self):
+        torch.manual_seed(0)
+        values, directions = torch.randn(2, 3, 5, 4, 4), torch.randn(2, 3, 4, 4, 3)
+        leaves = torch.zeros(2, 3, 4, 4)
+        assert float(background_code(values, leaves, directions).abs().max()) == 0
+        leaves[:, 1] = 1.0
+        code = background_code(values, leaves, directions)
+        unit = directions[:, 1] / directions[:, 1].norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(code[..., 0], values[:, 1].sum((2, 3)) / 17)
+        torch.testing.assert_close(code[..., 3], (values[:, 1] * unit[:, None, ..., 2]).sum((2, 3)) / 17)
+
+    def test_no_code_is_a_code_of_zeros_and_length_of_directions_does_not_matter(self):
+        torch.manual_seed(0)
+        background, directions = Background(4, 6), torch.randn(2, 3, 3, 5, 5)
+        features = background(directions, None)
+        assert features.shape == (2, 3, 6, 5, 5)
+        torch.testing.assert_close(features, background(3 * directions, torch.zeros(2, 4, 4)))
+        assert float((features - background(directions, torch.ones(2, 4, 4))).abs().max().detach()) > 1e-4
 
 
 def test_unknown_depth_never_supervises(box_room_collection):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, Scene, SceneCollection
-from nfldm_ns.scenes.views import SceneBatch, Views, rotate_cameras90
+from nfldm_ns.scenes.views import SceneBatch, Views, rotate_cameras90, sparse_depths
 
 GIB = 1 << 30
 
@@ -90,6 +90,11 @@ class SceneSamplerConfig:
     Attributes:
         scenes_per_batch: B.
         num_source_views: views the encoder gets, drawn from the source views; None takes all.
+        view_dropout: share of the batches in which it gets fewer, any number from 1 on with equal chances, so that it
+            learns to do with any number.
+        missing_depth: share of the scenes whose source views lose their depth, so that one model encodes RGB too.
+        sparse_depth: share of the scenes whose source views keep it at a few points only, as of a Lidar.
+        sparse_points: fewest and most such points of each view; the number is drawn with equal chances per octave.
         num_target_views: views to be rendered, drawn from the target views; None takes all.
         num_extra_targets: further views to be rendered, drawn from the source views.
         quarter_turns: turns every scene by a random multiple of 90 degrees, which a grid can follow exactly.
@@ -98,6 +103,10 @@ class SceneSamplerConfig:
 
     scenes_per_batch: int = 2
     num_source_views: int | None = None
+    view_dropout: float = 0.0
+    missing_depth: float = 0.0
+    sparse_depth: float = 0.0
+    sparse_points: tuple[int, int] = (32, 1024)
     num_target_views: int | None = None
     num_extra_targets: int = 0
     quarter_turns: bool = True
@@ -147,12 +156,16 @@ class SceneSampler:
 
     def _make(self, step: int) -> SceneBatch:
         random = np.random.default_rng((self.config.seed, step, self.rank, 1))
-        scenes = [self._draw(self.cache.load(scene_id), random) for scene_id in self.batch_ids(step)]
+        dropout = np.random.default_rng((self.config.seed, step, 2)).random(2)  # alike for all ranks
+        fewer = dropout[1] if dropout[0] < self.config.view_dropout else None
+        scenes = [self._draw(self.cache.load(scene_id), random, fewer) for scene_id in self.batch_ids(step)]
         return self.cache.collection.batch(scenes)
 
-    def _draw(self, scene: Scene, random: np.random.Generator) -> Scene:
+    def _draw(self, scene: Scene, random: np.random.Generator, fewer: float | None) -> Scene:
         config = self.config
-        source = _choose(scene.source, config.num_source_views, random)
+        count = config.num_source_views or scene.source.shape[0]
+        source = _choose(scene.source, count if fewer is None else 1 + int(fewer * count), random)
+        source = _drop_depth(source, config, random)
         target = _choose(scene.target, config.num_target_views, random)
         if config.num_extra_targets:
             target = Views.cat([target, _choose(scene.source, config.num_extra_targets, random)])
@@ -168,6 +181,21 @@ def _choose(views: Views, count: int | None, random: np.random.Generator) -> Vie
     if count is None or count >= views.shape[0]:
         return views
     return views[torch.from_numpy(np.sort(random.permutation(views.shape[0])[:count]))]
+
+
+def _drop_depth(views: Views, config: SceneSamplerConfig, random: np.random.Generator) -> Views:
+    """Views with all their depth, with that of a few points, or with none."""
+    if views.depths is None or not (config.missing_depth or config.sparse_depth):
+        return views
+    kind, number = random.random(2)
+    if kind < config.missing_depth:
+        return replace(views, depths=torch.zeros_like(views.depths))
+    if kind < config.missing_depth + config.sparse_depth:
+        fewest, most = config.sparse_points
+        generator = torch.Generator().manual_seed(int(random.integers(2**62)))
+        num_points = round(fewest * (most / fewest) ** number)
+        return replace(views, depths=sparse_depths(views.depths, num_points, generator))
+    return views
 
 
 def require_square_box(collection: SceneCollection) -> None:
