@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from nfldm_ns.autoencoder.losses import StageOneLossConfig
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator
+from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.training import Denoiser, Stage
@@ -47,16 +49,15 @@ def preset_costs() -> Iterator[PresetCost]:
 
 
 def scene_autoencoder_cost(preset: SceneAutoencoderPreset) -> NetworkCost:
-    """Image encoder, image decoder and the perceptual network."""
+    """Image encoder, image decoder, the perceptual network and the discriminator, once all of them take part."""
     scenes, targets, size = preset.sampling["scenes_per_batch"], preset.sampling["num_target_views"], preset.image_size
-    watched = StageOneLossConfig(**preset.loss).lpips_views or targets
     with torch.device("meta"):
         model = SceneAutoencoder(**preset.network, image_size=(size, size))
         stride, channels = model.config.feature_stride, model.config.feature_channels
         sources = torch.empty(scenes * preset.num_source_views, 5, size, size)
         features = torch.empty(scenes * targets, channels, size // stride, size // stride, requires_grad=True)
         opacity = torch.empty(scenes * targets, 1, size // stride, size // stride)
-        rendered = torch.empty(scenes * watched, 3, size, size, requires_grad=True)
+        rendered = torch.empty(_watched_views(preset), 3, size, size, requires_grad=True)
         perceptual = vgg16(weights=None).features.requires_grad_(False)
         for layer in perceptual:
             if isinstance(layer, nn.ReLU):
@@ -66,7 +67,37 @@ def scene_autoencoder_cost(preset: SceneAutoencoderPreset) -> NetworkCost:
         + network_cost(model.decoder, lambda: model.decoder(features, opacity))
         + network_cost(perceptual, lambda: perceptual(rendered))
         + network_cost(perceptual, lambda: perceptual(rendered), backward=False)  # the real images
+        + discriminator_cost(preset)
     )
+
+
+def discriminator_cost(preset: SceneAutoencoderPreset) -> NetworkCost:
+    """The discriminator's share: rendered images for the renderer's gradient, rendered and real ones for its own.
+
+    The gradient penalty is left out: it comes every so many steps only.
+    """
+    loss, batch, size = StageOneLossConfig(**preset.loss), _watched_views(preset), preset.image_size
+    with torch.device("meta"):
+        discriminator = make_discriminator(loss, (size, size))
+    if discriminator is None:
+        return NetworkCost()
+
+    def judge(**options: Any) -> Tensor:
+        with torch.device("meta"):
+            images = torch.empty(batch, 3, size, size, **options)
+            shapes = [(batch, PERCEPTUAL_CHANNELS[i], size >> i, size >> i) for i in loss.adversarial_levels]
+            features = [torch.empty(shape, **options) for shape in shapes]
+        logits = discriminator(images if loss.discriminator == "stylegan2" else features)
+        return logits if isinstance(logits, Tensor) else torch.cat([level.flatten() for level in logits])
+
+    own = network_cost(discriminator, lambda: torch.stack([judge(), judge()]))
+    return own + network_cost(discriminator.requires_grad_(False), lambda: judge(requires_grad=True))
+
+
+def _watched_views(preset: SceneAutoencoderPreset) -> int:
+    """Views that the perceptual network and the discriminator see in a step."""
+    views = StageOneLossConfig(**preset.loss).lpips_views or preset.sampling["num_target_views"]
+    return preset.sampling["scenes_per_batch"] * views
 
 
 def _latent_autoencoder(name: str) -> LatentAutoencoder:

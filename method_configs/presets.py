@@ -16,7 +16,7 @@ class SceneAutoencoderPreset:
         sampling: `SceneSamplerConfig`, what a training batch consists of.
         max_num_iterations: training steps.
         learning_rate: the highest of the cosine schedule.
-        discriminator_learning_rate: constant.
+        discriminator_learning_rate: constant; before it is lowered for a lazy penalty.
         warmup_steps: steps of rising learning rate.
         precision: "fp32" or "bf16", arithmetic of the networks in training.
         image_size: side of the images in pixels that it is meant for (what it is trained on comes from the data).
@@ -60,10 +60,19 @@ SCENE_AUTOENCODER = {
             "encoder_channels": (96, 192),
             "decoder_channels": (128, 64),
         },
-        loss={"adversarial_mult": 0.05, "adversarial_start": 10_000},
+        loss={
+            "adversarial_mult": 0.05,
+            "adversarial_start": 10_000,
+            "discriminator": "stylegan2",
+            "discriminator_channel_base": 8192,
+            "discriminator_channel_max": 256,
+            "r1_gamma": 0.2,
+            "augment": ("color", "translation", "cutout"),
+        },
         sampling={"scenes_per_batch": 4, "num_target_views": 4},
         max_num_iterations=100_000,
         learning_rate=4e-4,
+        discriminator_learning_rate=2e-3,
         warmup_steps=1000,
         image_size=128,
     ),
@@ -79,10 +88,17 @@ SCENE_AUTOENCODER = {
             "decoder_channels": (256, 128),
             "decoder_blocks": 2,
         },
-        loss={"adversarial_mult": 0.05, "adversarial_start": 20_000},
+        loss={
+            "adversarial_mult": 0.05,
+            "adversarial_start": 20_000,
+            "discriminator": "stylegan2",
+            "r1_gamma": 0.5,
+            "augment": ("color", "translation", "cutout"),
+        },
         sampling={"scenes_per_batch": 1, "num_target_views": 6},
         max_num_iterations=400_000,
         learning_rate=2e-4,
+        discriminator_learning_rate=2e-3,
         warmup_steps=1000,
         image_size=128,
         num_source_views=6,

@@ -22,6 +22,7 @@ from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderP
 
 def scene_autoencoder_config(method_name: str, preset: SceneAutoencoderPreset) -> SceneAutoencoderTrainerConfig:
     """A trainer's configuration of stage 1 for the device that is there."""
+    loss = StageOneLossConfig(**preset.loss)
     return SceneAutoencoderTrainerConfig(
         method_name=method_name,
         max_num_iterations=preset.max_num_iterations,
@@ -36,7 +37,7 @@ def scene_autoencoder_config(method_name: str, preset: SceneAutoencoderPreset) -
             ),
             model=SceneAutoencoderModelConfig(
                 network=SceneNetworkConfig(**preset.network),
-                loss=StageOneLossConfig(**preset.loss),
+                loss=loss,
                 precision=preset.precision,
             ),
         ),
@@ -46,13 +47,27 @@ def scene_autoencoder_config(method_name: str, preset: SceneAutoencoderPreset) -
                 "scheduler": CosineScheduleConfig(warmup_steps=preset.warmup_steps),
             },
             "discriminator": {
-                "optimizer": AdamWConfig(lr=preset.discriminator_learning_rate, betas=(0.5, 0.99)),
+                "optimizer": discriminator_optimizer(
+                    StageOneLossConfig(**preset.loss), preset.discriminator_learning_rate
+                ),
                 "scheduler": None,
             },
         },
         viewer=ViewerConfig(quit_on_train_completion=True),
         vis="viewer+tensorboard",
     )
+
+
+def discriminator_optimizer(loss: StageOneLossConfig, learning_rate: float) -> AdamWConfig:
+    """What suits the kind of discriminator: for StyleGAN2's, Adam without momentum and weight decay.
+
+    With a gradient penalty in every k-th step, the learning rate is multiplied by c = k / (k + 1) and the decay of the
+    squares raised to the power of c (Karras et al., CVPR 2020, appendix B).
+    """
+    if loss.discriminator == "projected":
+        return AdamWConfig(lr=learning_rate, betas=(0.5, 0.99))
+    share = loss.r1_every / (loss.r1_every + 1) if loss.r1_gamma else 1.0
+    return AdamWConfig(lr=learning_rate * share, betas=(0.0, 0.99**share), weight_decay=0.0)
 
 
 nfldm_scene_ae_tiny = MethodSpecification(

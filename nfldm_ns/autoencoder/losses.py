@@ -10,10 +10,19 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.discriminator import discriminator_loss, generator_loss
-from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.autoencoder.augmentation import AugmentPolicy, augment
+from nfldm_ns.autoencoder.discriminator import (
+    ProjectedDiscriminator,
+    Seen,
+    discriminator_loss,
+    generator_loss,
+    r1_penalty,
+)
+from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, downsample_depth
+from nfldm_ns.autoencoder.stylegan2_discriminator import StyleGAN2Discriminator
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
@@ -29,7 +38,16 @@ class StageOneLossConfig:
             the same gradient on average.
         adversarial_mult: of the loss that the discriminator gives rendered images; 0 trains without one.
         adversarial_start: first step with a discriminator: before, it would only learn that images are blurred.
-        adversarial_levels: levels of the perceptual network whose features the discriminator looks at, 0 the finest.
+        discriminator: "stylegan2" looks at pixels (the paper's), "projected" at features of the perceptual network: of
+            use after some ten steps instead of thousands. Each wants its own optimiser, which the presets set.
+        adversarial_levels: projected: levels of the perceptual network whose features it looks at, 0 the finest.
+        discriminator_channel_base, discriminator_channel_max: stylegan2: its widths, see `StyleGAN2Discriminator`.
+        r1_gamma: stylegan2: strength of the gradient penalty on real images, which it needs to stay stable; 0 leaves it
+            out. Grows with the pixels and falls with the images per step (Karras et al. 2020, "Training GANs with
+            Limited Data": 0.0002 * pixels / images).
+        r1_every: in every so many steps the penalty is added, so many times as strong ("lazy").
+        augment: stylegan2: what randomly changes the images that it sees, see `augment`. Keeps it from learning a small
+            collection by heart, and slows it down otherwise.
         rgb_mult: mean absolute error of colours; steadies short trainings.
         depth_mult: error of expected depth, over known pixels.
         depth_norm: "l2" is the mean squared error in m^2 (the paper's), "l1" the mean absolute error in m, which edges
@@ -41,11 +59,50 @@ class StageOneLossConfig:
     lpips_views: int | None = None
     adversarial_mult: float = 0.0
     adversarial_start: int = 0
+    discriminator: Literal["projected", "stylegan2"] = "projected"
     adversarial_levels: tuple[int, ...] = (1, 2)
+    discriminator_channel_base: int = 16384
+    discriminator_channel_max: int = 512
+    r1_gamma: float = 0.0
+    r1_every: int = 16
+    augment: tuple[AugmentPolicy, ...] = ()
     rgb_mult: float = 1.0
     depth_mult: float = 0.02
     depth_norm: Literal["l1", "l2"] = "l2"
     feature_mult: float = 0.0
+
+    @property
+    def needs_perceptual_network(self) -> bool:
+        """Whether a loss looks at its features."""
+        return bool(self.lpips_mult or (self.adversarial_mult and self.discriminator == "projected"))
+
+
+def make_discriminator(config: StageOneLossConfig, image_size: tuple[int, int]) -> nn.Module | None:
+    """The discriminator of images of `image_size` (height, width); None if `adversarial_mult` is 0.
+
+    Raises:
+        UserInputError: if its settings do not fit together, or the images.
+    """
+    if not config.adversarial_mult:
+        return None
+    if config.discriminator == "projected":
+        if config.r1_gamma or config.augment:
+            raise UserInputError(
+                "The projected discriminator sees features, but the loss's r1_gamma or augment acts on pixels: leave "
+                " r1_gamma at 0 and augment empty, or choose the discriminator stylegan2."
+            )
+        return ProjectedDiscriminator([PERCEPTUAL_CHANNELS[level] for level in config.adversarial_levels])
+    if config.r1_gamma < 0 or config.r1_every < 1:
+        raise UserInputError(
+            f"The loss's r1_gamma is {config.r1_gamma} and r1_every {config.r1_every}: give at least 0 and 1."
+        )
+    try:
+        return StyleGAN2Discriminator(image_size, config.discriminator_channel_base, config.discriminator_channel_max)
+    except ValueError as error:
+        raise UserInputError(
+            f"The stylegan2 discriminator cannot be made ({error}): change the loss's discriminator_channel_base and "
+            "discriminator_channel_max, or use larger images."
+        ) from error
 
 
 def stage_one_losses(
@@ -55,19 +112,19 @@ def stage_one_losses(
     grid: VoxelGrid,
     perceptual: PerceptualNetwork | None,
     discriminator: nn.Module | None = None,
+    step: int = 0,
 ) -> dict[str, Float[Tensor, ""]]:
-    """Weighted losses by name.
+    """Weighted losses by name. One backward pass of their sum trains auto-encoder and discriminator.
 
     Args:
         target: views of batch shape `[B, M]`; pixels of unknown depth never supervise depth.
-        perceptual: needed unless `lpips_mult` is 0 and there is no discriminator.
-        discriminator: adds the adversarial loss and its own, whose gradients do not mix.
+        perceptual: needed for `lpips_mult` and the projected discriminator.
+        discriminator: from `make_discriminator`; adds the adversarial loss and its own, whose gradients do not mix.
+        step: of the training; says when the gradient penalty is due (`r1_loss`).
     """
     losses = {"rgb_loss": config.rgb_mult * F.l1_loss(rendered.rgb, target.images)}
     if config.lpips_mult or discriminator is not None:
-        if perceptual is None:
-            raise ValueError("lpips_mult or a discriminator is set, but no perceptual network was given")
-        losses.update(_perceptual_losses(config, rendered, target, perceptual, discriminator))
+        losses.update(_view_losses(config, rendered, target, perceptual, discriminator, step))
     if target.depths is not None:
         losses["depth_loss"] = config.depth_mult * depth_loss(rendered.maps, target, config.depth_norm)
     if config.feature_mult:
@@ -75,26 +132,43 @@ def stage_one_losses(
     return losses
 
 
-def _perceptual_losses(
+def _view_losses(
     config: StageOneLossConfig,
     rendered: RenderedViews,
     target: Views,
-    perceptual: PerceptualNetwork,
+    perceptual: PerceptualNetwork | None,
     discriminator: nn.Module | None,
+    step: int,
 ) -> dict[str, Float[Tensor, ""]]:
-    """The losses that look at features of a few views."""
+    """The losses that look at a few views only."""
     chosen = torch.randperm(target.shape[1])[: config.lpips_views]
-    fake, real = (
-        perceptual.features(views[:, chosen].flatten(0, 1) * 2 - 1) for views in (rendered.rgb, target.images)
-    )
+    fake, real = (views[:, chosen].flatten(0, 1) * 2 - 1 for views in (rendered.rgb, target.images))
     losses = {}
-    if config.lpips_mult:
-        losses["lpips_loss"] = config.lpips_mult * perceptual.distance(fake, real).mean()
-    if discriminator is not None:
-        fake, real = ([features[level] for level in config.adversarial_levels] for features in (fake, real))
-        losses["adversarial_loss"] = config.adversarial_mult * generator_loss(discriminator, fake)
-        losses["discriminator_loss"] = discriminator_loss(discriminator, fake, real)
+    if config.lpips_mult or (discriminator is not None and config.discriminator == "projected"):
+        if perceptual is None:
+            raise ValueError("lpips_mult or a projected discriminator is set, but no perceptual network was given")
+        features = [perceptual.features(images) for images in (fake, real)]
+        if config.lpips_mult:
+            losses["lpips_loss"] = config.lpips_mult * perceptual.distance(*features).mean()
+    if discriminator is None:
+        return losses
+    if config.discriminator == "projected":
+        seen = ([levels[level] for level in config.adversarial_levels] for levels in features)
+        return {**losses, **_adversarial_losses(config, discriminator, *seen)}
+    fake, real = (augment(images, config.augment) for images in (fake, real))
+    losses.update(_adversarial_losses(config, discriminator, fake, real))
+    if config.r1_gamma and step % config.r1_every == 0:
+        losses["r1_loss"] = config.r1_every * r1_penalty(discriminator, real, config.r1_gamma)
     return losses
+
+
+def _adversarial_losses(
+    config: StageOneLossConfig, discriminator: nn.Module, rendered: Seen, real: Seen
+) -> dict[str, Float[Tensor, ""]]:
+    return {
+        "adversarial_loss": config.adversarial_mult * generator_loss(discriminator, rendered),
+        "discriminator_loss": discriminator_loss(discriminator, rendered, real),
+    }
 
 
 def depth_loss(maps: FeatureMaps, target: Views, norm: Literal["l1", "l2"] = "l2") -> Float[Tensor, ""]:

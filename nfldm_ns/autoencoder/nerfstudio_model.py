@@ -11,9 +11,8 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.models.base_model import ModelConfig
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
-from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
-from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.voxel_model import VoxelModel
 from nfldm_ns.evaluation.metrics import psnr
@@ -91,17 +90,14 @@ class SceneAutoencoderModel(VoxelModel):
             **{key: data[key] for key in ("near", "far", "image_size", "focal_length")},
         ).to(memory_format=torch.channels_last)
         self._perceptual: tuple[PerceptualNetwork, ...] = ()  # a tuple, so that its weights stay out of checkpoints
-        self.discriminator = None
-        if self.config.loss.adversarial_mult:
-            levels = self.config.loss.adversarial_levels
-            self.discriminator = ProjectedDiscriminator([PERCEPTUAL_CHANNELS[level] for level in levels])
+        self.discriminator = make_discriminator(self.config.loss, data["image_size"])
         self._step = 0
         self._shown_views: Views | None = None
         self._shown_grid: VoxelGrid | None = None
 
     def prepare_training(self) -> None:
-        """Loads the perceptual network; `UserInputError` if its weights are missing."""
-        if self.config.loss.lpips_mult or self.discriminator is not None:
+        """Loads the perceptual network where a loss needs it; `UserInputError` if its weights are missing."""
+        if self.config.loss.needs_perceptual_network:
             from nfldm_ns.evaluation.weights import load_lpips
 
             self._perceptual = (PerceptualNetwork(load_lpips("vgg")).to(self.device),)
@@ -136,7 +132,13 @@ class SceneAutoencoderModel(VoxelModel):
         perceptual = self._perceptual[0] if self._perceptual else None
         discriminator = self.discriminator if self._step >= self.config.loss.adversarial_start else None
         return stage_one_losses(
-            self.config.loss, outputs["rendered"], batch["target"], outputs["grid"], perceptual, discriminator
+            self.config.loss,
+            outputs["rendered"],
+            batch["target"],
+            outputs["grid"],
+            perceptual,
+            discriminator,
+            self._step,
         )
 
     @torch.no_grad()
