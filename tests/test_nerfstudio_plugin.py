@@ -28,7 +28,7 @@ from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSa
 from nfldm_ns.autoencoder.voxel_model import VoxelGridField, density_from_above, ray_depth, ray_lengths, single_camera
 from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.method_configs.scene_ae import nfldm_scene_ae_tiny
+from nfldm_ns.method_configs.scene_ae import discriminator_optimizer, nfldm_scene_ae_tiny
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import camera_rays
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -255,13 +255,30 @@ def test_resumed_run_has_equal_weights(run, box_room_collection, tmp_path):
     assert not all(torch.equal(value, checkpoint(run, 3)[key]) for key, value in straight.items())
 
 
-def test_adversarial_training_starts_late_and_resumes_equal(box_room_collection, tmp_path):
-    require_weights("lpips-vgg")
+PROJECTED = StageOneLossConfig(lpips_views=1, adversarial_mult=0.1, adversarial_start=3)
+STYLEGAN2 = StageOneLossConfig(
+    lpips_mult=0.0,
+    adversarial_mult=0.1,
+    adversarial_start=3,
+    discriminator="stylegan2",
+    discriminator_channel_base=256,
+    discriminator_channel_max=16,
+    r1_gamma=1.0,
+    r1_every=2,
+    augment=("color", "translation", "cutout"),
+)
+
+
+@pytest.mark.parametrize("loss", [PROJECTED, STYLEGAN2], ids=lambda loss: loss.discriminator)
+def test_adversarial_training_starts_late_and_resumes_equal(box_room_collection, tmp_path, loss):
+    if loss.needs_perceptual_network:
+        require_weights("lpips-vgg")
 
     def config(name: str, steps: int) -> SceneAutoencoderTrainerConfig:
         config = small_config(box_room_collection.root, tmp_path / name, steps)
         config.steps_per_save = 1
-        config.pipeline.model.loss = StageOneLossConfig(lpips_views=1, adversarial_mult=0.1, adversarial_start=3)
+        config.pipeline.model.loss = copy.deepcopy(loss)
+        config.optimizers["discriminator"]["optimizer"] = discriminator_optimizer(loss, 1e-3)
         return config
 
     run = train(config("straight", 5))
@@ -275,6 +292,15 @@ def test_adversarial_training_starts_late_and_resumes_equal(box_room_collection,
     again = checkpoint(train(resumed), 4)
     assert straight.keys() == again.keys()
     assert all(torch.equal(value, again[key]) for key, value in straight.items())
+
+
+def test_a_discriminator_that_cannot_be_made(box_room_collection, tmp_path, capfd):
+    config = small_config(box_room_collection.root, tmp_path, 1)
+    config.pipeline.model.loss = StageOneLossConfig(adversarial_mult=0.1, r1_gamma=1.0)
+    with pytest.raises(SystemExit) as ending:
+        train(config)
+    assert "choose the discriminator stylegan2" in ended_with(capfd, ending)
+    assert not list(tmp_path.rglob("config.yml"))
 
 
 def test_time_budget_ends_the_training(box_room_collection, tmp_path):

@@ -1,15 +1,17 @@
 """Presets of all stages: what they cost, and that they can be built and stepped."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
-from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.commands import presets
 from nfldm_ns.evaluation.network_cost import NetworkCost, network_cost
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
-from nfldm_ns.method_configs.preset_costs import preset_costs, scene_autoencoder_cost
+from nfldm_ns.method_configs.preset_costs import discriminator_cost, preset_costs, scene_autoencoder_cost
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.scenes.views import Views
 from tests.synthetic import AABB, BoxRoom, surround_cameras
@@ -37,11 +39,30 @@ def test_every_network_of_every_preset_is_counted():
     assert all(min(row.cost.parameters, row.cost.flops, row.cost.activation_bytes) > 0 for row in rows)
 
 
-def test_parameters_are_those_of_the_model():
-    preset = SCENE_AUTOENCODER["tiny"]
+@pytest.mark.parametrize("name", ["tiny", "base"])
+def test_parameters_are_those_of_the_model(name):
+    preset = SCENE_AUTOENCODER[name]
     model = SceneAutoencoder(**preset.network)
-    networks = [*model.encoder.parameters(), *model.decoder.parameters()]
-    assert scene_autoencoder_cost(preset).parameters == sum(parameter.numel() for parameter in networks)
+    discriminator = make_discriminator(StageOneLossConfig(**preset.loss), (preset.image_size, preset.image_size))
+    networks = [model.encoder, model.decoder, discriminator]
+    count = sum(parameter.numel() for network in networks for parameter in network.parameters())
+    assert scene_autoencoder_cost(preset).parameters == count
+
+
+def test_a_step_without_discriminator_costs_less():
+    preset = SCENE_AUTOENCODER["tiny"]
+    without = replace(preset, loss={**preset.loss, "adversarial_mult": 0})
+    assert discriminator_cost(without) == NetworkCost()
+    assert scene_autoencoder_cost(without) + discriminator_cost(preset) == scene_autoencoder_cost(preset)
+    heads = make_discriminator(StageOneLossConfig(**preset.loss), (64, 64)).heads
+    forward = 0
+    for head, side in zip(heads, (32, 16), strict=True):
+        weights = [layer.weight.numel() for layer in head if isinstance(layer, nn.Conv2d)]
+        forward += 2 * 2 * side**2 * sum(weights)  # two views
+    first = sum(2 * 2 * side**2 * head[0].weight.numel() for head, side in zip(heads, (32, 16), strict=True))
+    # The renderer: forward and gradients of inputs; the discriminator, twice: forward and gradients of inputs (not of
+    # the features) and of weights.
+    assert discriminator_cost(preset).flops == 2 * forward + 2 * (3 * forward - first)
 
 
 def test_the_command_lists_them(capsys):

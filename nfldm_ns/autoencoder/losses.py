@@ -89,7 +89,7 @@ def make_discriminator(config: StageOneLossConfig, image_size: tuple[int, int]) 
         if config.r1_gamma or config.augment:
             raise UserInputError(
                 "The projected discriminator sees features, but the loss's r1_gamma or augment acts on pixels: leave "
-                " r1_gamma at 0 and augment empty, or choose the discriminator stylegan2."
+                "r1_gamma at 0 and augment empty, or choose the discriminator stylegan2."
             )
         return ProjectedDiscriminator([PERCEPTUAL_CHANNELS[level] for level in config.adversarial_levels])
     if config.r1_gamma < 0 or config.r1_every < 1:
