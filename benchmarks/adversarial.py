@@ -192,7 +192,7 @@ def main(options: Options) -> None:
     print(f"{'':20s} {'PSNR (dB)':>9s} {'LPIPS':>7s} {'FID':>7s} {'s/step':>7s}")
     images = {"real": real}
     for name, config in {"base": None, **losses}.items():
-        autoencoder, seconds = copy.deepcopy(base), float("nan")
+        autoencoder, seconds = copy.deepcopy(base), 0.0
         if config is not None:
             seconds = tuning.run(autoencoder, autoencoder.decoder, config, options.steps, PRESET.learning_rate / 2)
         metrics, images[name] = judge(autoencoder.eval(), collection, scene_ids, lpips)

@@ -294,6 +294,21 @@ def test_adversarial_training_starts_late_and_resumes_equal(box_room_collection,
     assert all(torch.equal(value, again[key]) for key, value in straight.items())
 
 
+def test_auto_encoder_and_discriminator_have_optimisers_of_their_own(box_room_collection, tmp_path):
+    config = small_config(box_room_collection.root, tmp_path, 1)
+    config.pipeline.model.loss = copy.deepcopy(STYLEGAN2)
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    owned = {
+        name: {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for name, optimizer in trainer.optimizers.optimizers.items()
+    }
+    model = trainer.pipeline.model
+    assert owned["autoencoder"] == {id(parameter) for parameter in model.autoencoder.parameters()}
+    assert owned["discriminator"] == {id(parameter) for parameter in model.discriminator.parameters()}
+    assert owned["autoencoder"].isdisjoint(owned["discriminator"])
+
+
 def test_a_discriminator_that_cannot_be_made(box_room_collection, tmp_path, capfd):
     config = small_config(box_room_collection.root, tmp_path, 1)
     config.pipeline.model.loss = StageOneLossConfig(adversarial_mult=0.1, r1_gamma=1.0)

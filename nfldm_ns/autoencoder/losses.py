@@ -46,8 +46,8 @@ class StageOneLossConfig:
             out. Grows with the pixels and falls with the images per step (Karras et al. 2020, "Training GANs with
             Limited Data": 0.0002 * pixels / images).
         r1_every: in every so many steps the penalty is added, so many times as strong ("lazy").
-        augment: stylegan2: what randomly changes the images that it sees, see `augment`. Keeps it from learning a small
-            collection by heart, and slows it down otherwise.
+        augment: stylegan2: what randomly changes real and rendered images before it sees them, see `augment`. Keeps it
+            from learning a small collection by heart; of no use where it never sees an image twice.
         rgb_mult: mean absolute error of colours; steadies short trainings.
         depth_mult: error of expected depth, over known pixels.
         depth_norm: "l2" is the mean squared error in m^2 (the paper's), "l1" the mean absolute error in m, which edges

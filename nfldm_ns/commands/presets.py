@@ -16,8 +16,8 @@ class Presets:
     """Lists the presets of the three stages: parameters, operations and memory of one training step.
 
     Counted for the networks, in single precision, at the preset's batch and for images of the size it is meant for;
-    lifting and volume rendering come on top. G is 10^9; operations are multiplications and additions, forward and
-    backward.
+    lifting, volume rendering and the lazy gradient penalty of stage 1 come on top. G is 10^9; operations are
+    multiplications and additions, forward and backward.
     """
 
     def run(self) -> None:
