@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
+from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig
 from nfldm_ns.autoencoder.novel_views import reconstruct
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
@@ -56,7 +57,7 @@ class Options:
     """scene collection; default: what the run of load_config was trained on"""
     load_config: Path | None = None
     """config.yml of a stage 1 trained without a discriminator; default: trains one"""
-    base_steps: int = 500
+    base_steps: int = 400
     """steps of that training"""
     steps: int = 250
     """steps of each variant"""
@@ -117,7 +118,8 @@ class Tuning:
         autoencoder.requires_grad_(False)
         trained.requires_grad_(True)
         optimizers = [torch.optim.AdamW(trained.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)]
-        rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[0], steps)
+        schedule = CosineScheduleConfig(warmup_steps=PRESET.warmup_steps, max_steps=steps).setup()
+        rate = schedule.get_scheduler(optimizers[0], learning_rate)
         if discriminator is not None:
             settings = discriminator_optimizer(config, 2e-3 if config.discriminator == "stylegan2" else 1e-3)
             optimizers.append(settings.setup(discriminator.parameters()))
