@@ -174,6 +174,9 @@ def _adversarial_losses(
 def depth_loss(maps: FeatureMaps, target: Views, norm: Literal["l1", "l2"] = "l2") -> Float[Tensor, ""]:
     """Mean squared (m^2) or absolute (m) error of expected depth at the rays' resolution, over known pixels.
 
+    Each scene counts alike, with the mean over its known pixels (0 where none is known), so that the loss of a batch is
+    the mean of the losses of its parts.
+
     Surfaces beyond the box count as lying on its border: that is where the encoder paints them.
     """
     assert target.depths is not None
@@ -183,4 +186,5 @@ def depth_loss(maps: FeatureMaps, target: Views, norm: Literal["l1", "l2"] = "l2
     error = (maps.depth - torch.minimum(depth, maps.exit_depth)).abs()
     if norm == "l2":
         error = error.square()
-    return (error * known).sum() / known.sum().clamp(min=1)
+    scenes = (error * known).flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
+    return scenes.mean()

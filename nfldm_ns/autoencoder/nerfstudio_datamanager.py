@@ -40,6 +40,7 @@ class SceneDataManager(DataManager):
 
     Args:
         test_mode: "val" trains and validates on the splits of that name; "test" and "inference" use the test split.
+        world_size, local_rank: of the processes that share each batch, unless torch.distributed knows them.
     """
 
     config: SceneDataManagerConfig
@@ -57,8 +58,9 @@ class SceneDataManager(DataManager):
         self.config = config
         self.device = device
         self.test_mode = test_mode
-        self.world_size = world_size
-        self.rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else local_rank
+        self.world_size, self.rank = world_size, local_rank
+        if torch.distributed.is_initialized():
+            self.world_size, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         if config.data is not None:
             config.dataparser.data = Path(config.data)
         else:

@@ -117,28 +117,35 @@ class SceneAutoencoderModel(VoxelModel):
         self._step = step
 
     def get_outputs(self, ray_bundle: Any) -> dict[str, Any]:
-        """Encodes a `SceneBatch` and renders its target views: `rendered`, `grid`. Else as `VoxelModel`."""
+        """Encodes a `SceneBatch` and renders its target views: `rendered`, `grid`. Else as `VoxelModel`.
+
+        In training the losses come with them (`losses`): they are part of what `DistributedDataParallel` wraps, so that
+        it averages the gradients of all parameters.
+        """
         if not isinstance(ray_bundle, SceneBatch):
             return super().get_outputs(ray_bundle)
         self._shown_grid = None  # made by other weights
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
             grid = self.autoencoder.encode(ray_bundle.source)
-            return {"rendered": self.autoencoder.render(grid, ray_bundle.target.cameras), "grid": grid}
+            outputs: dict[str, Any] = {
+                "rendered": self.autoencoder.render(grid, ray_bundle.target.cameras),
+                "grid": grid,
+            }
+        if self.training:
+            outputs["losses"] = self._losses(outputs, ray_bundle.target)
+        return outputs
 
     def get_loss_dict(
         self, outputs: Mapping[str, Any], batch: Mapping[str, Any], metrics_dict: Any = None
     ) -> dict[str, Tensor]:
         """Weighted losses of a batch of scenes; `batch["target"]` holds the true views."""
+        return outputs["losses"] if "losses" in outputs else self._losses(outputs, batch["target"])
+
+    def _losses(self, outputs: Mapping[str, Any], target: Views) -> dict[str, Tensor]:
         perceptual = self._perceptual[0] if self._perceptual else None
         discriminator = self.discriminator if self._step >= self.config.loss.adversarial_start else None
         return stage_one_losses(
-            self.config.loss,
-            outputs["rendered"],
-            batch["target"],
-            outputs["grid"],
-            perceptual,
-            discriminator,
-            self._step,
+            self.config.loss, outputs["rendered"], target, outputs["grid"], perceptual, discriminator, self._step
         )
 
     @torch.no_grad()

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.viewer.viewer_elements import ViewerDropdown
 from rich.progress import track
+from torch.nn.parallel import DistributedDataParallel
 
 from nfldm_ns.autoencoder.checkpoints import check_state
 from nfldm_ns.autoencoder.nerfstudio_datamanager import SceneDataManager, SceneDataManagerConfig
 from nfldm_ns.autoencoder.nerfstudio_model import SceneAutoencoderModel, SceneAutoencoderModelConfig
 from nfldm_ns.autoencoder.viewer_start import FirstView
-from nfldm_ns.errors import exit_on_bad_input
+from nfldm_ns.errors import BAD_INPUT_EXIT_CODE, UserInputError, exit_on_bad_input
 from nfldm_ns.scenes.collection import SPLITS, SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
 
@@ -51,7 +53,13 @@ class SceneAutoencoderPipeline(VanillaPipeline):
         local_rank: int = 0,
         grad_scaler: Any = None,
     ) -> None:
-        super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
+        super().__init__(config, device, test_mode, 1, local_rank, grad_scaler)
+        self.world_size = world_size
+        if world_size > 1:  # not left to nerfstudio, whose way needs CUDA
+            cuda = torch.device(device).type == "cuda"
+            self._model = DistributedDataParallel(  # type: ignore[assignment]
+                self._model, device_ids=[local_rank] if cuda else None, find_unused_parameters=True
+            )
         if test_mode == "val":
             self.model.prepare_training()
         labels = scene_labels(self.datamanager.collection)
@@ -81,7 +89,26 @@ class SceneAutoencoderPipeline(VanillaPipeline):
 
     @exit_on_bad_input()
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        return super().get_train_loss_dict(step)
+        """Losses of a step's batch.
+
+        Ends all processes with a sentence, before the weights have changed, if a loss of one of them is not finite.
+        """
+        outputs, losses, metrics = super().get_train_loss_dict(step)
+        finite = torch.stack(list(losses.values())).isfinite().tolist()
+        broken = [name for name, is_finite in zip(losses, finite, strict=True) if not is_finite]
+        anywhere = self._on_any_rank(bool(broken))
+        if broken:
+            raise diverged(broken, step, self.datamanager.train_batches.batch_ids(step))
+        if anywhere:
+            raise SystemExit(BAD_INPUT_EXIT_CODE)  # the process with that loss says so
+        return outputs, losses, metrics
+
+    def _on_any_rank(self, here: bool) -> bool:
+        if self.world_size == 1:
+            return here
+        flag = torch.tensor(float(here), device=self.device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
 
     @exit_on_bad_input()
     @torch.no_grad()
@@ -145,6 +172,15 @@ class SceneAutoencoderPipeline(VanillaPipeline):
         }
         check_state(self.model, model_state, f"The checkpoint of step {step}")
         super().load_pipeline(loaded_state, step)
+
+
+def diverged(what: Sequence[str], step: int, scene_ids: Sequence[str]) -> UserInputError:
+    """What to say of values that are not finite."""
+    return UserInputError(
+        f"The training diverged at step {step}: {' and '.join(what)} {'is' if len(what) == 1 else 'are'} not finite for "
+        f"the scenes {', '.join(scene_ids)}; look at their images and depths, or resume from the last checkpoint with a "
+        "smaller learning rate."
+    )
 
 
 def scene_labels(collection: SceneCollection) -> dict[str, str]:

@@ -22,10 +22,10 @@ from nerfstudio.utils import comms
 from torch.optim import Optimizer, lr_scheduler
 
 from nfldm_ns.autoencoder.checkpoints import FOLDER, read_training_record, save_scene_autoencoder
-from nfldm_ns.autoencoder.nerfstudio_pipeline import SceneAutoencoderPipeline
+from nfldm_ns.autoencoder.nerfstudio_pipeline import SceneAutoencoderPipeline, diverged
 from nfldm_ns.autoencoder.run_folder import MovableTrainerConfig
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.scenes.writing import atomic_path
+from nfldm_ns.errors import BAD_INPUT_EXIT_CODE, UserInputError, exit_on_bad_input
+from nfldm_ns.scenes.writing import atomic_path, clear_unfinished
 
 
 @dataclass
@@ -90,13 +90,20 @@ class SceneAutoencoderTrainerConfig(MovableTrainerConfig):
 
     _target: type = field(default_factory=lambda: SceneAutoencoderTrainer)
     """target class to instantiate"""
+    max_num_iterations: int = 1_000_000
+    """steps of this run; after --load-dir so many further ones: give what is left of the planned steps, and the training
+    goes on as if it had never stopped"""
     time_budget_s: float | None = None
     """ends after so many seconds of training if --max-num-iterations does not end it before; results then depend on the
-    machine's speed"""
+    machine's speed; for one process"""
 
     @exit_on_bad_input()
     def save_config(self) -> None:
         """Looks at the data first; the file itself is written once data and model are there (`write_config`)."""
+        if self.time_budget_s is not None and self.machine.num_devices * self.machine.num_machines > 1:
+            raise UserInputError(
+                "--time-budget-s is for one process, because several would not end together: give --max-num-iterations."
+            )
         manager = self.pipeline.datamanager
         parser_config = copy.copy(manager.dataparser)
         if manager.data is not None:
@@ -115,25 +122,59 @@ class SceneAutoencoderTrainerConfig(MovableTrainerConfig):
             temporary.write_text(yaml.dump(saved), encoding="utf-8")
 
 
+class CheckedOptimizers(Optimizers):
+    """nerfstudio's optimisers, which never step along gradients that are not finite."""
+
+    def optimizer_scaler_step_some(self, grad_scaler: Any, param_groups: list[str]) -> None:
+        """Steps of some groups; `FloatingPointError` with the names of those that cannot, before any has."""
+        if not grad_scaler.is_enabled():  # a scaler leaves such steps out by itself
+            norms = {name: _gradient_norm(self.parameters[name]) for name in param_groups}
+            broken = [name for name, norm in norms.items() if not math.isfinite(norm)]
+            if broken:
+                raise FloatingPointError(*broken)
+        super().optimizer_scaler_step_some(grad_scaler, param_groups)
+
+
+def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
+    return float(torch.nn.utils.clip_grad_norm_(parameters, math.inf))  # which clips nothing
+
+
 class SceneAutoencoderTrainer(Trainer):
-    """Trains stage 1; beside every checkpoint lies the auto-encoder as the later stages read it."""
+    """Trains stage 1; beside every checkpoint lies the auto-encoder as the later stages read it.
+
+    A step is a function of the seed, its number and the weights alone: a resumed run continues exactly, and several
+    processes do what one does with the scenes of all.
+    """
 
     config: SceneAutoencoderTrainerConfig
     pipeline: SceneAutoencoderPipeline
     checkpoint_dir: Path
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
+        self._clear_unfinished()
         super().setup(*args, **kwargs)
         self._start_time = time.monotonic()
 
+    def train(self) -> None:
+        if not comms.is_main_process():
+            del self.pipeline.datamanager.train_dataparser_outputs  # else every process would write a file about it
+        super().train()
+
+    @exit_on_bad_input()
     def train_iteration(self, step: int) -> Any:
+        """One step; ends the run with a sentence if losses or gradients are not finite."""
         if self.config.time_budget_s is not None and self.seconds() >= self.config.time_budget_s:
             self.stop_training = True  # after this iteration
-        # A step's random numbers depend on nothing before it, so that a resumed run continues exactly.
-        torch.manual_seed(
-            np.random.SeedSequence((self.config.machine.seed, step, self.local_rank)).generate_state(1)[0]
-        )
-        return super().train_iteration(step)
+        # The same for all processes: what differs between scenes is drawn with them, by the sampler.
+        torch.manual_seed(np.random.SeedSequence((self.config.machine.seed, step)).generate_state(1)[0])
+        try:
+            return super().train_iteration(step)
+        except FloatingPointError as error:
+            if not comms.is_main_process():  # averaged gradients are those of all processes
+                raise SystemExit(BAD_INPUT_EXIT_CODE) from error
+            gradients = [f"the gradient of the {name}" for name in error.args]
+            scene_ids = self.pipeline.datamanager.train_batches.joint_batch_ids(step)
+            raise diverged(gradients, step, scene_ids) from error
 
     def seconds(self) -> float:
         """Spent in training so far, before a resumption too."""
@@ -153,7 +194,7 @@ class SceneAutoencoderTrainer(Trainer):
                 schedule.max_steps = total
                 schedule.time_budget_s = schedule.time_budget_s or self.config.time_budget_s
                 schedule.seconds_before = self._seconds_before
-        return Optimizers(groups, self.pipeline.get_param_groups())
+        return CheckedOptimizers(groups, self.pipeline.get_param_groups())
 
     @exit_on_bad_input()
     def _load_checkpoint(self) -> None:
@@ -177,11 +218,16 @@ class SceneAutoencoderTrainer(Trainer):
 
     @exit_on_bad_input()
     def save_checkpoint(self, step: int) -> None:
-        """Writes a checkpoint and the auto-encoder, each in one step."""
+        """Writes the auto-encoder and a checkpoint, each in one step; the last good ones stay if that fails."""
         if not comms.is_main_process():
             return
+        if not all(bool(parameter.isfinite().all()) for parameter in self.pipeline.parameters()):
+            raise diverged(["a weight"], step, self.pipeline.datamanager.train_batches.joint_batch_ids(step))
+        self._clear_unfinished()
+        save_scene_autoencoder(self.pipeline.model.autoencoder, self.base_dir, self.record(step))
         folder, name = self.checkpoint_dir, f"step-{step:09d}.ckpt"
-        with atomic_path(folder / name) as temporary:
+        # nerfstudio takes whatever lies in the checkpoints' folder for one, so the temporary lies beside it.
+        with atomic_path(folder / name, folder.parent) as temporary:
             self.checkpoint_dir = temporary.with_suffix(".folder")
             try:
                 super().save_checkpoint(step)
@@ -198,7 +244,11 @@ class SceneAutoencoderTrainer(Trainer):
             for old in folder.glob("*.ckpt"):
                 if old.name != name:
                     old.unlink()
-        save_scene_autoencoder(self.pipeline.model.autoencoder, self.base_dir, self.record(step))
+
+    def _clear_unfinished(self) -> None:
+        """Removes what was left by a killed run in this one's folder."""
+        if comms.is_main_process():
+            clear_unfinished(self.base_dir)
 
     def record(self, step: int) -> dict[str, Any]:
         """What the later stages and reports want to know about this training."""

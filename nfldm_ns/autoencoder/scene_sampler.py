@@ -116,7 +116,8 @@ class SceneSamplerConfig:
 class SceneSampler:
     """Endless random batches. The batch of a step depends on the seed alone, so that a resumed run continues exactly.
 
-    Every scene comes once per epoch; the ranks of a distributed run share each batch of the epoch.
+    Every scene comes once per epoch. Scenes and what is drawn from them are one sequence, whatever the number of ranks:
+    the batches of all ranks together are the batch of one process with as many scenes.
 
     Args:
         cache: the scenes.
@@ -138,9 +139,18 @@ class SceneSampler:
 
     def batch_ids(self, step: int) -> list[str]:
         """The scenes of this rank's batch."""
+        return [self._scene_at(position) for position in self._positions(step)]
+
+    def joint_batch_ids(self, step: int) -> list[str]:
+        """The scenes of the batches of all ranks."""
+        size = self.config.scenes_per_batch * self.world_size
+        return [self._scene_at(step * size + i) for i in range(size)]
+
+    def _positions(self, step: int) -> range:
+        """Where this rank's scenes stand in the sequence of all scenes of all epochs."""
         size = self.config.scenes_per_batch
         first = (step * self.world_size + self.rank) * size
-        return [self._scene_at(first + i) for i in range(size)]
+        return range(first, first + size)
 
     def _scene_at(self, position: int) -> str:
         epoch, index = divmod(position, len(self.scene_ids))
@@ -155,10 +165,12 @@ class SceneSampler:
         return batch
 
     def _make(self, step: int) -> SceneBatch:
-        random = np.random.default_rng((self.config.seed, step, self.rank, 1))
-        dropout = np.random.default_rng((self.config.seed, step, 2)).random(2)  # alike for all ranks
+        dropout = np.random.default_rng((self.config.seed, step, 2)).random(2)  # alike for all scenes and ranks
         fewer = dropout[1] if dropout[0] < self.config.view_dropout else None
-        scenes = [self._draw(self.cache.load(scene_id), random, fewer) for scene_id in self.batch_ids(step)]
+        scenes = []
+        for position in self._positions(step):
+            random = np.random.default_rng((self.config.seed, position, 1))
+            scenes.append(self._draw(self.cache.load(self._scene_at(position)), random, fewer))
         return self.cache.collection.batch(scenes)
 
     def _draw(self, scene: Scene, random: np.random.Generator, fewer: float | None) -> Scene:

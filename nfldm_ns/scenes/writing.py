@@ -23,19 +23,23 @@ from nfldm_ns.scenes.collection import DEPTH_UNIT_M, FORMAT, VERSION, BevClass
 from nfldm_ns.scenes.views import Views
 
 FULL_DISK_BYTES = 2**16
+_UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(tmp|folder|old)")
 
 
 @contextlib.contextmanager
-def atomic_path(destination: Path) -> Iterator[Path]:
+def atomic_path(destination: Path, folder: Path | None = None) -> Iterator[Path]:
     """A temporary path beside `destination`, renamed to it when the block ends well and removed when it fails.
 
     Works for files and folders; an existing folder at the destination is replaced.
+
+    Args:
+        folder: where the temporary path lies instead, on the same file system.
 
     Raises:
         OSError: naming `destination`, if the system could not write, also where a library reports that in its own way.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = (folder or destination.parent) / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         yield temporary
         if temporary.is_dir() and destination.is_dir():
@@ -54,6 +58,24 @@ def atomic_path(destination: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Removes what a killed process left of `atomic_path` in a folder that nobody else writes to now.
+
+    A folder that was to be replaced, but was not yet, goes back to its place.
+    """
+    for path in folder.glob(".*") if folder.is_dir() else ():
+        found = _UNFINISHED.fullmatch(path.name)
+        if found is None:
+            continue
+        destination = folder / found["name"]
+        if path.suffix == ".old" and not destination.exists():
+            path.replace(destination)
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def require_writable(folder: Path) -> None:
