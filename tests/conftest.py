@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ import torch
 
 from nfldm_ns.scenes.collection import SceneCollection
 from tests.synthetic import make_box_room_collection
+
+# What tests with processes of their own need, imported once for all of these.
+multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.test_nerfstudio_plugin"])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

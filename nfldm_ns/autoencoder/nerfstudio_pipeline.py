@@ -42,6 +42,7 @@ class SceneAutoencoderPipeline(VanillaPipeline):
     config: SceneAutoencoderPipelineConfig
     datamanager: SceneDataManager
     model: SceneAutoencoderModel  # type: ignore[assignment]
+    _model: torch.nn.Module  # the same, wrapped if there are several processes
 
     @exit_on_bad_input()
     def __init__(
@@ -57,7 +58,7 @@ class SceneAutoencoderPipeline(VanillaPipeline):
         self.world_size = world_size
         if world_size > 1:  # not left to nerfstudio, whose way needs CUDA
             cuda = torch.device(device).type == "cuda"
-            self._model = DistributedDataParallel(  # type: ignore[assignment]
+            self._model = DistributedDataParallel(
                 self._model, device_ids=[local_rank] if cuda else None, find_unused_parameters=True
             )
         if test_mode == "val":
@@ -176,10 +177,11 @@ class SceneAutoencoderPipeline(VanillaPipeline):
 
 def diverged(what: Sequence[str], step: int, scene_ids: Sequence[str]) -> UserInputError:
     """What to say of values that are not finite."""
+    are = "is" if len(what) == 1 else "are"
     return UserInputError(
-        f"The training diverged at step {step}: {' and '.join(what)} {'is' if len(what) == 1 else 'are'} not finite for "
-        f"the scenes {', '.join(scene_ids)}; look at their images and depths, or resume from the last checkpoint with a "
-        "smaller learning rate."
+        f"The training diverged at step {step}: {' and '.join(what)} {are} not finite for the scenes "
+        f"{', '.join(scene_ids)}; look at their images and depths, or resume from the last checkpoint with a smaller "
+        "learning rate."
     )
 
 

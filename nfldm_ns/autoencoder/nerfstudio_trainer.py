@@ -91,8 +91,8 @@ class SceneAutoencoderTrainerConfig(MovableTrainerConfig):
     _target: type = field(default_factory=lambda: SceneAutoencoderTrainer)
     """target class to instantiate"""
     max_num_iterations: int = 1_000_000
-    """steps of this run; after --load-dir so many further ones: give what is left of the planned steps, and the training
-    goes on as if it had never stopped"""
+    """steps of this run; after --load-dir so many further ones: give what is left of the planned steps, and the
+    training goes on as if it had never stopped"""
     time_budget_s: float | None = None
     """ends after so many seconds of training if --max-num-iterations does not end it before; results then depend on the
     machine's speed; for one process"""
