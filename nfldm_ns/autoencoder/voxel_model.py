@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,16 +16,20 @@ from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.field_components.field_heads import FieldHeadNames
 from nerfstudio.fields.base_field import Field
 from nerfstudio.models.base_model import Model
-from nerfstudio.viewer.viewer_elements import ViewerSlider
+from nerfstudio.viewer.viewer_elements import ViewerCheckbox, ViewerSlider
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.lifting import box_exit_depth
+from nfldm_ns.autoencoder.panorama import panoramic_pictures, render_panorama
+from nfldm_ns.autoencoder.pictures import ray_lengths, render_perspective
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 
 EYE_SLAB = (-1.0, 0.5)  # metres about eye height: between floor and ceiling, so that walls show from above
+WIDEST = math.tan(math.radians(55))  # an image plane that reaches further from its axis is no plane for a decoder
+FROM_ONE_POINT = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIRECTANGULAR, CameraType.FISHEYE624)
 
 
 class VoxelGridField(Field):
@@ -72,6 +79,7 @@ class VoxelModel(Model):
         default = tuple(min(max(z, low), high) for z in EYE_SLAB)
         self.slab_low = ViewerSlider("From above: lowest z [m]", default[0], low, high, 0.1)
         self.slab_high = ViewerSlider("From above: highest z [m]", default[1], low, high, 0.1)
+        self.steady = ViewerCheckbox("Steady pictures", True, hint="No flicker along a path; off: exactly as in training.")
 
     def shown_grid(self) -> VoxelGrid:
         """The grid of the scene on show, batch size 1."""
@@ -81,9 +89,21 @@ class VoxelModel(Model):
         """What turns the grid into images."""
         raise NotImplementedError
 
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Perspective cameras are rendered exactly as in training, to evaluate or to tune what was trained."""
+        steady, self.steady.value = self.steady.value, False
+        try:
+            yield
+        finally:
+            self.steady.value = steady
+
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
-        """Pictures of one perspective camera at its own size.
+        """Pictures of one camera at its own size: perspective, fisheye or equirectangular, distorted or not.
+
+        Features are rendered at the ray density of training, perspective cameras as `render_perspective` describes,
+        others and those wider than 110 degrees from a `Panorama`.
 
         Args:
             camera: one camera, of batch shape `[]` or `[1]`.
@@ -92,13 +112,21 @@ class VoxelModel(Model):
         Returns:
             rgb `[H, W, 3]` in [0, 1]; depth `[H, W, 1]`, metres along the ray as everywhere in nerfstudio;
             accumulation `[H, W, 1]`; density_from_above `[H, W, 1]`, opacity seen from above, north up.
+
+        Raises:
+            UserInputError: if the camera's rays do not start at one point.
         """
-        grid = self.shown_grid()
+        grid, renderer = self.shown_grid(), self.renderer()
         if obb_box is not None:
             grid = crop_grid(grid, obb_box)
-        cameras = single_camera(camera.to(self.device))
-        rendered = self.renderer().render(grid, cameras)
-        outputs = picture_dict(rendered, cameras)
+        camera = camera.reshape((1,)).to(self.device)
+        if not is_plane(camera):
+            outputs = panoramic_pictures(render_panorama(renderer, grid, camera.camera_to_worlds[0, :, 3]), camera)
+        elif self.steady.value:
+            outputs = render_perspective(renderer, grid, single_camera(camera))
+        else:
+            cameras = single_camera(camera)
+            outputs = picture_dict(renderer.render(grid, cameras), cameras)
         height, width = outputs["rgb"].shape[:2]
         outputs["density_from_above"] = density_from_above(
             grid, height, width, self.slab_low.value, self.slab_high.value
@@ -114,6 +142,26 @@ class VoxelModel(Model):
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:
         """`[H, W, 4]`: colours with the accumulation as opacity."""
         return torch.cat([outputs[output_name], outputs["accumulation"]], dim=-1)
+
+
+def is_plane(camera: Cameras) -> bool:
+    """Whether a camera's image is part of one plane that is not too wide: an undistorted perspective camera.
+
+    Raises:
+        UserInputError: if its rays do not start at one point.
+    """
+    kind = CameraType(int(camera.camera_type.reshape(-1)[0]))
+    if kind not in FROM_ONE_POINT:
+        raise UserInputError(
+            f"Cameras of type {kind.name} look from more than one point, which voxel scenes cannot show: choose a "
+            "perspective, fisheye or equirectangular camera."
+        )
+    distorted = camera.distortion_params is not None and bool(camera.distortion_params.any())
+    fx, fy, cx, cy, width, height = (
+        float(getattr(camera, name).reshape(-1)[0]) for name in ("fx", "fy", "cx", "cy", "width", "height")
+    )
+    reach = max(cx / fx, (width - cx) / fx, cy / fy, (height - cy) / fy)
+    return kind == CameraType.PERSPECTIVE and not distorted and reach < WIDEST
 
 
 def single_camera(camera: Cameras) -> Cameras:
@@ -135,16 +183,6 @@ def picture_dict(rendered: RenderedViews, cameras: Cameras) -> dict[str, Tensor]
         image[0, 0].permute(1, 2, 0) for image in (rendered.rgb.clamp(0, 1), rendered.depth, rendered.accumulation)
     )
     return {"rgb": rgb, "depth": depth * ray_lengths(cameras)[0, 0], "accumulation": accumulation}
-
-
-def ray_lengths(cameras: Cameras) -> Float[Tensor, "*batch height width 1"]:
-    """Length of the rays of each pixel per metre of planar depth."""
-    height, width = int(cameras.height.reshape(-1)[0]), int(cameras.width.reshape(-1)[0])
-    rows = torch.arange(height, device=cameras.device) + 0.5
-    columns = torch.arange(width, device=cameras.device) + 0.5
-    x = (columns - cameras.cx) / cameras.fx
-    y = (rows - cameras.cy) / cameras.fy
-    return (1 + x[..., None, :].square() + y[..., :, None].square()).sqrt()[..., None]
 
 
 def crop_grid(grid: VoxelGrid, box: OrientedBox) -> VoxelGrid:

@@ -20,10 +20,11 @@ from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineC
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import check_state
+from nfldm_ns.autoencoder.pictures import ray_lengths
 from nfldm_ns.autoencoder.run_folder import MovableTrainerConfig, config_folder
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.viewer_start import FirstView
-from nfldm_ns.autoencoder.voxel_model import VoxelGridField, VoxelModel, picture_dict, ray_lengths, single_camera
+from nfldm_ns.autoencoder.voxel_model import VoxelGridField, VoxelModel, picture_dict, single_camera
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.metrics import psnr, ssim
 from nfldm_ns.generated.scene_files import DESCRIPTION, load_generated_scene
@@ -178,18 +179,21 @@ class GeneratedScenePipeline(VanillaPipeline):
     def get_eval_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """The training loss on the next evaluation image."""
         camera, batch = self.datamanager.next_eval_image(step)
-        outputs = self.model.get_outputs_for_camera(camera)
+        with self.model.as_trained():
+            outputs = self.model.get_outputs_for_camera(camera)
         return outputs, self.model.get_loss_dict(outputs, batch), {}
 
     @exit_on_bad_input()
     def get_eval_image_metrics_and_images(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        return super().get_eval_image_metrics_and_images(step)
+        with self.model.as_trained():
+            return super().get_eval_image_metrics_and_images(step)
 
     @exit_on_bad_input()
     def get_average_eval_image_metrics(
         self, step: int | None = None, output_path: Path | None = None, get_std: bool = False
     ) -> dict[str, float]:
-        return super().get_average_eval_image_metrics(step, output_path, get_std)
+        with self.model.as_trained():
+            return super().get_average_eval_image_metrics(step, output_path, get_std)
 
     @exit_on_bad_input()
     def load_pipeline(self, loaded_state: dict[str, Any], step: int) -> None:
