@@ -127,9 +127,7 @@ def _side_by_side(
 ) -> FeatureMaps:
     """The feature maps of M cameras as one, M times as wide; one camera at a time, to save memory."""
     config = autoencoder.config
-    rows, columns = (
-        int(size.reshape(-1)[0]) // config.feature_stride for size in (cameras.height, cameras.width)
-    )
+    rows, columns = (int(size.reshape(-1)[0]) // config.feature_stride for size in (cameras.height, cameras.width))
     maps = [
         render_feature_maps(
             grid, cameras[:, i : i + 1], rows, columns, config.near, config.num_samples, num_feature_samples
