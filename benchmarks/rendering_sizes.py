@@ -1,10 +1,10 @@
 """The same camera at five sizes, other cameras, a fly-through, and how much it flickers.
 
-    python benchmarks/rendering_sizes.py --load-config <run of stage 1 or generated scene>/config.yml [--output rendering]
+    python benchmarks/rendering_sizes.py --load-config <run of stage 1 or generated scene>/config.yml [--output ...]
 
-Writes `sizes.png` (one camera at 64 to 1024 pixels, all shown at one size; below it a zoomed and a wide view and a panorama
-of 360 degrees) and `flight.mp4`. Prints the time per picture by size, how far the picture at 1024 pixels, made smaller, is
-from the picture at the smaller size, and for several ways of rendering, in units of 1/255, over a path of small steps:
+Writes `sizes.png` (one camera at 64 to 1024 pixels, all shown at one size; below it a zoomed and a wide view and a
+panorama of 360 degrees) and `flight.mp4`. Prints the time per picture by size, how far larger pictures, made smaller, are
+from the one at 64 pixels, and for several ways of rendering, in units of 1/255, over paths of small steps:
 
 - swimming: mean difference of a frame from the next one, warped onto it by the rendered depth;
 - jitter: mean second difference of three frames in a row, that is what does not change evenly with the camera;
@@ -43,7 +43,7 @@ from nfldm_ns.scenes.views import camera_rays, make_cameras, resize_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 SIZES = (64, 128, 256, 512, 1024)
-SHOWN = 192  # pixels of each picture in the sheet
+SHOWN = 160  # pixels of each picture in the sheet
 Pictures = dict[str, Tensor]
 
 
@@ -220,9 +220,8 @@ def measure_flicker(model: VoxelModel, pose: Float[Tensor, "3 4"], frames: int) 
             for size in (64, 512):
                 cameras = [camera_of(p, size, 1, model.renderer()).to(pose.device) for p in poses]
                 numbers = flicker([way(camera) for camera in cameras], cameras)
-                print(
-                    f"{name:40s} {path:12s} {size:4d} {numbers[0]:8.2f} {numbers[1]:6.2f} {numbers[2]:8.2f}", flush=True
-                )
+                columns = "{:8.2f} {:6.2f} {:8.2f}".format(*numbers)
+                print(f"{name:40s} {path:12s} {size:4d} {columns}", flush=True)
 
 
 def write_flight(model: VoxelModel, cameras: Cameras, options: Options) -> None:

@@ -199,7 +199,8 @@ def test_pipeline_shows_the_voxels(folder):
     scene = load_generated_scene(folder)
     cameras = pipeline.datamanager.train_dataset.cameras
     assert torch.allclose(cameras.camera_to_worlds, scene.cameras.camera_to_worlds, atol=1e-6)  # not moved, not scaled
-    outputs = pipeline.model.get_outputs_for_camera(cameras[2:3])
+    with pipeline.model.as_trained():
+        outputs = pipeline.model.get_outputs_for_camera(cameras[2:3])
     views = render_views(scene, scene.cameras)
     assert torch.allclose(outputs["rgb"], views.images[2].permute(1, 2, 0), atol=1e-5)
     assert torch.equal(pipeline.model.field.density.data, scene.grid.density)

@@ -103,7 +103,6 @@ def panoramic_pictures(panorama: Panorama, camera: Cameras) -> dict[str, Tensor]
     Returns:
         rgb `[H, W, 3]` in [0, 1], depth `[H, W, 1]` in metres along the ray, accumulation `[H, W, 1]`.
     """
-    height, width = (int(size) for size in (camera.height, camera.width))
     rays = max(1, math.ceil(pixel_angle(camera) * panorama.focal - 0.1))
     finer = Cameras(
         camera.camera_to_worlds,
@@ -112,7 +111,7 @@ def panoramic_pictures(panorama: Panorama, camera: Cameras) -> dict[str, Tensor]
         camera_type=camera.camera_type,
     )
     coords = finer.get_image_coords().to(camera.device)
-    rows = max(1, RAYS_AT_ONCE // (width * rays**2)) * rays
+    rows = max(1, RAYS_AT_ONCE // (int(camera.width) * rays**2)) * rays
     parts = []
     for part in coords.split(rows):
         values = panorama.look_up(ray_directions(finer, part).reshape(-1, 3))

@@ -1,6 +1,6 @@
 """Pictures of one scene for people to look at: perspective cameras of any size and field of view.
 
-Training renders exactly the views it has (`SceneAutoencoder.render`). The viewer and `ns-render` ask for anything, so here
+Training renders exactly the views it has (`SceneAutoencoder.render`). The viewer and `ns-render` ask for anything, so:
 
 - rays always have the density of training, on a grid that covers at least the trained field of view and more than the
   image, and the image is resampled from it: it looks the same at every size, in a crop as in the whole;
@@ -150,8 +150,8 @@ def resampling_weights(
 ) -> Float[Tensor, "count size"]:
     """Weights with which each of `count` pixels is interpolated from `size` pixels, antialiased where it shrinks.
 
-    Pixel i covers `[start + i * scale, start + (i + 1) * scale]` of the source, whose pixels are 1 wide. Kernels are the
-    triangle or Keys' cubic (a = -0.5), as wide as the larger pixel, as in Pillow.
+    Pixel i covers `[start + i * scale, start + (i + 1) * scale]` of the source, whose pixels are 1 wide. Kernels are
+    the triangle or Keys' cubic (a = -0.5), as wide as the larger pixel, as in Pillow.
     """
     centres = start + (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) * scale
     x = ((torch.arange(size) + 0.5 - centres) / max(1.0, scale)).abs()

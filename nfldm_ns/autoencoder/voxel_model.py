@@ -79,9 +79,7 @@ class VoxelModel(Model):
         default = tuple(min(max(z, low), high) for z in EYE_SLAB)
         self.slab_low = ViewerSlider("From above: lowest z [m]", default[0], low, high, 0.1)
         self.slab_high = ViewerSlider("From above: highest z [m]", default[1], low, high, 0.1)
-        self.steady = ViewerCheckbox(
-            "Steady pictures", True, hint="No flicker along a path; off: exactly as in training."
-        )
+        self.steady = ViewerCheckbox("Steady pictures", True, hint="off: as in training, with its flicker")
 
     def shown_grid(self) -> VoxelGrid:
         """The grid of the scene on show, batch size 1."""
