@@ -3,8 +3,8 @@
     python benchmarks/rendering_sizes.py --load-config <run of stage 1 or generated scene>/config.yml [--output ...]
 
 Writes `sizes.png` (one camera at 64 to 1024 pixels, all shown at one size; below it a zoomed and a wide view and a
-panorama of 360 degrees) and `flight.mp4`. Prints the time per picture by size, how far larger pictures, made smaller, are
-from the one at 64 pixels, and for several ways of rendering, in units of 1/255, over paths of small steps:
+panorama of 360 degrees) and `flight.mp4`. Prints the time per picture by size, how far larger pictures, made smaller,
+are from the one at 64 pixels, and for several ways of rendering, in units of 1/255, over paths of small steps:
 
 - swimming: mean difference of a frame from the next one, warped onto it by the rendered depth;
 - jitter: mean second difference of three frames in a row, that is what does not change evenly with the camera;

@@ -265,3 +265,19 @@ def test_ns_render_works_on_it(folder, tmp_path):
     images = sorted((tmp_path / "frames").glob("*.png"))
     assert len(images) == 14  # two per pair of the eight evaluation cameras
     assert read_image(images[0], (64, 32)).max() > 0  # colours and depth side by side
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ns_render_makes_panoramas_of_it(folder, tmp_path):
+    level = [1, 0, 0, 0.1, 0, 0, -1, 0, 0, 1, 0, 0, 0, 0, 0, 1]
+    path = {"camera_type": "equirectangular", "render_height": 24, "render_width": 48, "fps": 1, "seconds": 1}
+    path["camera_path"] = [{"camera_to_world": level, "fov": 75, "aspect": 2}]
+    (tmp_path / "path.json").write_text(json.dumps(path))
+    command = [COMMANDS / "ns-render", "camera-path", "--load-config", folder / "config.yml"]
+    command += ["--camera-path-filename", "path.json", "--output-path", "frames"]
+    command += ["--output-format", "images", "--image-format", "png"]
+    environment = {**os.environ, "PATH": f"{COMMANDS}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert read_image(tmp_path / "frames" / "00000.png", (48, 24)).max() > 0
