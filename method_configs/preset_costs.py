@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
+from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator
 from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
@@ -102,26 +103,25 @@ def _watched_views(preset: SceneAutoencoderPreset) -> int:
 
 def _latent_autoencoder(name: str) -> LatentAutoencoder:
     network = SCENE_AUTOENCODER[name].network
+    shared = ("grid_shape", "feature_channels", "background_channels")  # with the same defaults
+    sizes = {key: network[key] for key in shared if key in network}
     with torch.device("meta"):
-        return LatentAutoencoder(
-            **{
-                **LATENT_PRESETS[name].model,
-                "grid_shape": network["grid_shape"],
-                "feature_channels": network["feature_channels"],
-            }
-        )
+        return LatentAutoencoder(**{**LATENT_PRESETS[name].model, **sizes})
 
 
 def latent_autoencoder_cost(model: LatentAutoencoder, batch_size: int) -> NetworkCost:
-    """The encoders of g, c and f, and the decoder."""
+    """The encoders of g, c and f, the background's way through g, and the decoder."""
     z, y, x = model.grid_shape
     with torch.device("meta"):
         voxels = torch.empty(batch_size, (1 + model.feature_channels) * z, y, x)
         g = torch.empty(batch_size, model.config.global_dim, requires_grad=True)
         c = torch.empty(batch_size, model.config.coarse_channels * model.config.coarse_height, *model.coarse_shape[2:])
         f = torch.empty(batch_size, *model.fine_shape)
+        background = torch.empty(batch_size, model.background_channels, BACKGROUND_MOMENTS)
     encoders = (model.global_encoder, model.coarse_encoder, model.fine_encoder)
     costs = [network_cost(encoder, partial(encoder, voxels)) for encoder in encoders]
+    path = model.background_path
+    costs.append(network_cost(path, lambda: path.decode(path.encode(background))))
     return sum(costs, network_cost(model.decoder, lambda: model.decoder(g, c, f)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,11 +34,11 @@ FROM_ONE_POINT = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIREC
 
 
 class VoxelGridField(Field):
-    """One scene's density and feature voxels as a nerfstudio field.
+    """One scene's density and feature voxels, and its background if it has one, as a nerfstudio field.
 
     Args:
         grid: a grid of one scene.
-        trainable: makes the voxels parameters.
+        trainable: makes them parameters.
     """
 
     def __init__(self, grid: VoxelGrid, trainable: bool = False) -> None:
@@ -46,11 +47,13 @@ class VoxelGridField(Field):
             raise ValueError(f"a field holds one scene, not {grid.batch_size}")
         self.density = nn.Parameter(grid.density.float(), requires_grad=trainable)
         self.features = nn.Parameter(grid.features.float(), requires_grad=trainable)
+        background = grid.background
+        self.background = None if background is None else nn.Parameter(background.float(), requires_grad=trainable)
         self.register_buffer("aabb", grid.aabb.float().clone())
 
     def grid(self) -> VoxelGrid:
         """The voxels; densities that an optimiser pushed below zero count as empty."""
-        return VoxelGrid(self.density.clamp(min=0), self.features, self.aabb)
+        return VoxelGrid(self.density.clamp(min=0), self.features, self.aabb, self.background)
 
     def get_density(
         self, ray_samples: RaySamples
@@ -189,7 +192,7 @@ def crop_grid(grid: VoxelGrid, box: OrientedBox) -> VoxelGrid:
     """Without the density outside a box."""
     centres = voxel_centres(grid.shape, grid.aabb)
     inside = box.within(centres.reshape(-1, 3).to(box.T)).reshape(grid.shape)
-    return VoxelGrid(grid.density * inside.to(grid.density), grid.features, grid.aabb)
+    return replace(grid, density=grid.density * inside.to(grid.density))
 
 
 def density_from_above(

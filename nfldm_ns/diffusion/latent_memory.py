@@ -114,13 +114,14 @@ def encode_latents(
 
 
 def _require_fit(store: VoxelStore, latent_autoencoder: LatentAutoencoder) -> None:
-    found = (store.feature_channels, *store.grid_shape)
-    expected = (latent_autoencoder.feature_channels, *latent_autoencoder.grid_shape)
+    found, expected = (
+        (model.feature_channels, *model.grid_shape, model.background_channels) for model in (store, latent_autoencoder)
+    )
     if found != expected or not torch.allclose(store.aabb, latent_autoencoder.aabb.cpu(), atol=1e-4):
         raise UserInputError(
-            f"The voxels in {store.root} are of shape {found} in the box {store.aabb.tolist()}, but the latent "
-            f"auto-encoder was made for {expected} in {latent_autoencoder.aabb.tolist()}: give the voxels it was "
-            "trained on."
+            f"The voxels in {store.root} are of shape {found[:4]} with {found[4]} background channels in the box "
+            f"{store.aabb.tolist()}, but the latent auto-encoder was made for {expected[:4]} with {expected[4]} in "
+            f"{latent_autoencoder.aabb.tolist()}: give the voxels it was trained on."
         )
 
 

@@ -241,6 +241,13 @@ def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline")
     facts = [
         ("grid shape", "latent_autoencoder", stage2.grid_shape, "scene_autoencoder", stage1.grid_shape),
         ("channels", "latent_autoencoder", stage2.feature_channels, "scene_autoencoder", stage1.feature_channels),
+        (
+            "number of background channels",
+            "latent_autoencoder",
+            stage2.background_channels,
+            "scene_autoencoder",
+            stage1.background_shape[0],
+        ),
         ("box", "latent_autoencoder", stage2.aabb.tolist(), "scene_autoencoder", stage1.aabb.tolist()),
         ("size of g", "global_denoiser", global_config.global_dim, "latent_autoencoder", stage2.config.global_dim),
         ("shape of c", "coarse_denoiser", tuple(coarse_config.coarse_shape), "latent_autoencoder", stage2.coarse_shape),

@@ -75,7 +75,7 @@ class GeneratedSceneModelConfig(ModelConfig):
 
 
 class GeneratedSceneModel(VoxelModel):
-    """One scene: its voxels are the parameters, the renderer is frozen."""
+    """One scene: its voxels and its background are the parameters, the renderer is frozen."""
 
     config: GeneratedSceneModelConfig
 
@@ -94,7 +94,7 @@ class GeneratedSceneModel(VoxelModel):
         return self.decoder
 
     def get_param_groups(self) -> dict[str, list[nn.Parameter]]:
-        return {"voxels": [self.field.density, self.field.features]}
+        return {"voxels": list(self.field.parameters())}
 
     def get_loss_dict(
         self, outputs: Mapping[str, Any], batch: Mapping[str, Any], metrics_dict: Any = None

@@ -1,4 +1,4 @@
-"""A generated scene on disk: voxels, latents, the renderer they need, and what made them."""
+"""A generated scene on disk: voxels and background, latents, the renderer they need, and what made them."""
 
 from __future__ import annotations
 
@@ -57,14 +57,19 @@ def renderer_of(autoencoder: SceneAutoencoder) -> SceneAutoencoder:
 
 def half_precision(grid: VoxelGrid) -> VoxelGrid:
     """The grid as it survives storage in half precision, in float32 on the CPU."""
-    density = grid.density.detach().cpu().float().clamp(0, LARGEST_HALF).half().float()
-    features = grid.features.detach().cpu().float().clamp(-LARGEST_HALF, LARGEST_HALF).half().float()
-    return VoxelGrid(density, features, grid.aabb.detach().cpu().float())
+
+    def rounded(values: Tensor, smallest: float = -LARGEST_HALF) -> Tensor:
+        return values.detach().cpu().float().clamp(smallest, LARGEST_HALF).half().float()
+
+    background = None if grid.background is None else rounded(grid.background)
+    return VoxelGrid(rounded(grid.density, 0), rounded(grid.features), grid.aabb.detach().cpu().float(), background)
 
 
 def write_scene_files(folder: Path, scene: GeneratedScene) -> None:
     """Writes `scene.safetensors` and `scene.json` into an existing folder."""
     tensors = {"density": scene.grid.density[0].half(), "features": scene.grid.features[0].half()}
+    if scene.grid.background is not None:
+        tensors["background"] = scene.grid.background[0].half()
     tensors |= {f"latents.{name}": value.detach().cpu() for name, value in scene.latents.items()}
     tensors |= {f"renderer.{name}": value for name, value in scene.renderer.state_dict().items()}
     (folder / TENSORS).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
@@ -99,7 +104,8 @@ def load_generated_scene(folder: Path | str) -> GeneratedScene:
     tensors = read_safetensors(folder / TENSORS)
     try:
         aabb = torch.tensor(description["aabb"], dtype=torch.float32)
-        grid = VoxelGrid(tensors["density"][None].float(), tensors["features"][None].float(), aabb)
+        background = tensors["background"][None].float() if "background" in tensors else None
+        grid = VoxelGrid(tensors["density"][None].float(), tensors["features"][None].float(), aabb, background)
         renderer = renderer_of(SceneAutoencoder.from_config(description["autoencoder"]))
     except (KeyError, TypeError, ValueError) as error:
         raise UserInputError(f"{path} and {TENSORS} do not fit together ({error}): sample the scene again.") from None

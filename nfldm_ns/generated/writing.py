@@ -56,8 +56,8 @@ def write_generated_scene(
 
     The folder is a run (`config.yml`, `nerfstudio_models/`) for ns-viewer, ns-render and ns-eval, and a dataset
     (`transforms.json`, `images/`, `depths/`) for any nerfstudio method: `cameras` are its training views,
-    `eval_cameras` its validation and test views. `scene.safetensors` and `scene.json` hold the voxels (half precision),
-    the latents, the renderer and the provenance.
+    `eval_cameras` its validation and test views. `scene.safetensors` and `scene.json` hold the voxels and background
+    (half precision), the latents, the renderer and the provenance.
 
     Args:
         grid: batch size 1.
@@ -115,6 +115,7 @@ def _write_checkpoint(folder: Path, scene: GeneratedScene) -> None:
         "field.density": scene.grid.density,
         "field.features": scene.grid.features,
         "field.aabb": scene.grid.aabb,
+        **({} if scene.grid.background is None else {"field.background": scene.grid.background}),
         **{f"decoder.{name}": value for name, value in scene.renderer.state_dict().items()},
     }
     checkpoint = {

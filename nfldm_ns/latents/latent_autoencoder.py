@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.background_path import BackgroundPath
 from nfldm_ns.latents.blocks import (
     ConditionalGroupNorm,
     DownsamplingEncoder,
@@ -42,7 +43,9 @@ class LatentReconstruction:
     Attributes:
         target: normalised voxels, `[B, (1 + C) * Z, Y, X]`, with the features of empty voxels beside occupied ones.
         reconstruction: the decoder's estimate of them.
-        grid: the estimate as voxels.
+        background_target: the normalised code of what lies beyond the box, `[B, K, 4]`.
+        background: the estimate of it that was read from g.
+        grid: the estimates as voxels.
         latents: g (sampled), c and f before quantisation.
         kl: mean KL divergence of g from the unit Gaussian, in nats per scene.
         commitment: squared distance of c and f from their codes.
@@ -50,6 +53,8 @@ class LatentReconstruction:
 
     target: Float[Tensor, "batch folded y x"]
     reconstruction: Float[Tensor, "batch folded y x"]
+    background_target: Float[Tensor, "batch codes 4"]
+    background: Float[Tensor, "batch codes 4"]
     grid: VoxelGrid
     latents: SceneLatents
     kl: Float[Tensor, ""]
@@ -70,6 +75,8 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
     over for f. `fit` sets them to the best linear codes, which training then improves on. And ResBlocks may follow the
     concatenation of f (`fusion_blocks`).
 
+    g also carries the scene's code of what lies beyond the box (`VoxelGrid.background`), see `BackgroundPath`.
+
     A latent is split into groups of `*_code_dim` channels, each of which is one code of the shared codebook; the
     paper's four channels are one group.
 
@@ -78,6 +85,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
     Args:
         grid_shape: voxels (Z, Y, X); Y and X are multiples of the downsampling.
         feature_channels: C of the voxels.
+        background_channels: K of the code of what lies beyond the box.
         aabb: corners of the box in metres.
         global_dim: size of g.
         coarse_channels, coarse_height: c is `[coarse_channels, coarse_height, Y / down, X / down]`.
@@ -102,6 +110,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         self,
         grid_shape: tuple[int, int, int] = (16, 48, 48),
         feature_channels: int = 16,
+        background_channels: int = 8,
         aabb: Box = ((-10, -10, -2.5), (10, 10, 4)),
         global_dim: int = 128,
         coarse_channels: int = 8,
@@ -156,6 +165,8 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         self.linear = None
         if linear_paths:
             self.linear = _LinearPaths(folded, coarse_channels * coarse_height, fine_channels, self.downsampling)
+        self.background_path = BackgroundPath(background_channels, global_dim)
+        self.background_path.reserve(self.global_encoder.conv_out)
 
     @property
     def grid_shape(self) -> tuple[int, int, int]:
@@ -164,6 +175,10 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
     @property
     def feature_channels(self) -> int:
         return self.config.feature_channels
+
+    @property
+    def background_channels(self) -> int:
+        return self.config.background_channels
 
     @property
     def aabb(self) -> Float[Tensor, "2 3"]:
@@ -188,13 +203,15 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         Args:
             sample: draw g from its posterior instead of taking the mean.
         """
-        return self._encode(pack_channels_last(self.voxel_code.normalise(grid)), sample)[0]
+        voxels = pack_channels_last(self.voxel_code.normalise(grid))
+        return self._encode(voxels, self.background_path.normalise(grid), sample)[0]
 
     def _encode(
-        self, voxels: Float[Tensor, "batch folded y x"], sample: bool
+        self, voxels: Float[Tensor, "batch folded y x"], background: Float[Tensor, "batch codes 4"], sample: bool
     ) -> tuple[SceneLatents, Float[Tensor, "batch cc zc yc xc"], Tensor, Tensor]:
         """Latents, the quantised c, KL divergence, and commitment loss of c."""
         mean, log_variance = self.global_encoder(voxels).mean(dim=(2, 3)).float().chunk(2, dim=1)
+        mean = mean + self.background_path.encode(background).float()
         log_variance = log_variance.clamp(-20, 10)
         g = mean + torch.randn_like(mean) * (log_variance / 2).exp() if sample else mean
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
@@ -226,7 +243,14 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
     def decode(self, latents: SceneLatents, quantise: bool = True) -> VoxelGrid:
         """Voxels of latents, which are quantised first unless they are codes already."""
         codes = self.quantise(latents) if quantise else latents
-        return self.voxel_code.denormalise(self._decode(codes).float(), self.aabb)
+        background = self.background_path.decode(codes.global_latent).float()
+        return self._denormalise(self._decode(codes).float(), background)
+
+    def _denormalise(
+        self, voxels: Float[Tensor, "batch folded y x"], background: Float[Tensor, "batch codes 4"]
+    ) -> VoxelGrid:
+        grid = self.voxel_code.denormalise(voxels, self.aabb)
+        return replace(grid, background=self.background_path.denormalise(background))
 
     def _decode(self, codes: SceneLatents) -> Float[Tensor, "batch folded y x"]:
         fine, coarse = pack_channels_last(codes.fine), pack_channels_last(codes.coarse.flatten(1, 2))
@@ -240,14 +264,23 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             sample: draw g from its posterior.
             fine_dropout: probability with which a scene's f is zeroed, so that c learns to stand for the scene alone.
         """
-        latents, coarse, kl, commitment = self._encode(pack_channels_last(self.voxel_code.normalise(grid)), sample)
+        voxels, background_target = self.voxel_code.normalise(grid), self.background_path.normalise(grid)
+        latents, coarse, kl, commitment = self._encode(pack_channels_last(voxels), background_target, sample)
         fine, fine_commitment = self._quantise(self.fine_codebook, latents.fine)
         if fine_dropout > 0:
             fine = fine * (torch.rand(len(fine), 1, 1, 1, device=fine.device) >= fine_dropout)
         reconstruction = self._decode(SceneLatents(latents.global_latent, coarse, fine)).float()
-        decoded = self.voxel_code.denormalise(reconstruction, self.aabb)
-        target = self.voxel_code.normalise(grid, dilate=True)
-        return LatentReconstruction(target, reconstruction, decoded, latents, kl, commitment + fine_commitment)
+        background = self.background_path.decode(latents.global_latent).float()
+        return LatentReconstruction(
+            self.voxel_code.normalise(grid, dilate=True),
+            reconstruction,
+            background_target,
+            background,
+            self._denormalise(reconstruction, background),
+            latents,
+            kl,
+            commitment + fine_commitment,
+        )
 
     @torch.no_grad()
     def fit(self, batches: Sequence[VoxelGrid], density_weight: float = 1.0) -> None:
@@ -258,6 +291,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             density_weight: of a density's squared error against that of all features together.
         """
         self.voxel_code.fit(batches)
+        self.background_path.fit(batches)
         if self.linear is not None:
             weights = torch.ones(1 + self.feature_channels)
             weights[0] = density_weight * self.feature_channels

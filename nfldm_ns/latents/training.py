@@ -17,6 +17,7 @@ from nfldm_ns.autoencoder.losses import depth_loss
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.background_path import background_loss
 from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder, LatentReconstruction
 from nfldm_ns.latents.voxel_code import VoxelCode
 from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore
@@ -38,6 +39,8 @@ class LatentLossConfig:
     """The paper's weight of a density's error against the mean error of the features."""
     empty_weight: float = 0.1
     """Weight of a voxel that stops no light against one that stops all."""
+    background_mult: float = 1.0
+    """Absolute error of the normalised code of what lies beyond the box."""
     rgb_mult: float = 8.0
     """|i - i_hat| of images rendered from V_hat by the frozen stage 1."""
     depth_mult: float = 0.05
@@ -125,6 +128,7 @@ class LatentLosses:
         losses = {
             "voxel_loss": weights.voxel_mult
             * voxel_loss(result.reconstruction, result.target, grid, self.code, weights),
+            "background_loss": weights.background_mult * background_loss(result.background, result.background_target),
             "kl_loss": weights.kl_mult * result.kl,
             "commitment_loss": weights.commitment_mult * result.commitment,
         }
@@ -178,7 +182,7 @@ def train_latent_autoencoder(
     Args:
         store: encoded scenes; their collection must be where it was when they were encoded.
         output_dir: becomes a run folder (see `RunFolder`) with the model in `latent_autoencoder/`.
-        model_config: arguments of `LatentAutoencoder`; the voxels' shape and box come from the store.
+        model_config: arguments of `LatentAutoencoder`; the scenes' shapes and box come from the store.
         lpips: a perceptual distance of images in [-1, 1], needed if `lpips_mult` is set.
 
     Returns:
@@ -238,6 +242,7 @@ def new_latent_autoencoder(store: VoxelStore, model_config: dict[str, Any]) -> L
                 **model_config,
                 "grid_shape": store.grid_shape,
                 "feature_channels": store.feature_channels,
+                "background_channels": store.background_channels,
                 "aabb": (tuple(low), tuple(high)),
             }
         )

@@ -1,4 +1,4 @@
-"""V of every scene of a collection, on disk and in memory."""
+"""V and background of every scene of a collection, on disk and in memory."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_safetensors
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
@@ -24,8 +25,9 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 FORMAT = "nfldm-voxel-store"
-VERSION = 1
+VERSION = 2
 AUTOENCODER_FOLDER = "scene_autoencoder"
+TENSORS = ("density", "features", "background")
 
 
 def model_hash(model: torch.nn.Module) -> str:
@@ -62,12 +64,7 @@ class VoxelStore:
         root = Path(root)
         if not (root / "voxels.json").is_file():
             raise UserInputError(f"{root} holds no encoded scenes: make them with 'nfldm-encode'.")
-        description = read_json(root / "voxels.json")
-        kind = {"format": FORMAT, "version": VERSION}
-        if not isinstance(description, dict) or {name: description.get(name) for name in kind} != kind:
-            raise UserInputError(
-                f"{root / 'voxels.json'} is not of format {FORMAT} {VERSION}: encode the scenes again."
-            )
+        description = _read_description(root / "voxels.json")
         store = cls(root, description)
         missing = [scene_id for scene_id in store.scene_ids if not store.path(scene_id).is_file()]
         if missing:
@@ -103,6 +100,10 @@ class VoxelStore:
     def feature_channels(self) -> int:
         return self.description["feature_channels"]
 
+    @property
+    def background_channels(self) -> int:
+        return self.description["background_channels"]
+
     def path(self, scene_id: str) -> Path:
         return self.root / f"{scene_id}.safetensors"
 
@@ -125,7 +126,7 @@ class VoxelStore:
             )
 
     def load(self, scene_id: str) -> dict[str, Tensor]:
-        """`density` `[1, Z, Y, X]` and `features` `[C, Z, Y, X]` of one scene, in half precision.
+        """`density` `[1, Z, Y, X]`, `features` `[C, Z, Y, X]`, `background` `[K, 4]` of one scene, in half precision.
 
         Raises:
             UserInputError: if the file is truncated or of another shape.
@@ -133,15 +134,20 @@ class VoxelStore:
         path = self.path(scene_id)
         voxels = read_safetensors(path)
         shapes = {name: tuple(value.shape) for name, value in voxels.items()}
-        if shapes != {"density": (1, *self.grid_shape), "features": (self.feature_channels, *self.grid_shape)}:
-            raise UserInputError(f"{path} has voxels of another shape: delete it and run 'nfldm-encode' again.")
+        expected = {
+            "density": (1, *self.grid_shape),
+            "features": (self.feature_channels, *self.grid_shape),
+            "background": (self.background_channels, BACKGROUND_MOMENTS),
+        }
+        if shapes != expected:
+            raise UserInputError(
+                f"{path} has voxels or a background of another shape: delete it and run 'nfldm-encode' again."
+            )
         return voxels
 
     def grid(self, scene_ids: list[str]) -> VoxelGrid:
         """Voxels of some scenes, in single precision."""
-        voxels = [self.load(scene_id) for scene_id in scene_ids]
-        density, features = (torch.stack([v[name] for v in voxels]).float() for name in ("density", "features"))
-        return VoxelGrid(density, features, self.aabb)
+        return _stack([self.load(scene_id) for scene_id in scene_ids], self.aabb)
 
     def load_all(self, split: str) -> VoxelMemory:
         """All scenes of a split in memory."""
@@ -153,7 +159,7 @@ class VoxelMemory:
     """Scenes in memory, in half precision.
 
     Attributes:
-        voxels: density and features of each scene.
+        voxels: density, features and background of each scene.
         scene_ids: their names.
         aabb: `[2, 3]`.
     """
@@ -167,14 +173,19 @@ class VoxelMemory:
 
     def grid(self, indices: list[int], device: torch.device | str = "cpu") -> VoxelGrid:
         """Voxels of some scenes, in single precision."""
-        density, features = (
-            torch.stack([self.voxels[i][name] for i in indices]).to(device).float() for name in ("density", "features")
-        )
-        return VoxelGrid(density, features, self.aabb.to(device))
+        return _stack([self.voxels[i] for i in indices], self.aabb, device)
 
     def batches(self, batch_size: int, device: torch.device | str = "cpu") -> VoxelBatches:
         """All scenes in order, as a sequence of batches that are made when read."""
         return VoxelBatches(self, batch_size, device)
+
+
+def _stack(scenes: list[dict[str, Tensor]], aabb: Tensor, device: torch.device | str = "cpu") -> VoxelGrid:
+    """Stored scenes as one grid, in single precision."""
+    density, features, background = (
+        torch.stack([scene[name] for scene in scenes]).to(device).float() for name in TENSORS
+    )
+    return VoxelGrid(density, features, aabb.to(device), background)
 
 
 @dataclass
@@ -229,6 +240,16 @@ def encode_collection(
     return VoxelStore.open(root)
 
 
+def _read_description(path: Path) -> dict[str, Any]:
+    description = read_json(path)
+    kind = {"format": FORMAT, "version": VERSION}
+    if not isinstance(description, dict) or {name: description.get(name) for name in kind} != kind:
+        raise UserInputError(
+            f"{path} is not of format {FORMAT} {VERSION}: encode the scenes again into another folder."
+        )
+    return description
+
+
 def _describe(collection: SceneCollection, scene_autoencoder: SceneAutoencoder) -> dict[str, Any]:
     if not torch.allclose(collection.aabb, scene_autoencoder.aabb.cpu(), atol=1e-4):
         raise UserInputError(
@@ -243,6 +264,7 @@ def _describe(collection: SceneCollection, scene_autoencoder: SceneAutoencoder) 
         "aabb": collection.aabb.tolist(),
         "grid_shape": list(scene_autoencoder.grid_shape),
         "feature_channels": scene_autoencoder.feature_channels,
+        "background_channels": scene_autoencoder.background_shape[0],
         "splits": {split: list(collection.splits[split]) for split in SPLITS},
     }
 
@@ -250,7 +272,7 @@ def _describe(collection: SceneCollection, scene_autoencoder: SceneAutoencoder) 
 def _check_or_start(root: Path, description: dict[str, Any], scene_autoencoder: SceneAutoencoder) -> None:
     path = root / "voxels.json"
     if path.is_file():
-        before = read_json(path)
+        before = _read_description(path)
         if before.get("scene_autoencoder") != description["scene_autoencoder"]:
             raise UserInputError(
                 f"{root} holds scenes encoded by another scene auto-encoder: choose another output folder or delete it."
@@ -270,7 +292,7 @@ def _check_or_start(root: Path, description: dict[str, Any], scene_autoencoder: 
 def _is_whole(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            return {"density", "features"} <= set(file.keys())
+            return set(TENSORS) <= set(file.keys())
     except (SafetensorError, OSError):
         return False
 
@@ -284,7 +306,8 @@ def _encode_scene(
 ) -> None:
     scene = collection.load_scene(scene_id)
     grid = scene_autoencoder.encode(collection.batch([scene]).source.to(device))
-    voxels = {"density": grid.density[0], "features": grid.features[0]}
+    assert grid.background is not None
+    voxels = {"density": grid.density[0], "features": grid.features[0], "background": grid.background[0]}
     largest = torch.finfo(torch.float16).max
     with atomic_path(path) as temporary:
         save_file({name: v.clamp(-largest, largest).half().cpu().contiguous() for name, v in voxels.items()}, temporary)
