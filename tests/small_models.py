@@ -12,6 +12,7 @@ from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from tests.synthetic import AABB, FAR, NEAR
 
+BACKGROUND_CHANNELS = 2
 LATENT_SIZES = {
     "global_dim": 8,
     "coarse_channels": 4,
@@ -45,6 +46,7 @@ def small_scene_autoencoder(seed: int = 0) -> SceneAutoencoder:
         image_size=(32, 32),
         focal_length=16.0,
         num_depth_bins=12,
+        background_channels=BACKGROUND_CHANNELS,
         num_samples=16,
         encoder_channels=(8, 8),
         decoder_channels=(8, 8),
@@ -54,7 +56,8 @@ def small_scene_autoencoder(seed: int = 0) -> SceneAutoencoder:
 def small_latent_autoencoder(seed: int = 0, **changes) -> LatentAutoencoder:
     """Stage 2 for its voxels."""
     torch.manual_seed(seed)
-    sizes = {"grid_shape": (4, 16, 16), "feature_channels": 4, "aabb": AABB, **LATENT_SIZES, **changes}
+    voxels = {"grid_shape": (4, 16, 16), "feature_channels": 4, "aabb": AABB}
+    sizes = {**voxels, "background_channels": BACKGROUND_CHANNELS, **LATENT_SIZES, **changes}
     return LatentAutoencoder(**sizes).eval()
 
 
@@ -71,9 +74,15 @@ def small_pipeline(seed: int = 0) -> NFLDMPipeline:
 
 
 def random_grid(
-    batch: int = 2, seed: int = 0, shape: tuple[int, int, int] = (4, 16, 16), channels: int = 4
+    batch: int = 2,
+    seed: int = 0,
+    shape: tuple[int, int, int] = (4, 16, 16),
+    channels: int = 4,
+    background_channels: int = BACKGROUND_CHANNELS,
 ) -> VoxelGrid:
-    """Voxels of which a third are occupied."""
+    """Voxels of which a third are occupied, before a random background."""
     generator = torch.Generator().manual_seed(seed)
     density = (3 * torch.randn(batch, 1, *shape, generator=generator) - 1).clamp(min=0)
-    return VoxelGrid(density, torch.randn(batch, channels, *shape, generator=generator), torch.tensor(AABB))
+    features = torch.randn(batch, channels, *shape, generator=generator)
+    background = torch.randn(batch, background_channels, 4, generator=generator)
+    return VoxelGrid(density, features, torch.tensor(AABB), background)

@@ -208,6 +208,7 @@ def test_latents_are_those_of_the_turned_scenes(store, latent_autoencoder, memor
         latents = latent_autoencoder.encode(store.grid([scene_id]).rotate90(3))
     torch.testing.assert_close(memory.fine[1, 3].float(), latents.fine[0], atol=2e-3, rtol=2e-3)
     torch.testing.assert_close(memory.scene_code[1, 3, :8], latents.global_latent[0], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(memory.scene_code[1, 3, :8], memory.scene_code[1, 0, :8])
     cameras = store.load_collection().load_scene(scene_id).source.cameras
     expected = cameras_to_trajectory(rotate_cameras90(cameras, 3))
     torch.testing.assert_close(memory.scene_code[1, 3, 8:], expected, atol=1e-4, rtol=1e-4)

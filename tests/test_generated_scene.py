@@ -9,15 +9,18 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 
+from nfldm_ns.autoencoder.voxel_model import crop_grid
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import fly_through, look_along, surround_cameras
 from nfldm_ns.generated.scene_files import load_generated_scene
@@ -25,19 +28,20 @@ from nfldm_ns.generated.writing import render_views, write_generated_scene
 from nfldm_ns.scenes.collection import read_depth, read_image
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from tests.pretrained import require_weights
-from tests.small_models import small_scene_autoencoder
+from tests.small_models import BACKGROUND_CHANNELS, small_scene_autoencoder
 from tests.synthetic import AABB, level_cameras
 
 COMMANDS = Path(sys.executable).parent
 
 
 def room_grid(channels: int = 4) -> VoxelGrid:
-    """A room with opaque walls at the border of the box."""
+    """A room with opaque walls at the border of the box, before a random background."""
     generator = torch.Generator().manual_seed(0)
     density = torch.full((1, 1, 4, 16, 16), 20.0)
     density[:, :, 1:-1, 2:-2, 2:-2] = 0.0
     features = torch.rand(1, channels, 4, 16, 16, generator=generator) * 2 - 1
-    return VoxelGrid(density, features, torch.tensor(AABB))
+    background = torch.randn(1, BACKGROUND_CHANNELS, 4, generator=generator)
+    return VoxelGrid(density, features, torch.tensor(AABB), background)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +96,7 @@ def test_scene_survives_storage_up_to_half_precision(folder):
     scene, grid = load_generated_scene(folder), room_grid()
     assert torch.equal(scene.grid.density, grid.density)
     assert torch.allclose(scene.grid.features, grid.features, atol=1e-3)
+    assert torch.allclose(scene.grid.background, grid.background, atol=2e-3)
     assert torch.equal(scene.grid.aabb, grid.aabb)
     assert scene.provenance == {"seed": 7}
     assert torch.equal(scene.latents["global"], torch.arange(3.0))
@@ -108,6 +113,23 @@ def test_renderer_without_encoder_renders_the_same(folder):
     with torch.no_grad():
         expected = autoencoder.render(scene.grid, scene.cameras[None, ...])
     assert torch.allclose(views.images, expected.rgb[0].clamp(0, 1), atol=1e-6)
+
+
+def test_a_scene_without_walls_shows_its_background(tmp_path):
+    autoencoder, cameras = small_scene_autoencoder(), surround_cameras(4, (32, 32), 16.0)
+    images = {}
+    for name, code in {"none": None, "one": room_grid().background, "other": -room_grid().background}.items():
+        grid = replace(room_grid(), density=torch.zeros(1, 1, 4, 16, 16), background=code)
+        write_generated_scene(tmp_path / name, grid, autoencoder, cameras)
+        scene = load_generated_scene(tmp_path / name)
+        assert (scene.grid.background is None) == (code is None)
+        _, pipeline, _, _ = eval_setup(tmp_path / name / "config.yml")
+        images[name] = pipeline.model.get_outputs_for_camera(cameras[1:2])["rgb"]
+        with torch.no_grad():
+            expected = autoencoder.render(grid, cameras[1:2][None, ...]).rgb[0, 0].clamp(0, 1)
+        assert torch.allclose(images[name], expected.permute(1, 2, 0), atol=1e-3), name
+    assert (images["one"] - images["other"]).abs().max() > 10 * 1e-3
+    assert (images["one"] - images["none"]).abs().max() > 10 * 1e-3
 
 
 def test_images_and_depths_on_disk_are_the_renderings(folder):
@@ -204,6 +226,14 @@ def test_pipeline_shows_the_voxels(folder):
     views = render_views(scene, scene.cameras)
     assert torch.allclose(outputs["rgb"], views.images[2].permute(1, 2, 0), atol=1e-5)
     assert torch.equal(pipeline.model.field.density.data, scene.grid.density)
+    assert torch.equal(pipeline.model.field.background.data, scene.grid.background)
+
+
+def test_a_cropped_scene_keeps_its_background():
+    grid = room_grid()
+    box = OrientedBox.from_params((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+    cropped = crop_grid(grid, box)
+    assert cropped.density.sum() < grid.density.sum() and torch.equal(cropped.background, grid.background)
 
 
 def test_evaluation_finds_the_images_up_to_rounding(folder):
@@ -250,7 +280,7 @@ def test_voxels_can_be_tuned(folder, tmp_path):
     trainer.train()
     after = trainer.pipeline.model.state_dict()
     changed = {name for name, value in after.items() if not torch.equal(value, before[name])}
-    assert changed == {"field.density", "field.features"}
+    assert changed == {"field.density", "field.features", "field.background"}
 
 
 @pytest.mark.slow

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_autoencoder
@@ -200,6 +202,7 @@ def test_shapes_of_table_8_at_paper_size():
     assert shapes["upsampled"][1] == (512, 128, 128)
     assert shapes["conv_out"] == ((516, 128, 128), (1024, 128, 128))
     assert decoded.density.shape == (1, 1, 32, 128, 128) and decoded.features.shape == (1, 31, 32, 128, 128)
+    assert decoded.background.shape == (1, 8, 4)
     assert model.coarse_codebook.codes.shape == (1024, 4) and model.fine_codebook.codes.shape == (128, 4)
     assert len(model.decoder.lowest) == 3 and [len(blocks) for blocks in model.decoder.levels] == [3, 3]
 
@@ -299,6 +302,7 @@ def test_encode_is_what_stage_1_says_and_resumes(collection, store, tmp_path):
     voxels = store.grid(["room_000"])
     torch.testing.assert_close(voxels.density, expected.density, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(voxels.features, expected.features, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(voxels.background, expected.background, atol=1e-6, rtol=1e-3)
     assert store.scene_ids == collection.scene_ids
 
     again = encode_collection(collection, model, tmp_path / "voxels")
@@ -331,7 +335,25 @@ def test_memory_holds_the_scenes_of_a_split(store):
     assert memory.scene_ids == store.splits["train"] and len(memory) == 4
     batches = memory.batches(3)
     assert len(batches) == 2 and [grid.batch_size for grid in batches] == [3, 1]
-    assert torch.equal(batches[1].features[0], store.grid([memory.scene_ids[3]]).features[0])
+    expected = store.grid([memory.scene_ids[3]])
+    assert torch.equal(batches[1].features, expected.features)
+    assert torch.equal(batches[1].background, expected.background)
+
+
+def test_store_that_lacks_the_background_is_refused(collection, store, tmp_path):
+    root = shutil.copytree(store.root, tmp_path / "voxels")
+    path = root / "room_000.safetensors"
+    whole = load_file(path)
+    save_file({name: value for name, value in whole.items() if name != "background"}, path)
+    with pytest.raises(UserInputError, match="a background of another shape"):
+        VoxelStore.open(root).load("room_000")
+    encode_collection(collection, small_scene_autoencoder(), root)
+    assert torch.equal(load_file(path)["background"], whole["background"]), "such a file is made again"
+    description = json.loads((root / "voxels.json").read_text())
+    (root / "voxels.json").write_text(json.dumps({**description, "version": 1}))
+    for read in (VoxelStore.open, partial(encode_collection, collection, small_scene_autoencoder())):
+        with pytest.raises(UserInputError, match="encode the scenes again"):
+            read(root)
 
 
 # Training

@@ -39,8 +39,11 @@ def test_saved_and_loaded_pipeline_samples_the_same(folder):
         output = pipeline(2, scene_generators(5, 2), num_inference_steps=3)
         assert torch.equal(output.grids.density, expected.grids.density)
         assert torch.equal(output.grids.features, expected.grids.features)
+        assert torch.equal(output.grids.background, expected.grids.background)
         assert torch.equal(output.cameras.camera_to_worlds, expected.cameras.camera_to_worlds)
     assert output.grids.density.shape == (2, 1, 4, 16, 16) and output.cameras.shape == (2, 2)
+    assert output.grids.background.shape == (2, 2, 4)
+    assert not torch.allclose(output.grids.background[0], output.grids.background[1]), "it comes from g"
     assert bool((output.grids.density >= 0).all())
 
 
@@ -146,6 +149,9 @@ def test_truncated_json(broken):
 def test_components_of_different_sizes(broken):
     small_latent_autoencoder(fine_channels=8).save_pretrained(broken / "latent_autoencoder")
     with pytest.raises(UserInputError, match="shape of f of fine_denoiser is .4, 16, 16., but that of latent_auto"):
+        load_pipeline(broken)
+    small_latent_autoencoder(background_channels=3).save_pretrained(broken / "latent_autoencoder")
+    with pytest.raises(UserInputError, match="background channels of latent_autoencoder is 3, but that of scene_"):
         load_pipeline(broken)
 
 
