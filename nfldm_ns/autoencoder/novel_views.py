@@ -194,7 +194,7 @@ class SceneScores:
             self._scores.setdefault(name, []).extend(values.cpu())
 
     def mean(self, scene_ids: Iterable[str] | None = None) -> dict[str, float]:
-        """Means over the images, or the pixels, of some scenes (by default all); leaves out what nothing was seen of."""
+        """Means over the images, or the pixels, of some scenes (by default all), without what was never seen."""
         chosen = [self.scene_ids.index(i) for i in (self.scene_ids if scene_ids is None else scene_ids)]
         means = {}
         for name, values in self._scores.items():

@@ -1,4 +1,4 @@
-"""How good V could be: voxels of single scenes optimised by gradient descent through the frozen renderer and decoder."""
+"""How good V could be: voxels of single scenes optimised through the frozen renderer and decoder."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def evenly_spread_views(cameras: Cameras, count: int) -> list[int]:
 def sparse_depths(
     depths: Float[Tensor, "*batch 1 height width"], num_points: int, generator: torch.Generator
 ) -> Float[Tensor, "*batch 1 height width"]:
-    """Depth maps as a Lidar gives them: `num_points` known pixels of each view, drawn at random, the others unknown (0).
+    """Depth maps as of a Lidar: `num_points` known pixels of each view, drawn at random, the others unknown (0).
 
     Views with fewer known pixels keep them all.
     """
