@@ -258,25 +258,25 @@ def describe(results: dict[str, Any]) -> str:
     order = ["nearest view", "mean image", *(kind for kind in NAMES if kind in results["inputs"])]
     inputs = {NAMES.get(name, name): results["inputs"][name] for name in order}
     training = results["training"]
+    name = f"`{training['method']}` after {training['step'] + 1} steps" if training else "Stage 1"
     notes = (
-        f"`{training.get('method', 'stage 1')}` after {training.get('step', -1) + 1} steps, {results['collection']}. Lower is "
-        "better for LPIPS and depth errors. Depth errors are means of absolute errors of planar depth over pixels of "
-        "known depth: of all, and of those whose surface lies inside the box.\n"
+        f"{name}, {results['collection']}. Lower is better for LPIPS and depth errors. Depth errors are means of absolute errors of planar depth over "
+        "pixels of known depth: of all, and of those whose surface lies inside the box.\n"
     )
     parts = [notes, score_table([""], inputs, f"Novel views by what the encoder gets: {count}.").markdown()]
     if results["curves"]:
         rows = {f"{NAMES.get(row['input'], row['input'])}|{row['views']}": row["scores"] for row in results["curves"]}
         caption = (
-            f"Novel views by the number of source views: {len(results['curve_scene_ids'])} of these scenes. Of the "
-            "source views those are taken that come closest to dividing the circle, from the first on, into equal parts."
+            f"Novel views by the number of source views: {len(results['curve_scene_ids'])} of these scenes. Those "
+            "views are taken that come closest to dividing the circle, from the first on, into equal parts."
         )
         parts.append(score_table(["", "views"], rows, caption).markdown())
     if results["bounds"]:
         parts.append(_describe_bounds(results["bounds"]))
     parts.append(_describe_sky(results["inputs"]))
     parts.append(
-        f"`pages.png`: the {BEST} best, the {MIDDLE} middle and the {WORST} worst of all these scenes by LPIPS, one view "
-        "of each: the one whose LPIPS is closest to the scene's mean. LPIPS and PSNR beside a row are means of its scene.\n"
+        f"`pages.png`: the {BEST} best, the {MIDDLE} middle and the {WORST} worst of all these scenes by LPIPS, one "
+        "view of each: that whose LPIPS is closest to the scene's mean. LPIPS and PSNR of a row are means of its scene.\n"
     )
     return "\n".join(parts)
 
@@ -288,9 +288,9 @@ def _describe_bounds(bounds: dict[str, Any]) -> str:
     steps = [run["steps"] for run in bounds["runs"]]
     stood = sum(run["converged"] for run in bounds["runs"])
     caption = (
-        f"Upper bounds: target views of {len(bounds['scene_ids'])} scenes. V is optimised from the encoder's on, decoder "
-        f"frozen, by the losses of the training, until their sum stands still: {stood} of {len(steps)} did within the "
-        f"limit of steps; {sum(steps) / len(steps):.0f} steps on average."
+        f"Upper bounds: target views of {len(bounds['scene_ids'])} scenes. V is optimised from the encoder's on, "
+        f"the decoder frozen, by the losses of the training, until their sum stands still: {stood} of {len(steps)} did within the "
+        f"limit; {sum(steps) / len(steps):.0f} steps on average."
     )
     return score_table([""], rows, caption).markdown()
 

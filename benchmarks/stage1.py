@@ -1,13 +1,14 @@
 """Where a step of stage 1 spends its time, and what its shortcuts gain over the plain way, in one run.
 
-    python benchmarks/stage1.py [--threads 2] [--repeats 5]
+    python benchmarks/stage1.py [--preset tiny] [--threads 2] [--repeats 5]
 
-Prints the median time of each part at the size of `nfldm-scene-ae-tiny`, and ratios:
+Prints the median time of each part of a training step at the size of a preset, its peak memory, and ratios:
 
 - lifting by one scatter over all views and depths, against a Python loop over views and depths;
 - features at the few samples that matter, against features at all samples;
 - rays at the feature maps' resolution, against rays through every pixel;
-- the perceptual distance and the discriminator on the preset's few views, against both on all views.
+- the perceptual distance and the discriminator on the preset's few views, against both on all views;
+- a whole step, against one that does all of the former the plain way.
 
 Needs the weights of LPIPS (`nfldm-weights get lpips-vgg`).
 """
@@ -19,26 +20,36 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import tyro
 from nerfstudio.cameras.cameras import Cameras
+from torch import Tensor
 
+from nfldm_ns.autoencoder import scene_autoencoder
 from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
-from nfldm_ns.autoencoder.lifting import fuse_frustums
+from nfldm_ns.autoencoder.lifting import EPS, SEEN, frustum_voxels, fuse_frustums
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
 from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
-from nfldm_ns.autoencoder.renderer import render_feature_maps
-from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
+from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.evaluation.resources import GIB, ResourceMeter, resident_bytes
 from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
-from nfldm_ns.scenes.views import Views, index_cameras, make_cameras
+from nfldm_ns.method_configs.scene_ae import scene_autoencoder_config
+from nfldm_ns.scenes.views import Views, camera_rays, make_cameras
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 
 @dataclass
 class Options:
     """How to measure."""
 
+    preset: str = "tiny"
+    """sizes of the networks, the images and the batch"""
     threads: int = 2
     """CPU threads"""
     repeats: int = 5
@@ -57,9 +68,123 @@ def surround_cameras(count: int, size: int = 64) -> Cameras:
     return make_cameras(torch.stack(poses)[None], focal, focal, size / 2, size / 2, size, size)
 
 
-def random_views(count: int) -> Views:
-    """A scene of noise between 3 and 6 metres away."""
-    return Views(surround_cameras(count), torch.rand(1, count, 3, 64, 64), 3 + 3 * torch.rand(1, count, 1, 64, 64))
+def random_views(scenes: int, count: int, size: int) -> Views:
+    """Scenes of noise between 3 and 6 metres away."""
+    cameras, shape = surround_cameras(count, size), (count, 1, size, size)
+    one = [Views(cameras[0], torch.rand(count, 3, size, size), 3 + 3 * torch.rand(shape)) for _ in range(scenes)]
+    return Views.stack(one)
+
+
+# The plain way
+
+
+def fuse_in_a_loop(
+    density: Tensor,
+    features: Tensor,
+    cameras: Cameras,
+    centres: Tensor,
+    widths: Tensor,
+    aabb: Tensor,
+    shape: tuple[int, int, int],
+    fusion: str = "occupancy",
+) -> VoxelGrid:
+    """What `fuse_frustums` gives with `fusion="occupancy"`, view by view and depth by depth."""
+    if fusion != "occupancy":
+        raise ValueError(f"there is no loop for the fusion {fusion!r}")
+    batch, views, bins, h, w = density.shape
+    channels, num_voxels = features.shape[2], math.prod(shape)
+    origins, directions = camera_rays(cameras, h, w)
+    lengths = directions.norm(dim=-1)
+    sums = [density.new_zeros(num_voxels * batch) for _ in range(3)]
+    feature_sum = density.new_zeros(num_voxels * batch, channels)
+    for scene in range(batch):
+        for view in range(views):
+            transmittance = density.new_ones(h, w)
+            phi = features[scene, view].permute(1, 2, 0).reshape(-1, channels)
+            for depth in range(bins):
+                ray = origins[scene, view], directions[scene, view], centres[depth : depth + 1]
+                index, inside = frustum_voxels(*ray, aabb, shape)
+                index, inside = index.flatten() + scene * num_voxels, inside[..., 0]
+                sigma = density[scene, view, depth]
+                through = torch.exp(-sigma * widths[depth] * lengths[scene, view])
+                occupancy = (transmittance * (1 - through) * inside).flatten()
+                weight = (transmittance * inside).flatten()
+                kept = occupancy * (occupancy > SEEN)
+                for total, values in zip(sums, (weight * sigma.flatten(), weight, kept), strict=True):
+                    total.index_add_(0, index, values)
+                feature_sum.index_add_(0, index, phi * kept[:, None])
+                transmittance = transmittance * through
+    fused = feature_sum / (sums[2] + SEEN)[:, None]
+    return VoxelGrid(
+        (sums[0] / (sums[1] + EPS)).reshape(batch, 1, *shape),
+        fused.reshape(batch, *shape, channels).permute(0, 4, 1, 2, 3),
+        aabb,
+    )
+
+
+def render_every_pixel(model: SceneAutoencoder, grid: VoxelGrid, cameras: Cameras) -> RenderedViews:
+    """A ray through every pixel, features at all its samples; their means over cells enter the decoder."""
+    height, width = model.image_size
+    stride = model.config.feature_stride
+    maps = render_feature_maps(grid, cameras, height, width, model.config.near, model.config.num_samples)
+    fields = (maps.features, maps.depth, maps.accumulation, maps.exit_depth, maps.directions)
+    cells = (F.avg_pool2d(values.flatten(0, 1), stride).unflatten(0, cameras.shape) for values in fields)
+    return model.decode(FeatureMaps(*cells), height, width)
+
+
+# A step
+
+
+class Step:
+    """One training step of a preset on noise, part by part."""
+
+    def __init__(self, preset_name: str) -> None:
+        preset = SCENE_AUTOENCODER[preset_name]
+        size, scenes = preset.image_size, preset.sampling["scenes_per_batch"]
+        focal = size / 2 / 0.625
+        model = SceneAutoencoder(**preset.network, image_size=(size, size), focal_length=focal)
+        self.model = model.to(memory_format=torch.channels_last)
+        self.source = random_views(scenes, preset.num_source_views, size)
+        self.target = random_views(scenes, preset.sampling["num_target_views"], size)
+        self.loss = StageOneLossConfig(**preset.loss)
+        self.perceptual = PerceptualNetwork(load_lpips("vgg"))
+        levels = [PERCEPTUAL_CHANNELS[level] for level in self.loss.adversarial_levels]
+        self.discriminator = ProjectedDiscriminator(levels) if self.loss.adversarial_mult else None
+        settings = scene_autoencoder_config("benchmark", preset).optimizers
+        modules = {"autoencoder": self.model, "discriminator": self.discriminator}
+        self.optimisers = [
+            settings[name]["optimizer"].setup(list(module.parameters())) for name, module in modules.items() if module
+        ]
+
+    def run(self, loss: StageOneLossConfig, adversarial: bool = True, plain: bool = False) -> dict[str, float]:
+        """Milliseconds by part of one step."""
+        times: dict[str, float] = {}
+        begun = time.perf_counter()
+
+        def lap(name: str) -> None:
+            times[name] = 1000 * (time.perf_counter() - begun - sum(times.values()) / 1000)
+
+        if plain:
+            with mock.patch.object(scene_autoencoder, "fuse_frustums", fuse_in_a_loop):
+                grid = self.model.encode(self.source)
+        else:
+            grid = self.model.encode(self.source)
+        lap("encode, lift and fuse")
+        cameras = self.target.cameras
+        rendered = render_every_pixel(self.model, grid, cameras) if plain else self.model.render(grid, cameras)
+        lap("render and decode")
+        judge = self.discriminator if adversarial else None
+        losses = stage_one_losses(loss, rendered, self.target, grid, self.perceptual, judge)
+        total = torch.stack(list(losses.values())).sum()
+        lap("losses")
+        total.backward()
+        lap("backward")
+        for optimiser in self.optimisers:
+            optimiser.step()
+            optimiser.zero_grad()
+        lap("optimiser")
+        times["whole step"] = sum(times.values())
+        return times
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:
@@ -73,82 +198,95 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def fuse_in_a_loop(model: SceneAutoencoder, density: torch.Tensor, features: torch.Tensor, cameras: Cameras) -> None:
-    """The plain way: one scatter for every view and every depth bin."""
-    for view in range(density.shape[1]):
-        for depth in range(density.shape[2]):
-            fuse_frustums(
-                density[:, view : view + 1, depth : depth + 1],
-                features[:, view : view + 1],
-                index_cameras(cameras, (slice(None), slice(view, view + 1))),
-                model.bin_centres[depth : depth + 1],
-                model.bin_widths[depth : depth + 1],
-                model.aabb,
-                model.grid_shape,
-            )
+def median_parts(function: Callable[[], dict[str, float]], repeats: int) -> dict[str, float]:
+    """Medians by part after one warm-up."""
+    function()
+    runs = [function() for _ in range(repeats)]
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+
+
+def peak_gib(function: Callable[[], object]) -> tuple[float, float]:
+    """Resident memory in GiB before a call, and the largest during it."""
+    before = resident_bytes() / GIB
+    with ResourceMeter(interval_s=0.005) as meter:
+        function()
+    return before, meter.use.peak_rss_gib
+
+
+def time_forward_parts(step: Step, repeats: int) -> dict[str, float]:
+    """Milliseconds of the parts of the forward pass, the plain way too."""
+    model, views, count = step.model, step.source, f"{step.target.shape[1]} views"
+    rows, columns = (size // model.config.feature_stride for size in model.image_size)
+    grid = model.encode(views)
+    logits, features = model._encode_images(views)
+    density = F.softplus(logits - 3).unflatten(0, views.shape)
+    entries = density, features.unflatten(0, views.shape), views.cameras, model.bin_centres, model.bin_widths
+
+    def render(factor: int, feature_samples: int | None) -> None:
+        size, config = (factor * rows, factor * columns), model.config
+        render_feature_maps(grid, step.target.cameras, *size, config.near, config.num_samples, feature_samples)
+
+    parts = {
+        f"image encoder, {views.shape[1]} views": lambda: model._encode_images(views),
+        "lift and fuse": lambda: fuse_frustums(*entries, model.aabb, model.grid_shape),
+        "lift and fuse, loop over views and depths": lambda: fuse_in_a_loop(*entries, model.aabb, model.grid_shape),
+        f"volume rendering, {count}": lambda: render(1, model.config.num_feature_samples),
+        "volume rendering, features at all samples": lambda: render(1, None),
+        "volume rendering, a ray per pixel": lambda: render(
+            model.config.feature_stride, model.config.num_feature_samples
+        ),
+        f"render and decode, {count}": lambda: model.render(grid, step.target.cameras),
+    }
+    return {name: median_ms(part, repeats) for name, part in parts.items()}
 
 
 def main(options: Options) -> None:
+    if options.preset not in SCENE_AUTOENCODER:
+        raise UserInputError(f"There is no preset {options.preset}: choose one of {', '.join(SCENE_AUTOENCODER)}.")
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    preset = SCENE_AUTOENCODER["tiny"]
-    model = SceneAutoencoder(**preset.network).to(memory_format=torch.channels_last)
-    source, target = random_views(8), random_views(4)
-    perceptual, own = PerceptualNetwork(load_lpips("vgg")), StageOneLossConfig(**preset.loss)
-    discriminator = ProjectedDiscriminator([PERCEPTUAL_CHANNELS[level] for level in own.adversarial_levels])
-
-    def step(config: StageOneLossConfig, judge: ProjectedDiscriminator | None = None) -> None:
-        grid = model.encode(source)
-        rendered = model.render(grid, target.cameras)
-        losses = stage_one_losses(config, rendered, target, grid, perceptual, judge)
-        sum(losses.values()).backward()
-
-    with torch.no_grad():
-        grid = model.encode(source)
-        logits, features = model._encode_images(source)
-        density = torch.nn.functional.softplus(logits - 3)[None]
-
-        def render(rays: int, feature_samples: int | None) -> None:
-            config = model.config
-            render_feature_maps(grid, target.cameras, rays, rays, config.near, config.num_samples, feature_samples)
-
-        def lift() -> None:
-            centres, widths = model.bin_centres, model.bin_widths
-            fuse_frustums(density, features[None], source.cameras, centres, widths, model.aabb, model.grid_shape)
-
-        parts = {
-            "image encoder, 8 views": lambda: model._encode_images(source),
-            "lift and fuse": lift,
-            "lift and fuse, loop over views and depths": lambda: fuse_in_a_loop(
-                model, density, features[None], source.cameras
-            ),
-            "volume rendering, 4 views": lambda: render(32, model.config.num_feature_samples),
-            "volume rendering, features at all samples": lambda: render(32, None),
-            "volume rendering, a ray per pixel": lambda: render(64, None),
-            "render and decode, 4 views": lambda: model.render(grid, target.cameras),
-        }
-        times = {name: median_ms(part, options.repeats) for name, part in parts.items()}
+    step = Step(options.preset)
+    loss, repeats = step.loss, options.repeats
+    memory = peak_gib(lambda: step.run(loss))  # first, because freed memory stays with the process
+    own = median_parts(lambda: step.run(loss), repeats)
     steps = {
-        "step without the perceptual network": lambda: step(replace(own, lpips_mult=0)),
-        "step without the discriminator": lambda: step(own),
-        "step": lambda: step(own, discriminator),
-        "step, perceptual network on all views": lambda: step(replace(own, lpips_views=None), discriminator),
+        "step without the perceptual network": lambda: step.run(replace(loss, lpips_mult=0), adversarial=False),
+        "step without the discriminator": lambda: step.run(loss, adversarial=False),
+        "step, perceptual network on all views": lambda: step.run(replace(loss, lpips_views=None)),
     }
-    times.update({name: median_ms(part, options.repeats) for name, part in steps.items()})
+    times = {name: median_ms(part, repeats) for name, part in steps.items()}
+    with torch.no_grad():
+        times.update(time_forward_parts(step, repeats))
+    plain_loss = replace(loss, lpips_views=None)
+    plain_memory = peak_gib(lambda: step.run(plain_loss, plain=True))
+    plain = median_parts(lambda: step.run(plain_loss, plain=True), repeats)
+
+    print(f"preset {options.preset}, {options.threads} threads, medians of {repeats}\n")
+    print(f"{'part of a step':45s} {'ms':>8s} {'share':>6s} {'plain way, ms':>14s}")
+    for name, value in own.items():
+        print(f"{name:45s} {value:8.1f} {value / own['whole step']:6.0%} {plain[name]:14.1f}")
+    print("\nalone:")
     for name, value in times.items():
         print(f"{name:45s} {value:8.1f} ms")
+    for name, (before, peak) in {"a step": memory, "the plain step": plain_memory}.items():
+        print(f"peak memory of {name}: {peak:.2f} GiB resident, {peak - before:.2f} GiB more than before it")
+    print()
+    count = f"{step.target.shape[1]} views"
+    times["step"], times["plain step"] = own["whole step"], plain["whole step"]
     ratios = {
         "lifting, loop / one scatter": ("lift and fuse, loop over views and depths", "lift and fuse"),
         "rendering, all / few feature samples": (
             "volume rendering, features at all samples",
-            "volume rendering, 4 views",
+            f"volume rendering, {count}",
         ),
-        "rendering, a ray per pixel / this": ("volume rendering, a ray per pixel", "volume rendering, 4 views"),
+        "rendering, a ray per pixel / this": ("volume rendering, a ray per pixel", f"volume rendering, {count}"),
         "step, perceptual network on all / few views": ("step, perceptual network on all views", "step"),
+        "whole step, plain / this": ("plain step", "step"),
     }
-    for name, (plain, ours) in ratios.items():
-        print(f"{name:45s} {times[plain] / times[ours]:8.1f} x")
+    for name, (slow, ours) in ratios.items():
+        print(f"{name:45s} {times[slow] / times[ours]:8.1f} x")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    with exit_on_bad_input():
+        main(tyro.cli(Options, description=__doc__))

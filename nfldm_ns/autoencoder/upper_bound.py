@@ -34,7 +34,7 @@ class GridOptimiserConfig:
     """
 
     density_learning_rate: float = 0.2
-    feature_learning_rate: float = 0.05
+    feature_learning_rate: float = 0.02
     views_per_step: int = 4
     check_every: int = 20
     patience: int = 2

@@ -1,0 +1,302 @@
+"""Variants of stage 1 trained equally long on the same batches, judged on held-out places.
+
+    python benchmarks/ablations.py --data DATA --group fusion --steps 1000 --output-dir OUT [--seeds 0 1]
+
+Every variant of a group is the preset (`--base`) with a few changes: `GROUPS` below. It is trained with the preset's
+optimiser and its schedule shortened to `--steps`. Seeds, batches and, where shapes allow it, the first weights of
+variants are the same. Each variant leaves `<group>-<variant>-seed<seed>.json`; those that are there are not trained
+again, so an interrupted run continues. Prints a table, beside the nearest source view and the mean training image.
+
+Needs the weights of LPIPS (`nfldm-weights get lpips-vgg`).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import numpy as np
+import torch
+import tyro
+from rich.progress import track
+
+from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
+from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig
+from nfldm_ns.autoencoder.novel_views import (
+    MEAN_IMAGE_SCENES,
+    SceneScores,
+    ViewJudge,
+    mean_training_image,
+    reconstruct,
+)
+from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.evaluation.metrics import nearest_source_view
+from nfldm_ns.evaluation.report import Table
+from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderPreset
+from nfldm_ns.method_configs.scene_ae import scene_autoencoder_config
+from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.scenes.views import SceneBatch
+from nfldm_ns.scenes.writing import require_writable, write_json
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Changes to a preset.
+
+    Attributes:
+        network: of `SceneNetworkConfig`.
+        loss: of `StageOneLossConfig`.
+        sampling: of `SceneSamplerConfig`.
+    """
+
+    network: dict[str, Any] = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] = field(default_factory=dict)
+
+
+def every_choice(name: str) -> dict[str, Variant]:
+    """A variant for each value that a field of `SceneNetworkConfig` may take."""
+    return {value: Variant({name: value}) for value in get_args(get_type_hints(SceneNetworkConfig)[name])}
+
+
+def grid(z: int, y: int, x: int, num_depth_bins: int, num_samples: int) -> Variant:
+    """Voxels, with bins and samples of rays as fine as the presets with such voxels have them."""
+    return Variant({"grid_shape": (z, y, x), "num_depth_bins": num_depth_bins, "num_samples": num_samples})
+
+
+GROUPS: dict[str, dict[str, Variant]] = {
+    "grid": {
+        "32x32x8": grid(8, 32, 32, num_depth_bins=32, num_samples=40),
+        "64x64x16": grid(16, 64, 64, num_depth_bins=64, num_samples=96),
+        "128x128x32": grid(32, 128, 128, num_depth_bins=64, num_samples=128),
+    },
+    "fusion": every_choice("fusion"),
+    "adversarial": {
+        "none": Variant(loss={"adversarial_mult": 0.0}),
+        "projected": Variant(loss={"adversarial_mult": 0.05}),
+    },
+}
+
+
+@dataclass
+class Options:
+    """Train and compare variants of stage 1."""
+
+    data: Path
+    """the scene collection"""
+    output_dir: Path
+    """folder for one JSON per variant"""
+    group: str
+    """which variants: one of GROUPS"""
+    steps: int = 1000
+    """training steps of each"""
+    base: str = "tiny"
+    """preset that they change"""
+    seeds: tuple[int, ...] = (0,)
+    """trainings of each variant"""
+    num_eval_scenes: int | None = None
+    """test scenes, evenly chosen; by default all"""
+    threads: int = 2
+    """CPU threads"""
+
+
+def train(
+    collection: SceneCollection,
+    preset: SceneAutoencoderPreset,
+    variant: Variant,
+    steps: int,
+    seed: int,
+    perceptual: PerceptualNetwork,
+) -> tuple[SceneAutoencoder, dict[str, Any]]:
+    """A trained variant, with `seconds`, `parameters` and the mean `losses` of the last tenth of the steps."""
+    settings = scene_autoencoder_config("ablation", preset).optimizers
+    loss_config = StageOneLossConfig(**{**preset.loss, **variant.loss})
+    torch.manual_seed(seed)
+    model = make_autoencoder(collection, SceneNetworkConfig(**{**preset.network, **variant.network}))
+    model.to(perceptual_device(perceptual), memory_format=torch.channels_last)
+    modules: dict[str, torch.nn.Module] = {"autoencoder": model}
+    if loss_config.adversarial_mult:
+        levels = [PERCEPTUAL_CHANNELS[level] for level in loss_config.adversarial_levels]
+        modules["discriminator"] = ProjectedDiscriminator(levels).to(model.device)
+    optimisers = {name: settings[name]["optimizer"].setup(list(m.parameters())) for name, m in modules.items()}
+    schedule = CosineScheduleConfig(warmup_steps=preset.warmup_steps, max_steps=steps).setup()
+    schedule = schedule.get_scheduler(optimisers["autoencoder"], preset.learning_rate)
+    # The discriminator sets in after the same share of the training as in the preset.
+    adversarial_start = loss_config.adversarial_start * steps // preset.max_num_iterations
+    sampling = SceneSamplerConfig(**{**preset.sampling, **variant.sampling, "seed": seed})
+    sampler = SceneSampler(SceneCache(collection, limit_gib=8.0), collection.split("train"), sampling)
+
+    last: list[dict[str, float]] = []
+    begun = time.perf_counter()
+    for step in track(range(steps), "Training", transient=True):
+        torch.manual_seed(np.random.SeedSequence((seed, step, 0)).generate_state(1)[0])
+        batch = sampler.batch(step).to(model.device)
+        voxels = model.encode(batch.source)
+        rendered = model.render(voxels, batch.target.cameras)
+        discriminator = modules.get("discriminator") if step >= adversarial_start else None
+        losses = stage_one_losses(loss_config, rendered, batch.target, voxels, perceptual, discriminator)
+        torch.stack(list(losses.values())).sum().backward()
+        for name, optimiser in optimisers.items():
+            if max_norm := settings[name]["optimizer"].max_norm:
+                torch.nn.utils.clip_grad_norm_(modules[name].parameters(), max_norm)
+            optimiser.step()
+            optimiser.zero_grad()
+        schedule.step()
+        if step >= steps - max(1, steps // 10):
+            last.append({name: float(value) for name, value in losses.items()})
+    return model.eval(), {
+        "seconds": round(time.perf_counter() - begun, 1),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "losses": {name: float(np.mean([losses[name] for losses in last if name in losses])) for name in last[-1]},
+    }
+
+
+def make_autoencoder(collection: SceneCollection, network: SceneNetworkConfig) -> SceneAutoencoder:
+    """An untrained auto-encoder for the images and the box of a collection."""
+    camera = collection.load_scene(collection.split("train")[0]).source.cameras
+    width, height = collection.image_size
+    return SceneAutoencoder(
+        **asdict(network),
+        aabb=tuple(map(tuple, collection.aabb.tolist())),
+        near=collection.near,
+        far=collection.far,
+        image_size=(height, width),
+        focal_length=float(camera.fx[0]),
+    )
+
+
+def perceptual_device(perceptual: PerceptualNetwork) -> torch.device:
+    return next(perceptual.parameters()).device
+
+
+# Scores
+
+
+def test_batches(collection: SceneCollection, num_scenes: int | None, device: torch.device) -> Iterator[SceneBatch]:
+    """Test scenes, evenly chosen, two at a time."""
+    ids = collection.split("test")
+    count = min(num_scenes or len(ids), len(ids))
+    ids = [ids[i * len(ids) // count] for i in range(count)]
+    for first in track(range(0, count, 2), "Novel views", transient=True):
+        yield collection.batch([collection.load_scene(i) for i in ids[first : first + 2]]).to(device)
+
+
+@torch.inference_mode()
+def score(
+    model: SceneAutoencoder, collection: SceneCollection, num_scenes: int | None, perceptual: PerceptualNetwork
+) -> SceneScores:
+    """Novel views of test scenes."""
+    scores = SceneScores()
+    for batch in test_batches(collection, num_scenes, model.device):
+        judge = ViewJudge(batch.target, batch.aabb, perceptual)
+        scores.add(batch.scene_ids, judge.score(reconstruct(model, batch)))
+    return scores
+
+
+@torch.inference_mode()
+def score_baselines(
+    collection: SceneCollection, num_scenes: int | None, perceptual: PerceptualNetwork
+) -> dict[str, dict[str, float]]:
+    """The nearest source view and the mean training image."""
+    device = perceptual_device(perceptual)
+    train_ids = collection.split("train")
+    every = -(-len(train_ids) // MEAN_IMAGE_SCENES)
+    mean = mean_training_image(collection.batch([collection.load_scene(i)]) for i in train_ids[::every]).to(device)
+    scores = {"nearest view": SceneScores(), "mean image": SceneScores()}
+    for batch in test_batches(collection, num_scenes, device):
+        judge = ViewJudge(batch.target, batch.aabb, perceptual)
+        scores["nearest view"].add(batch.scene_ids, judge.score_images(nearest_source_view(batch)))
+        scores["mean image"].add(batch.scene_ids, judge.score_images(mean.expand_as(batch.target.images)))
+    return {name: values.mean() for name, values in scores.items()}
+
+
+# All variants
+
+
+def stored(path: Path, settings: dict[str, Any], make: Any) -> dict[str, Any]:
+    """What lies at `path`, or what `make()` gives, which is written there with the settings.
+
+    Raises:
+        UserInputError: if the file was made with other settings.
+    """
+    settings = json.loads(json.dumps(settings))
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found["settings"] != settings:
+            raise UserInputError(f"{path} was made with other settings: choose another --output-dir or delete it.")
+        return found
+    write_json(path, {"settings": settings, **make()})
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def main(options: Options) -> None:
+    if options.group not in GROUPS:
+        raise UserInputError(f"There is no group {options.group}: choose one of {', '.join(GROUPS)}.")
+    if options.base not in SCENE_AUTOENCODER:
+        raise UserInputError(f"There is no preset {options.base}: choose one of {', '.join(SCENE_AUTOENCODER)}.")
+    torch.set_num_threads(options.threads)
+    require_writable(options.output_dir)
+    collection = SceneCollection.open(options.data)
+    collection.require_train_and_test()
+    perceptual = PerceptualNetwork(load_lpips("vgg")).to("cuda" if torch.cuda.is_available() else "cpu")
+    preset = SCENE_AUTOENCODER[options.base]
+    judged = {"data": str(options.data.resolve()), "num_eval_scenes": options.num_eval_scenes}
+    baselines = stored(
+        options.output_dir / "baselines.json",
+        judged,
+        lambda: {"scores": score_baselines(collection, options.num_eval_scenes, perceptual)},
+    )
+
+    def run(variant: Variant, seed: int) -> dict[str, Any]:
+        model, training = train(collection, preset, variant, options.steps, seed, perceptual)
+        scores = score(model, collection, options.num_eval_scenes, perceptual)
+        return {"training": training, "scores": scores.mean(), "num_images": scores.num_images}
+
+    rows: list[list[Any]] = [[name, None, *cells(scores)] for name, scores in baselines["scores"].items()]
+    for name, variant in GROUPS[options.group].items():
+        for seed in options.seeds:
+            settings = {**judged, "preset": asdict(preset), "steps": options.steps, "seed": seed, **asdict(variant)}
+            path = options.output_dir / f"{options.group}-{name}-seed{seed}.json"
+            result = stored(path, settings, partial(run, variant, seed))
+            time_per_step = 1000 * result["training"]["seconds"] / options.steps
+            rows.append([name, seed, *cells(result["scores"]), time_per_step, result["training"]["parameters"]])
+            print(f"{path}: LPIPS {result['scores']['lpips']:.3f}, {result['training']['seconds']} s", flush=True)
+    caption = f"`{options.group}`: `{options.base}` for {options.steps} steps, the same batches for all."
+    rows = [row + [None] * (len(COLUMNS) - len(row)) for row in rows]
+    print("\n" + Table(COLUMNS, rows, caption, digits=DIGITS).markdown())
+
+
+METRICS = ("psnr", "ssim", "lpips", "depth_mae_m", "depth_mae_in_box_m")
+COLUMNS = (
+    "",
+    "seed",
+    "PSNR (dB)",
+    "SSIM",
+    "LPIPS (VGG)",
+    "depth error (m)",
+    "depth error in the box (m)",
+    "ms per step",
+    "parameters",
+)
+DIGITS = (0, 0, 2, 3, 3, 2, 2, 0, 0)
+
+
+def cells(scores: dict[str, float]) -> list[float | None]:
+    """Scores in the order of the columns."""
+    return [scores.get(metric) for metric in METRICS]
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main(tyro.cli(Options, description=__doc__))
