@@ -154,7 +154,7 @@ def train(
             optimiser.zero_grad()
         schedule.step()
         if step >= steps - max(1, steps // 10):
-            last.append({name: float(value) for name, value in losses.items()})
+            last.append({name: float(value.detach()) for name, value in losses.items()})
     return model.eval(), {
         "seconds": round(time.perf_counter() - begun, 1),
         "parameters": sum(p.numel() for p in model.parameters()),

@@ -260,8 +260,8 @@ def describe(results: dict[str, Any]) -> str:
     training = results["training"]
     name = f"`{training['method']}` after {training['step'] + 1} steps" if training else "Stage 1"
     notes = (
-        f"{name}, {results['collection']}. Lower is better for LPIPS and depth errors. Depth errors are means of absolute errors of planar depth over "
-        "pixels of known depth: of all, and of those whose surface lies inside the box.\n"
+        f"{name}, {results['collection']}. Lower is better for LPIPS and depth errors. Depth errors are means of "
+        "absolute errors of planar depth over pixels of known depth: of all, and of those with a surface in the box.\n"
     )
     parts = [notes, score_table([""], inputs, f"Novel views by what the encoder gets: {count}.").markdown()]
     if results["curves"]:
@@ -275,8 +275,8 @@ def describe(results: dict[str, Any]) -> str:
         parts.append(_describe_bounds(results["bounds"]))
     parts.append(_describe_sky(results["inputs"]))
     parts.append(
-        f"`pages.png`: the {BEST} best, the {MIDDLE} middle and the {WORST} worst of all these scenes by LPIPS, one "
-        "view of each: that whose LPIPS is closest to the scene's mean. LPIPS and PSNR of a row are means of its scene.\n"
+        f"`pages.png`: the {BEST} best, {MIDDLE} middle and {WORST} worst of these scenes by LPIPS, one view of each: "
+        "that whose LPIPS is closest to the scene's mean. LPIPS and PSNR beside a row are means of its scene.\n"
     )
     return "\n".join(parts)
 
@@ -288,9 +288,9 @@ def _describe_bounds(bounds: dict[str, Any]) -> str:
     steps = [run["steps"] for run in bounds["runs"]]
     stood = sum(run["converged"] for run in bounds["runs"])
     caption = (
-        f"Upper bounds: target views of {len(bounds['scene_ids'])} scenes. V is optimised from the encoder's on, "
-        f"the decoder frozen, by the losses of the training, until their sum stands still: {stood} of {len(steps)} did within the "
-        f"limit; {sum(steps) / len(steps):.0f} steps on average."
+        f"Upper bounds: target views of {len(bounds['scene_ids'])} scenes. V is optimised from the encoder's on, with "
+        f"a frozen decoder and the losses of the training, until their sum stands still: {stood} of {len(steps)} did "
+        f"within the limit; {sum(steps) / len(steps):.0f} steps on average."
     )
     return score_table([""], rows, caption).markdown()
 

@@ -8,7 +8,8 @@ Prints the median time of each part of a training step at the size of a preset, 
 - features at the few samples that matter, against features at all samples;
 - rays at the feature maps' resolution, against rays through every pixel;
 - the perceptual distance and the discriminator on the preset's few views, against both on all views;
-- a whole step, against one that does all of the former the plain way.
+- a whole step, and one without the perceptual network, against the plain way: lifting in that loop, a ray through every
+  pixel, features at all samples.
 
 Needs the weights of LPIPS (`nfldm-weights get lpips-vgg`).
 """
@@ -198,11 +199,16 @@ def median_ms(function: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def median_parts(function: Callable[[], dict[str, float]], repeats: int) -> dict[str, float]:
-    """Medians by part after one warm-up."""
-    function()
-    runs = [function() for _ in range(repeats)]
-    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+def alternating_medians(
+    first: Callable[[], dict[str, float]], second: Callable[[], dict[str, float]], repeats: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Medians by part of two functions that take turns, after one warm-up: other work then slows both alike."""
+    first(), second()
+    pairs = [(first(), second()) for _ in range(repeats)]
+    medians = [
+        {name: statistics.median(run[name] for run in runs) for name in runs[0]} for runs in zip(*pairs, strict=True)
+    ]
+    return medians[0], medians[1]
 
 
 def peak_gib(function: Callable[[], object]) -> tuple[float, float]:
@@ -248,24 +254,26 @@ def main(options: Options) -> None:
     step = Step(options.preset)
     loss, repeats = step.loss, options.repeats
     memory = peak_gib(lambda: step.run(loss))  # first, because freed memory stays with the process
-    own = median_parts(lambda: step.run(loss), repeats)
+    plain_memory = peak_gib(lambda: step.run(loss, plain=True))
+    own, plain = alternating_medians(lambda: step.run(loss), lambda: step.run(loss, plain=True), repeats)
+    colours = replace(loss, lpips_mult=0)
+    bare, plain_bare = alternating_medians(
+        lambda: step.run(colours, adversarial=False), lambda: step.run(colours, adversarial=False, plain=True), repeats
+    )
     steps = {
-        "step without the perceptual network": lambda: step.run(replace(loss, lpips_mult=0), adversarial=False),
         "step without the discriminator": lambda: step.run(loss, adversarial=False),
         "step, perceptual network on all views": lambda: step.run(replace(loss, lpips_views=None)),
     }
     times = {name: median_ms(part, repeats) for name, part in steps.items()}
     with torch.no_grad():
         times.update(time_forward_parts(step, repeats))
-    plain_loss = replace(loss, lpips_views=None)
-    plain_memory = peak_gib(lambda: step.run(plain_loss, plain=True))
-    plain = median_parts(lambda: step.run(plain_loss, plain=True), repeats)
 
     print(f"preset {options.preset}, {options.threads} threads, medians of {repeats}\n")
     print(f"{'part of a step':45s} {'ms':>8s} {'share':>6s} {'plain way, ms':>14s}")
     for name, value in own.items():
         print(f"{name:45s} {value:8.1f} {value / own['whole step']:6.0%} {plain[name]:14.1f}")
     print("\nalone:")
+    times["step without the perceptual network"] = bare["whole step"]
     for name, value in times.items():
         print(f"{name:45s} {value:8.1f} ms")
     for name, (before, peak) in {"a step": memory, "the plain step": plain_memory}.items():
@@ -273,6 +281,7 @@ def main(options: Options) -> None:
     print()
     count = f"{step.target.shape[1]} views"
     times["step"], times["plain step"] = own["whole step"], plain["whole step"]
+    times["bare step"], times["plain bare step"] = bare["whole step"], plain_bare["whole step"]
     ratios = {
         "lifting, loop / one scatter": ("lift and fuse, loop over views and depths", "lift and fuse"),
         "rendering, all / few feature samples": (
@@ -282,6 +291,7 @@ def main(options: Options) -> None:
         "rendering, a ray per pixel / this": ("volume rendering, a ray per pixel", f"volume rendering, {count}"),
         "step, perceptual network on all / few views": ("step, perceptual network on all views", "step"),
         "whole step, plain / this": ("plain step", "step"),
+        "without the perceptual network, plain / this": ("plain bare step", "bare step"),
     }
     for name, (slow, ours) in ratios.items():
         print(f"{name:45s} {times[slow] / times[ours]:8.1f} x")

@@ -309,3 +309,10 @@ def test_versions_and_device() -> None:
     info = device_info()
     assert info["cores"] >= 1 and info["memory_gib"] > 0.1
     assert ("gpu" in info) == torch.cuda.is_available()
+
+
+def test_a_table_in_markdown() -> None:
+    table = Table(["", "a"], [["x", 1.234], ["y", None]], "Numbers.", emphasis=[0], digits=1)
+    assert table.markdown() == "Numbers.\n\n|  | a |\n| --- | --- |\n| **x** | **1.2** |\n| y | \N{EN DASH} |\n"
+    with pytest.raises(ValueError, match="does not fit"):
+        Table(["a"], [[1, 2]]).markdown()

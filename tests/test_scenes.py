@@ -23,15 +23,18 @@ from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import (
     Views,
     camera_rays,
+    evenly_spread_views,
     index_cameras,
     make_cameras,
     resize_cameras,
     rotate_cameras90,
+    sparse_depths,
     stack_cameras,
+    view_yaws,
 )
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 from nfldm_ns.scenes.writing import atomic_path, write_json, write_scene
-from tests.synthetic import AABB, BEV_CLASSES, BoxRoom, make_box_room_collection, surround_cameras
+from tests.synthetic import AABB, BEV_CLASSES, BoxRoom, level_cameras, make_box_room_collection, surround_cameras
 
 
 def random_cameras(num: int, height: int, width: int) -> Cameras:
@@ -399,3 +402,36 @@ def test_numbers_survive_json(tmp_path: Path) -> None:
     numbers = [1 / 3, 1e-300, -0.0, 2**53]
     write_json(tmp_path / "numbers.json", numbers)
     assert json.loads((tmp_path / "numbers.json").read_text()) == numbers
+
+
+def test_views_evenly_spread_over_a_ring() -> None:
+    yaws = torch.arange(8) * (math.pi / 4) + 0.3
+    order = torch.tensor([0, 5, 2, 7, 4, 1, 6, 3])
+    cameras = level_cameras(torch.zeros(8, 3), yaws[order], 8)
+    torch.testing.assert_close(torch.exp(1j * view_yaws(cameras)), torch.exp(1j * yaws[order]))
+
+    def chosen(count: int) -> list[int]:
+        return sorted(int(order[i]) for i in evenly_spread_views(cameras, count))
+
+    assert [chosen(count) for count in (1, 2, 4, 8)] == [[0], [0, 4], [0, 2, 4, 6], list(range(8))]
+    for count in (3, 5, 6, 7):
+        places = chosen(count)
+        gaps = [(b - a) % 8 for a, b in zip(places, [*places[1:], places[0]], strict=True)]
+        assert 0 in places and len(set(places)) == count and max(gaps) <= 8 // count + 1
+    with pytest.raises(ValueError, match="9 views"):
+        evenly_spread_views(cameras, 9)
+
+
+def test_sparse_depth_keeps_known_values_and_nothing_else() -> None:
+    depths = torch.rand(2, 3, 1, 16, 20) + 1
+    depths[..., :4, :] = 0
+    depths[1, 2] = 0
+    depths[1, 2, 0, 7, :5] = 2.5
+    sparse = sparse_depths(depths, 30, torch.Generator().manual_seed(1))
+    kept = sparse > 0
+    assert torch.equal(sparse[kept], depths[kept])
+    counts = kept.flatten(2).sum(-1)
+    assert counts.tolist() == [[30, 30, 30], [30, 30, 5]]  # all there are of the last
+    assert torch.equal(sparse, sparse_depths(depths, 30, torch.Generator().manual_seed(1)))
+    assert not torch.equal(sparse, sparse_depths(depths, 30, torch.Generator().manual_seed(2)))
+    assert torch.equal(sparse_depths(depths, 10_000, torch.Generator()), depths)

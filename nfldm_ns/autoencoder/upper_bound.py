@@ -39,8 +39,8 @@ class GridOptimiserConfig:
     check_every: int = 20
     patience: int = 2
     reductions: int = 1
-    tolerance: float = 2e-3
-    max_steps: int = 400
+    tolerance: float = 1e-2
+    max_steps: int = 200
     seed: int = 0
 
 
@@ -98,7 +98,8 @@ def _optimise(
         {"params": [parameter], "lr": _learning_rate(name, parameter, config)} for name, parameter in parameters.items()
     )
     smallest = min(group["lr"] for group in optimiser.param_groups) * 0.3**config.reductions
-    schedule = ReduceLROnPlateau(optimiser, factor=0.3, patience=config.patience - 1, threshold=config.tolerance)
+    plateau = {"patience": config.patience - 1, "threshold": config.tolerance, "eps": 0.0}
+    schedule = ReduceLROnPlateau(optimiser, factor=0.3, **plateau)
     whole = replace(loss, lpips_views=None)
 
     def total(chosen: Views, weights: StageOneLossConfig) -> Tensor:
@@ -111,6 +112,7 @@ def _optimise(
             return float(total(views, whole))
 
     losses, best = [look()], _detached(grid, parameters)
+    schedule.step(losses[0])
     converged = False
     step = 0
     while step < config.max_steps and not converged:

@@ -1,0 +1,154 @@
+"""The scripts in benchmarks/ run, at the smallest sizes, and write what they promise."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+
+from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
+from nfldm_ns.autoencoder.lifting import depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
+from nfldm_ns.scenes.collection import SceneCollection
+from tests.pretrained import require_weights
+from tests.small_models import small_scene_autoencoder
+from tests.synthetic import AABB
+
+SMALL_NETWORK = {
+    "grid_shape": (4, 16, 16),
+    "feature_channels": 4,
+    "num_depth_bins": 8,
+    "num_samples": 12,
+    "encoder_channels": (8, 8),
+    "decoder_channels": (8, 8),
+}
+
+
+def script(name: str) -> ModuleType:
+    """A script of benchmarks/ as a module."""
+    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def small_preset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A preset for the box rooms."""
+    preset = replace(SCENE_AUTOENCODER["tiny"], network=SMALL_NETWORK, image_size=32, max_num_iterations=4)
+    loss = {**preset.loss, "adversarial_start": 2, "lpips_views": 1}
+    sampling = {"scenes_per_batch": 1, "num_target_views": 2}
+    monkeypatch.setitem(SCENE_AUTOENCODER, "small", replace(preset, loss=loss, sampling=sampling))
+
+
+def test_quality_of_a_run(box_room_collection: SceneCollection, tmp_path: Path) -> None:
+    require_weights("lpips-vgg")
+    record = {"data": str(box_room_collection.root), "method": "small", "step": 0}
+    save_scene_autoencoder(small_scene_autoencoder(), tmp_path / "run", record)
+    loss = "!!python/object:a.B\npipeline: !!python/object:c.D {model: {loss: {lpips_mult: 0.0, rgb_mult: 1.0}}}\n"
+    (tmp_path / "run" / "config.yml").write_text(loss)
+    quality = script("scene_ae_quality")
+    options = quality.Options(
+        tmp_path / "run" / "config.yml",
+        tmp_path / "out",
+        curve_views=(1, 8, 20),
+        curve_scenes=1,
+        bound_scenes=1,
+        bounds=GridOptimiserConfig(max_steps=4, check_every=2),
+        threads=torch.get_num_threads(),
+    )
+    quality.main(options)
+    results = json.loads((tmp_path / "out" / "quality.json").read_text())
+    assert results["num_scenes"] == 2 and results["num_images"] == 8
+    assert set(results["inputs"]) == {"nearest view", "mean image", "dense", "sparse", "none"}
+    curves = {(row["input"], row["views"]): row["scores"] for row in results["curves"]}
+    assert set(curves) == {(name, count) for name in ("nearest view", "dense", "none") for count in (1, 8)}
+    first = results["curve_scene_ids"][0]
+    assert curves["dense", 8]["psnr"] == pytest.approx(results["scenes"][first]["psnr"])
+    assert curves["none", 8]["depth_mae_m"] > curves["dense", 8]["depth_mae_m"]
+    assert set(results["bounds"]["scores"]) == {"encoder", "source views", "all views"}
+    text = (tmp_path / "out" / "quality.md").read_text()
+    assert "| RGB only | 8 |" in text and "Sky: no pixel of unknown depth" in text
+    for name in ("pages.png", "curves.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert min(picture.size) > 100
+
+
+def test_the_page_shows_best_middle_and_worst() -> None:
+    quality = script("scene_ae_quality")
+    scores = quality.SceneScores()
+    for i in torch.randperm(40).tolist():
+        scores.add([f"s{i:02d}"], {"lpips": torch.tensor([[[float(i), 1.0]]])})
+    chosen = quality.chosen_scenes(scores)
+    assert [int(name[1:]) for name, _ in chosen] == [0, 1, 2, 3, 4, 17, 18, 19, 20, 21, 22, 35, 36, 37, 38, 39]
+    assert [label for _, label in chosen][::5] == [
+        "best: 1 of 40",
+        "middle: 18 of 40",
+        "middle: 23 of 40",
+        "worst: 40 of 40",
+    ]
+
+
+def test_ablations_continue_where_they_stopped(
+    box_room_collection: SceneCollection, tmp_path: Path, small_preset: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    require_weights("lpips-vgg")
+    ablations = script("ablations")
+    options = ablations.Options(
+        box_room_collection.root, tmp_path, "adversarial", steps=4, base="small", threads=torch.get_num_threads()
+    )
+    ablations.main(options)
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert set(written) == {"baselines.json", "adversarial-none-seed0.json", "adversarial-projected-seed0.json"}
+    losses = [
+        json.loads(written[f"adversarial-{name}-seed0.json"])["training"]["losses"] for name in ("none", "projected")
+    ]
+    assert "discriminator_loss" not in losses[0] and losses[1]["discriminator_loss"] > 0
+    assert "| projected | 0 |" in capsys.readouterr().out
+    (tmp_path / "adversarial-none-seed0.json").unlink()
+    ablations.main(options)
+    again = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert again["adversarial-projected-seed0.json"] == written["adversarial-projected-seed0.json"]
+    scores = [json.loads(files["adversarial-none-seed0.json"])["scores"] for files in (written, again)]
+    assert scores[0] == scores[1]  # the same seed, the same result
+    with pytest.raises(UserInputError, match="other settings"):
+        ablations.main(replace(options, steps=5))
+    with pytest.raises(UserInputError, match="no group"):
+        ablations.main(replace(options, group="nothing"))
+
+
+def test_ablations_know_every_fusion() -> None:
+    assert {"mean", "occupancy"} <= set(script("ablations").GROUPS["fusion"])
+
+
+def test_the_plain_way_of_lifting_gives_the_same_voxels() -> None:
+    stage1 = script("stage1")
+    views = stage1.random_views(2, 3, 16)
+    density, features = torch.rand(2, 3, 6, 8, 8), torch.randn(2, 3, 5, 8, 8)
+    entries = (density, features, views.cameras, *depth_bins(0.1, 4.0, 6), torch.tensor(AABB), (4, 16, 16))
+    ours, plain = fuse_frustums(*entries), stage1.fuse_in_a_loop(*entries)
+    torch.testing.assert_close(plain.density, ours.density, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(plain.features, ours.features, atol=1e-5, rtol=1e-4)
+
+
+def test_parts_of_a_step(small_preset: None, capsys: pytest.CaptureFixture[str]) -> None:
+    require_weights("lpips-vgg")
+    stage1 = script("stage1")
+    stage1.main(stage1.Options("small", torch.get_num_threads(), 1))
+    printed = capsys.readouterr().out
+    for line in ("backward", "optimiser", "peak memory of a step", "whole step, plain / this"):
+        assert line in printed
+    with pytest.raises(UserInputError, match="no preset"):
+        stage1.main(stage1.Options("huge"))
