@@ -136,7 +136,9 @@ class ViewJudge:
         self.target = target
         self.perceptual = perceptual
         self._real = None if perceptual is None else perceptual.features(target.images.flatten(0, 1) * 2 - 1)
-        self._inside = None if target.depths is None else surface_inside_box(target, aabb)
+        depths = torch.zeros_like(target.images[..., :1, :, :]) if target.depths is None else target.depths
+        self._depths = depths
+        self._inside = surface_inside_box(Views(target.cameras, target.images, depths), aabb)
 
     @torch.no_grad()
     def score_images(self, images: Float[Tensor, "batch views 3 height width"]) -> Scores:
@@ -150,18 +152,15 @@ class ViewJudge:
 
     @torch.no_grad()
     def score(self, rendered: RenderedViews) -> Scores:
-        """Those, and sums over pixels with their number, for each view of scenes whose targets have depth.
+        """Those, and for each view sums over pixels with their number.
 
         `depth_mae_m` and `depth_mae_in_box_m` are absolute errors of planar depth in metres, the second over surfaces
         inside the box; `accumulation_known` and `accumulation_unknown` are the shares of rays that end on voxels, over
         pixels of known and of unknown depth (in scenes without any known depth neither is counted).
         """
         scores = self.score_images(rendered.rgb)
-        depths = self.target.depths
-        if depths is None or self._inside is None:
-            return scores
-        known = depths > 0
-        error = (rendered.depth - depths).abs()
+        known = self._depths > 0
+        error = (rendered.depth - self._depths).abs()
         measured = known.flatten(1).any(1)[:, None, None, None, None]
         scores["depth_mae_m"] = _sums(error, known)
         scores["depth_mae_in_box_m"] = _sums(error, self._inside)

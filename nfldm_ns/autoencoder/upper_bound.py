@@ -15,6 +15,7 @@ from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 SMALLEST_DENSITY = 1e-4  # 1/m; softplus has no inverse at 0
+REDUCTION = 0.3  # of the learning rates at a standstill
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class GridOptimiserConfig:
         views_per_step: drawn at random in each step.
         check_every: steps after which the loss over all views is looked at.
         patience: looks without improvement after which the learning rates fall to a third.
-        reductions: how often they fall before the next standstill ends it.
+        reductions: how often they fall; the next standstill ends it.
         tolerance: relative improvement of the loss that counts.
         max_steps: ends it in any case.
         seed: of the random numbers.
@@ -97,9 +98,10 @@ def _optimise(
     optimiser = torch.optim.Adam(
         {"params": [parameter], "lr": _learning_rate(name, parameter, config)} for name, parameter in parameters.items()
     )
-    smallest = min(group["lr"] for group in optimiser.param_groups) * 0.3**config.reductions
-    plateau = {"patience": config.patience - 1, "threshold": config.tolerance, "eps": 0.0}
-    schedule = ReduceLROnPlateau(optimiser, factor=0.3, **plateau)
+    smallest = min(group["lr"] for group in optimiser.param_groups) * REDUCTION**config.reductions
+    schedule = ReduceLROnPlateau(
+        optimiser, factor=REDUCTION, patience=config.patience - 1, threshold=config.tolerance, eps=0.0
+    )
     whole = replace(loss, lpips_views=None)
 
     def total(chosen: Views, weights: StageOneLossConfig) -> Tensor:
