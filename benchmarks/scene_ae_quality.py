@@ -10,8 +10,8 @@ Novel views of the collection's test scenes, always beside the nearest source vi
 - the sky: how many rays of unknown depth end on voxels.
 
 Writes `quality.json`, `quality.md`, `curves.png` and `pages.png`. Needs the weights of LPIPS (`nfldm-weights get
-lpips-vgg`). 42 scenes of 64 x 64 pixels take about two minutes on two cores, and each scene of the upper bounds up to two
-more.
+lpips-vgg`). 42 scenes of 64 x 64 pixels take about two minutes on two cores, and each scene of the upper bounds up to
+two more.
 """
 
 from __future__ import annotations

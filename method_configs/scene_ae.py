@@ -1,4 +1,4 @@
-"""nerfstudio methods of stage 1: `nfldm-scene-ae-tiny`, `nfldm-scene-ae` and `nfldm-scene-ae-paper`."""
+"""nerfstudio methods of stage 1: `nfldm-scene-ae-tiny`, `-small`, `nfldm-scene-ae` and `nfldm-scene-ae-paper`."""
 
 from __future__ import annotations
 
@@ -73,6 +73,11 @@ def discriminator_optimizer(loss: StageOneLossConfig, learning_rate: float) -> A
 nfldm_scene_ae_tiny = MethodSpecification(
     config=scene_autoencoder_config("nfldm-scene-ae-tiny", SCENE_AUTOENCODER["tiny"]),
     description="NeuralField-LDM stage 1: scene auto-encoder, minutes on a CPU.",
+)
+
+nfldm_scene_ae_small = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae-small", SCENE_AUTOENCODER["small"]),
+    description="NeuralField-LDM stage 1: scene auto-encoder, an hour on a CPU.",
 )
 
 nfldm_scene_ae = MethodSpecification(

@@ -33,8 +33,8 @@ def test_cost_of_one_convolution():
 
 def test_every_network_of_every_preset_is_counted():
     rows = list(preset_costs())
-    assert set(SCENE_AUTOENCODER) == set(LATENT_PRESETS) == set(DIFFUSION_PRESETS)
-    assert len(rows) == 5 * len(SCENE_AUTOENCODER)
+    assert set(SCENE_AUTOENCODER) >= set(LATENT_PRESETS) == set(DIFFUSION_PRESETS)
+    assert len(rows) == len(SCENE_AUTOENCODER) + 4 * len(LATENT_PRESETS)
     assert len({(row.stage, row.preset) for row in rows}) == len(rows)
     assert all(min(row.cost.parameters, row.cost.flops, row.cost.activation_bytes) > 0 for row in rows)
 

@@ -100,7 +100,8 @@ class SceneAutoencoderModel(VoxelModel):
         if self.config.loss.needs_perceptual_network:
             from nfldm_ns.evaluation.weights import load_lpips
 
-            self._perceptual = (PerceptualNetwork(load_lpips("vgg")).to(self.device),)
+            dtype = torch.bfloat16 if self.config.precision == "bf16" else torch.float32
+            self._perceptual = (PerceptualNetwork(load_lpips("vgg"), dtype).to(self.device),)
 
     def get_param_groups(self) -> dict[str, list[nn.Parameter]]:
         groups = {"autoencoder": list(self.autoencoder.parameters())}

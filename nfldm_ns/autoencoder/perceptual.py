@@ -20,11 +20,13 @@ class PerceptualNetwork(nn.Module):
 
     Args:
         metric: the frozen metric, from `nfldm_ns.evaluation.weights.load_lpips`.
+        dtype: of its convolutions; features are float32 all the same.
     """
 
-    def __init__(self, metric: lpips.LPIPS) -> None:
+    def __init__(self, metric: lpips.LPIPS, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.metric = metric
+        self.dtype = dtype
 
     @property
     def channels(self) -> tuple[int, ...]:
@@ -34,7 +36,9 @@ class PerceptualNetwork(nn.Module):
     def features(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
         """Activations of all levels, for images in [-1, 1]."""
         scaled = self.metric.scaling_layer(images).contiguous(memory_format=torch.channels_last)
-        return list(self.metric.net(scaled))
+        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            levels = self.metric.net(scaled)
+        return [level.float() for level in levels]
 
     def distance(self, first: Features, second: Features) -> Float[Tensor, "batch"]:
         """The LPIPS of images with these features."""
