@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -25,8 +25,7 @@ import torch
 import tyro
 from rich.progress import track
 
-from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
-from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
 from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig
 from nfldm_ns.autoencoder.novel_views import (
@@ -36,7 +35,7 @@ from nfldm_ns.autoencoder.novel_views import (
     mean_training_image,
     reconstruct,
 )
-from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
@@ -82,9 +81,21 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "128x128x32": grid(32, 128, 128, num_depth_bins=64, num_samples=128),
     },
     "fusion": every_choice("fusion"),
+    "splatting": every_choice("splatting"),
+    "density": every_choice("density_from"),
     "adversarial": {
         "none": Variant(loss={"adversarial_mult": 0.0}),
-        "projected": Variant(loss={"adversarial_mult": 0.05}),
+        "projected": Variant(loss={"adversarial_mult": 0.05, "discriminator": "projected"}),
+        "stylegan2": Variant(
+            loss={
+                "adversarial_mult": 0.05,
+                "discriminator": "stylegan2",
+                "discriminator_channel_base": 2048,
+                "discriminator_channel_max": 64,
+                "r1_gamma": 0.2,
+                "augment": ("color", "translation", "cutout"),
+            }
+        ),
     },
 }
 
@@ -120,15 +131,16 @@ def train(
     perceptual: PerceptualNetwork,
 ) -> tuple[SceneAutoencoder, dict[str, Any]]:
     """A trained variant, with `seconds`, `parameters` and the mean `losses` of the last tenth of the steps."""
-    settings = scene_autoencoder_config("ablation", preset).optimizers
-    loss_config = StageOneLossConfig(**{**preset.loss, **variant.loss})
+    loss = {**preset.loss, **variant.loss}
+    settings = scene_autoencoder_config("ablation", replace(preset, loss=loss)).optimizers
+    loss_config = StageOneLossConfig(**loss)
     torch.manual_seed(seed)
     model = make_autoencoder(collection, SceneNetworkConfig(**{**preset.network, **variant.network}))
     model.to(perceptual_device(perceptual), memory_format=torch.channels_last)
     modules: dict[str, torch.nn.Module] = {"autoencoder": model}
-    if loss_config.adversarial_mult:
-        levels = [PERCEPTUAL_CHANNELS[level] for level in loss_config.adversarial_levels]
-        modules["discriminator"] = ProjectedDiscriminator(levels).to(model.device)
+    judge = make_discriminator(loss_config, model.image_size)
+    if judge is not None:
+        modules["discriminator"] = judge.to(model.device)
     optimisers = {name: settings[name]["optimizer"].setup(list(m.parameters())) for name, m in modules.items()}
     schedule = CosineScheduleConfig(warmup_steps=preset.warmup_steps, max_steps=steps).setup()
     schedule = schedule.get_scheduler(optimisers["autoencoder"], preset.learning_rate)
@@ -145,7 +157,7 @@ def train(
         voxels = model.encode(batch.source)
         rendered = model.render(voxels, batch.target.cameras)
         discriminator = modules.get("discriminator") if step >= adversarial_start else None
-        losses = stage_one_losses(loss_config, rendered, batch.target, voxels, perceptual, discriminator)
+        losses = stage_one_losses(loss_config, rendered, batch.target, voxels, perceptual, discriminator, step)
         torch.stack(list(losses.values())).sum().backward()
         for name, optimiser in optimisers.items():
             if max_norm := settings[name]["optimizer"].max_norm:
