@@ -18,7 +18,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
+from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -129,9 +129,7 @@ def _side_by_side(
     config = autoencoder.config
     rows, columns = (int(size.reshape(-1)[0]) // config.feature_stride for size in (cameras.height, cameras.width))
     maps = [
-        render_feature_maps(
-            grid, cameras[:, i : i + 1], rows, columns, config.near, config.num_samples, num_feature_samples
-        )
+        autoencoder.feature_maps(grid, cameras[:, i : i + 1], rows, columns, num_feature_samples)
         for i in range(cameras.shape[1])
     ]
     fields = ("features", "depth", "accumulation", "exit_depth", "directions")

@@ -223,17 +223,18 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         height = height or int(cameras.height.reshape(-1)[0])
         width = width or int(cameras.width.reshape(-1)[0])
         rows, columns = self._ray_grid(cameras)
+        maps = self.feature_maps(grid, cameras, rows, columns, self.config.num_feature_samples)
+        return self.decode(maps, height, width)
+
+    def feature_maps(
+        self, grid: VoxelGrid, cameras: Cameras, rows: int, columns: int, num_feature_samples: int | None
+    ) -> FeatureMaps:
+        """What `rows` x `columns` rays of cameras of shape `[B, M]` see: voxels, and beyond them the background."""
         maps = render_feature_maps(
-            grid,
-            cameras,
-            rows,
-            columns,
-            self.config.near,
-            self.config.num_samples,
-            self.config.num_feature_samples,
+            grid, cameras, rows, columns, self.config.near, self.config.num_samples, num_feature_samples
         )
         beyond = self.background(maps.directions, grid.background)
-        return self.decode(replace(maps, features=maps.features + (1 - maps.accumulation) * beyond), height, width)
+        return replace(maps, features=maps.features + (1 - maps.accumulation) * beyond)
 
     def _ray_grid(self, cameras: Cameras) -> tuple[int, int]:
         """Rows and columns of rays, so that a ray covers the same angle as in training."""
