@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.panorama import face_rotations
 from nfldm_ns.autoencoder.pictures import render_perspective, render_steadily, resampling_weights
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
-from nfldm_ns.autoencoder.voxel_model import VoxelModel, picture_dict, ray_depth, single_camera
+from nfldm_ns.autoencoder.voxel_model import VoxelModel, is_plane, picture_dict, ray_depth, single_camera
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
@@ -280,9 +280,14 @@ class TestPanoramas:
             assert float((pole - pole.mean(0)).abs().max()) < 0.05
 
     @pytest.mark.parametrize("kind", [CameraType.VR180_L, CameraType.OMNIDIRECTIONALSTEREO_R, CameraType.ORTHOPHOTO])
-    def test_cameras_of_many_origins_are_refused(self, room, kind):
+    def test_cameras_of_many_origins_are_refused(self, room, kind, capfd):
+        camera = Cameras(upright(), 32.0, 32.0, 16.0, 16.0, 32, 32, camera_type=kind)
         with pytest.raises(UserInputError, match=f"{kind.name} look from more than one point"):
-            room.get_outputs_for_camera(Cameras(upright(), 32.0, 32.0, 16.0, 16.0, 32, 32, camera_type=kind))
+            is_plane(camera)
+        with pytest.raises(SystemExit) as ending:
+            room.get_outputs_for_camera(camera)
+        assert ending.value.code == 2
+        assert capfd.readouterr().err.startswith(f"error: Cameras of type {kind.name} ")
 
     def test_fisheye624_is_looked_up_as_well(self, room):
         camera = Cameras(

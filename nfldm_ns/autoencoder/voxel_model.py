@@ -24,7 +24,7 @@ from nfldm_ns.autoencoder.lifting import box_exit_depth
 from nfldm_ns.autoencoder.panorama import panoramic_pictures, render_panorama
 from nfldm_ns.autoencoder.pictures import ray_lengths, render_perspective
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
-from nfldm_ns.errors import UserInputError
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 
@@ -101,6 +101,7 @@ class VoxelModel(Model):
         finally:
             self.steady.value = steady
 
+    @exit_on_bad_input()
     @torch.no_grad()
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Pictures of one camera at its own size: perspective, fisheye or equirectangular, distorted or not.
@@ -116,8 +117,7 @@ class VoxelModel(Model):
             rgb `[H, W, 3]` in [0, 1]; depth `[H, W, 1]`, metres along the ray as everywhere in nerfstudio;
             accumulation `[H, W, 1]`; density_from_above `[H, W, 1]`, opacity seen from above, north up.
 
-        Raises:
-            UserInputError: if the camera's rays do not start at one point.
+        A camera whose rays do not start at one point ends the command with one sentence.
         """
         grid, renderer = self.shown_grid(), self.renderer()
         if obb_box is not None:
