@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS, Background, background_code
 from nfldm_ns.autoencoder.decoder import ImageDecoder
 from nfldm_ns.autoencoder.encoder import ImageEncoder
-from nfldm_ns.autoencoder.lifting import box_exit_depth, depth_bins, fuse_frustums, occupancy_along_rays
+from nfldm_ns.autoencoder.lifting import box_exit_depth, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.scenes.views import Views, camera_rays
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -155,9 +155,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         logits, features, extra = (
             output.float().unflatten(0, (batch, num_views)) for output in self._encode_images(views)
         )
-        beyond, attention = extra.split(
-            [self.config.background_channels, extra.shape[2] - self.config.background_channels], 2
-        )
+        beyond, attention = extra.tensor_split([self.config.background_channels], dim=2)
         h, w = features.shape[-2:]
         _, directions = camera_rays(views.cameras, h, w)
         density = None
@@ -166,8 +164,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             if self.config.encoder_input == "rgbd" and views.depths is not None:
                 logits = logits + self._depth_prior(views, h, w)
             density = F.softplus(logits + self.density_bias)
-            delta = self.bin_widths * directions.norm(dim=-1, keepdim=True)
-            leaves = 1 - occupancy_along_rays(density.movedim(2, -1), delta)[0].sum(-1)
+            optical_depth = torch.einsum("bndhw,d->bnhw", density, self.bin_widths) * directions.norm(dim=-1)
+            leaves = torch.exp(-optical_depth)
         grid = fuse_frustums(
             density,
             features,
