@@ -1,6 +1,6 @@
 """Variants of stage 1 trained equally long on the same batches, judged on held-out places.
 
-    python benchmarks/ablations.py --data DATA --group fusion --steps 1000 --output-dir OUT [--seeds 0 1]
+    python benchmarks/ablations.py --data DATA --group lifting --steps 1000 --output-dir OUT [--seeds 0 1]
 
 Every variant of a group is the preset (`--base`) with a few changes: `GROUPS` below. It is trained with the preset's
 optimiser and its schedule shortened to `--steps`. Seeds, batches and, where shapes allow it, the first weights of
@@ -64,9 +64,10 @@ class Variant:
     sampling: dict[str, Any] = field(default_factory=dict)
 
 
-def every_choice(name: str) -> dict[str, Variant]:
-    """A variant for each value that a field of `SceneNetworkConfig` may take."""
-    return {value: Variant({name: value}) for value in get_args(get_type_hints(SceneNetworkConfig)[name])}
+def other_choices(name: str, preset: str) -> dict[str, Variant]:
+    """A variant for each value that a field of `SceneNetworkConfig` may take beside that of the presets."""
+    values = get_args(get_type_hints(SceneNetworkConfig)[name])
+    return {f"{name} {value}": Variant({name: value}) for value in values if value != preset}
 
 
 def grid(z: int, y: int, x: int, num_depth_bins: int, num_samples: int) -> Variant:
@@ -80,9 +81,12 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "64x64x16": grid(16, 64, 64, num_depth_bins=64, num_samples=96),
         "128x128x32": grid(32, 128, 128, num_depth_bins=64, num_samples=128),
     },
-    "fusion": every_choice("fusion"),
-    "splatting": every_choice("splatting"),
-    "density": every_choice("density_from"),
+    "lifting": {
+        "the preset": Variant(),
+        **other_choices("fusion", preset="occupancy"),
+        **other_choices("splatting", preset="filled"),
+        "density from voxels": Variant({"density_from": "voxels"}),
+    },
     "adversarial": {
         "none": Variant(loss={"adversarial_mult": 0.0}),
         "projected": Variant(loss={"adversarial_mult": 0.05, "discriminator": "projected"}),
@@ -279,7 +283,7 @@ def main(options: Options) -> None:
     for name, variant in GROUPS[options.group].items():
         for seed in options.seeds:
             settings = {**judged, "preset": asdict(preset), "steps": options.steps, "seed": seed, **asdict(variant)}
-            path = options.output_dir / f"{options.group}-{name}-seed{seed}.json"
+            path = options.output_dir / f"{options.group}-{name.replace(' ', '-')}-seed{seed}.json"
             result = stored(path, settings, partial(run, variant, seed))
             time_per_step = 1000 * result["training"]["seconds"] / options.steps
             rows.append([name, seed, *cells(result["scores"]), time_per_step, result["training"]["parameters"]])
