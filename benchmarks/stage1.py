@@ -30,10 +30,9 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from nfldm_ns.autoencoder import scene_autoencoder
-from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator
-from nfldm_ns.autoencoder.lifting import EPS, SEEN, frustum_voxels, fuse_frustums
-from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
-from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
+from nfldm_ns.autoencoder.lifting import EPS, SEEN, fill_holes, frustum_voxels, fuse_frustums
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
@@ -88,10 +87,12 @@ def fuse_in_a_loop(
     aabb: Tensor,
     shape: tuple[int, int, int],
     fusion: str = "occupancy",
+    splatting: str = "nearest",
+    attention: Tensor | None = None,
 ) -> VoxelGrid:
     """What `fuse_frustums` gives with `fusion="occupancy"`, view by view and depth by depth."""
-    if fusion != "occupancy":
-        raise ValueError(f"there is no loop for the fusion {fusion!r}")
+    if fusion != "occupancy" or splatting == "trilinear" or attention is not None:
+        raise ValueError(f"there is no loop for the fusion {fusion!r} with the splatting {splatting!r}")
     batch, views, bins, h, w = density.shape
     channels, num_voxels = features.shape[2], math.prod(shape)
     origins, directions = camera_rays(cameras, h, w)
@@ -104,7 +105,7 @@ def fuse_in_a_loop(
             phi = features[scene, view].permute(1, 2, 0).reshape(-1, channels)
             for depth in range(bins):
                 ray = origins[scene, view], directions[scene, view], centres[depth : depth + 1]
-                index, inside = frustum_voxels(*ray, aabb, shape)
+                ((index, inside),) = frustum_voxels(*ray, aabb, shape)
                 index, inside = index.flatten() + scene * num_voxels, inside[..., 0]
                 sigma = density[scene, view, depth]
                 through = torch.exp(-sigma * widths[depth] * lengths[scene, view])
@@ -115,10 +116,16 @@ def fuse_in_a_loop(
                     total.index_add_(0, index, values)
                 feature_sum.index_add_(0, index, phi * kept[:, None])
                 transmittance = transmittance * through
-    fused = feature_sum / (sums[2] + SEEN)[:, None]
+
+    def per_voxel(*values: Tensor) -> Tensor:
+        sums = torch.cat(values, dim=-1).reshape(batch, *shape, -1)
+        return fill_holes(sums) if splatting == "filled" else sums
+
+    densities = per_voxel(sums[0][:, None], sums[1][:, None])
+    fused = per_voxel(feature_sum, sums[2][:, None])
     return VoxelGrid(
-        (sums[0] / (sums[1] + EPS)).reshape(batch, 1, *shape),
-        fused.reshape(batch, *shape, channels).permute(0, 4, 1, 2, 3),
+        (densities[..., :1] / (densities[..., 1:] + EPS)).movedim(-1, 1),
+        (fused[..., :-1] / (fused[..., -1:] + SEEN)).movedim(-1, 1),
         aabb,
     )
 
@@ -127,7 +134,7 @@ def render_every_pixel(model: SceneAutoencoder, grid: VoxelGrid, cameras: Camera
     """A ray through every pixel, features at all its samples; their means over cells enter the decoder."""
     height, width = model.image_size
     stride = model.config.feature_stride
-    maps = render_feature_maps(grid, cameras, height, width, model.config.near, model.config.num_samples)
+    maps = model.feature_maps(grid, cameras, height, width, None)
     fields = (maps.features, maps.depth, maps.accumulation, maps.exit_depth, maps.directions)
     cells = (F.avg_pool2d(values.flatten(0, 1), stride).unflatten(0, cameras.shape) for values in fields)
     return model.decode(FeatureMaps(*cells), height, width)
@@ -149,8 +156,7 @@ class Step:
         self.target = random_views(scenes, preset.sampling["num_target_views"], size)
         self.loss = StageOneLossConfig(**preset.loss)
         self.perceptual = PerceptualNetwork(load_lpips("vgg"))
-        levels = [PERCEPTUAL_CHANNELS[level] for level in self.loss.adversarial_levels]
-        self.discriminator = ProjectedDiscriminator(levels) if self.loss.adversarial_mult else None
+        self.discriminator = make_discriminator(self.loss, model.image_size)
         settings = scene_autoencoder_config("benchmark", preset).optimizers
         modules = {"autoencoder": self.model, "discriminator": self.discriminator}
         self.optimisers = [
@@ -224,9 +230,10 @@ def time_forward_parts(step: Step, repeats: int) -> dict[str, float]:
     model, views, count = step.model, step.source, f"{step.target.shape[1]} views"
     rows, columns = (size // model.config.feature_stride for size in model.image_size)
     grid = model.encode(views)
-    logits, features = model._encode_images(views)
+    logits, features, _ = model._encode_images(views)
     density = F.softplus(logits - 3).unflatten(0, views.shape)
     entries = density, features.unflatten(0, views.shape), views.cameras, model.bin_centres, model.bin_widths
+    way = model.config.fusion, model.config.splatting
 
     def render(factor: int, feature_samples: int | None) -> None:
         size, config = (factor * rows, factor * columns), model.config
@@ -234,8 +241,10 @@ def time_forward_parts(step: Step, repeats: int) -> dict[str, float]:
 
     parts = {
         f"image encoder, {views.shape[1]} views": lambda: model._encode_images(views),
-        "lift and fuse": lambda: fuse_frustums(*entries, model.aabb, model.grid_shape),
-        "lift and fuse, loop over views and depths": lambda: fuse_in_a_loop(*entries, model.aabb, model.grid_shape),
+        "lift and fuse": lambda: fuse_frustums(*entries, model.aabb, model.grid_shape, *way),
+        "lift and fuse, loop over views and depths": lambda: fuse_in_a_loop(
+            *entries, model.aabb, model.grid_shape, *way
+        ),
         f"volume rendering, {count}": lambda: render(1, model.config.num_feature_samples),
         "volume rendering, features at all samples": lambda: render(1, None),
         "volume rendering, a ray per pixel": lambda: render(

@@ -8,13 +8,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pytest
 import torch
 from PIL import Image
 
 from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
-from nfldm_ns.autoencoder.lifting import depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
@@ -111,7 +113,8 @@ def test_ablations_continue_where_they_stopped(
     )
     ablations.main(options)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert set(written) == {"baselines.json", "adversarial-none-seed0.json", "adversarial-projected-seed0.json"}
+    kinds = ("none", "projected", "stylegan2")
+    assert set(written) == {"baselines.json", *(f"adversarial-{kind}-seed0.json" for kind in kinds)}
     losses = [
         json.loads(written[f"adversarial-{name}-seed0.json"])["training"]["losses"] for name in ("none", "projected")
     ]
@@ -129,15 +132,28 @@ def test_ablations_continue_where_they_stopped(
         ablations.main(replace(options, group="nothing"))
 
 
-def test_ablations_know_every_fusion() -> None:
-    assert {"mean", "occupancy"} <= set(script("ablations").GROUPS["fusion"])
+@pytest.mark.parametrize(("field", "choices"), [("fusion", Fusion), ("splatting", Splatting)])
+def test_ablations_try_every_choice(field: str, choices: object) -> None:
+    preset = getattr(SceneNetworkConfig(), field)
+    tried = [variant.network.get(field, preset) for variant in script("ablations").GROUPS["lifting"].values()]
+    assert set(tried) == set(get_args(choices))
 
 
-def test_the_plain_way_of_lifting_gives_the_same_voxels() -> None:
+@pytest.mark.parametrize("splatting", ["nearest", "filled"])
+def test_the_plain_way_of_lifting_gives_the_same_voxels(splatting: str) -> None:
     stage1 = script("stage1")
     views = stage1.random_views(2, 3, 16)
     density, features = torch.rand(2, 3, 6, 8, 8), torch.randn(2, 3, 5, 8, 8)
-    entries = (density, features, views.cameras, *depth_bins(0.1, 4.0, 6), torch.tensor(AABB), (4, 16, 16))
+    entries = (
+        density,
+        features,
+        views.cameras,
+        *depth_bins(0.1, 4.0, 6),
+        torch.tensor(AABB),
+        (4, 16, 16),
+        "occupancy",
+        splatting,
+    )
     ours, plain = fuse_frustums(*entries), stage1.fuse_in_a_loop(*entries)
     torch.testing.assert_close(plain.density, ours.density, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(plain.features, ours.features, atol=1e-5, rtol=1e-4)
