@@ -268,7 +268,7 @@ class TestSceneAutoencoder:
         ],
     )
     def test_every_choice_trains_all_its_parameters(self, batch, options):
-        model = small_autoencoder(**options)
+        model = small_autoencoder(**options).to(memory_format=torch.channels_last)  # as the trainer has it
         for parameter in model.parameters():  # away from the zeros that some layers start with
             parameter.data.add_(0.05 * torch.randn_like(parameter))
         grid = model.encode(batch.source)

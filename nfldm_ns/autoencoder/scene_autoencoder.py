@@ -119,7 +119,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         self.decoder = ImageDecoder(feature_channels, feature_stride, tuple(decoder_channels), decoder_blocks)
         self.density_bias = nn.Parameter(torch.tensor(-3.0))
         if density_from == "voxels":
-            self.density_head = nn.Sequential(nn.Conv3d(feature_channels, 32, 1), nn.SiLU(), nn.Conv3d(32, 1, 1))
+            self.density_head = nn.Sequential(nn.Linear(feature_channels, 32), nn.SiLU(), nn.Linear(32, 1))
         elif encoder_input == "rgbd":
             # Densities (1/m before softplus) that a measured depth adds at the surface and removes before it.
             self.prior_surface = nn.Parameter(torch.tensor(16.0))
@@ -179,7 +179,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             ATTENTION_RANGE * torch.tanh(attention[:, :, 0]) if self.config.fusion == "attention" else None,
         )
         if density is None:
-            grid.density = F.softplus(self.density_head(grid.features) + self.density_bias)
+            logits = self.density_head(grid.features.movedim(1, -1)).movedim(-1, 1)
+            grid.density = F.softplus(logits + self.density_bias)
         grid.background = background_code(beyond, leaves, directions)
         return grid
 
