@@ -31,7 +31,8 @@ def painting_autoencoder() -> SceneAutoencoder:
     box = {"grid_shape": (32, 48, 48), "aabb": AABB, "near": NEAR}
     sizes = {"feature_channels": 4, "image_size": (32, 32), "focal_length": 16.0, "num_samples": 192}
     model = SceneAutoencoder(**box, **sizes, encoder_channels=(8, 8), decoder_channels=(8, 8)).eval()
-    for layer in (model.decoder.out, model.background[-1]):
+    last_of_background = [layer for layer in model.background.modules() if isinstance(layer, nn.Linear)][-1]
+    for layer in (model.decoder.out, last_of_background):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return model
