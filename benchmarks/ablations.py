@@ -38,6 +38,7 @@ from nfldm_ns.autoencoder.novel_views import (
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
+from nfldm_ns.demo.evaluation import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.metrics import nearest_source_view
 from nfldm_ns.evaluation.report import Table
@@ -202,9 +203,8 @@ def perceptual_device(perceptual: PerceptualNetwork) -> torch.device:
 def test_batches(collection: SceneCollection, num_scenes: int | None, device: torch.device) -> Iterator[SceneBatch]:
     """Test scenes, evenly chosen, two at a time."""
     ids = collection.split("test")
-    count = min(num_scenes or len(ids), len(ids))
-    ids = [ids[i * len(ids) // count] for i in range(count)]
-    for first in track(range(0, count, 2), "Novel views", transient=True):
+    ids = evenly(ids, num_scenes or len(ids))
+    for first in track(range(0, len(ids), 2), "Novel views", transient=True):
         yield collection.batch([collection.load_scene(i) for i in ids[first : first + 2]]).to(device)
 
 

@@ -47,6 +47,7 @@ from nfldm_ns.autoencoder.novel_views import (
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig, optimise_grid
+from nfldm_ns.demo.evaluation import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.galleries import depth_colors, error_colors, image_grid, write_png
 from nfldm_ns.evaluation.metrics import nearest_source_view
@@ -120,12 +121,6 @@ class Trial:
         size = self.options.scenes_at_once
         for first in track(range(0, len(scene_ids), size), description, transient=True):
             yield [self.collection.load_scene(i) for i in scene_ids[first : first + size]]
-
-
-def evenly(items: Sequence[str], count: int) -> list[str]:
-    """At most `count` items, evenly spaced."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def prepare(options: Options) -> Trial:

@@ -47,9 +47,7 @@ def scene_autoencoder_config(method_name: str, preset: SceneAutoencoderPreset) -
                 "scheduler": CosineScheduleConfig(warmup_steps=preset.warmup_steps),
             },
             "discriminator": {
-                "optimizer": discriminator_optimizer(
-                    StageOneLossConfig(**preset.loss), preset.discriminator_learning_rate
-                ),
+                "optimizer": discriminator_optimizer(loss, preset.discriminator_learning_rate),
                 "scheduler": None,
             },
         },

@@ -135,14 +135,14 @@ class _Entries:
 
     Attributes:
         index: the voxel of each, counted over all scenes of the batch.
-        share: how much of the entry the voxel gets; None is all of it.
+        share: how much of the entry the voxel gets, 1 for all of it.
         values: sigma, the probability that the ray reaches the entry, O, and where there is attention its weight.
         seen: entries whose O is large enough to carry features; most are empty or hidden.
         features: of the seen entries' pixels.
     """
 
     index: Int[Tensor, "entries"]
-    share: Float[Tensor, "entries"] | None
+    share: Float[Tensor, "entries"]
     values: Float[Tensor, "entries values"]
     seen: Int[Tensor, "seen"]
     features: Float[Tensor, "seen channels"]
@@ -170,7 +170,7 @@ def _splat(
     values = frustums.permute(0, 1, 4, 5, 3, 2).reshape(-1, num_values)[entry]
     seen = (values[:, 2] > SEEN).nonzero()[:, 0]
     pixels = features.permute(0, 1, 3, 4, 2).reshape(-1, features.shape[2])
-    return _Entries(index[inside], share[inside] if trilinear else None, values, seen, pixels[entry[seen] // bins])
+    return _Entries(index[inside], share[inside], values, seen, pixels[entry[seen] // bins])
 
 
 def frustum_voxels(
@@ -216,9 +216,7 @@ def _fuse(
     """Weighted means of the entries of every voxel."""
     rows = batch * math.prod(shape)
     density, transmittance, occupancy, *attention = entries.values.unbind(1)
-    share = entries.share if entries.share is not None else torch.ones_like(density)
-    if attention:
-        share = share * attention[0]
+    share = entries.share * attention[0] if attention else entries.share
     weight = share if fusion == "mean" else share * transmittance
     values = torch.stack([weight * density, weight], dim=1)
     density_sums = _scatter(values, entries.index, rows).reshape(batch, *shape, 2)
