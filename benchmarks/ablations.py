@@ -13,21 +13,19 @@ Needs the weights of LPIPS (`nfldm-weights get lpips-vgg`).
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import numpy as np
 import torch
 import tyro
 from rich.progress import track
+from short_training import ShortTraining, make_autoencoder
 
-from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
+from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
-from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig
 from nfldm_ns.autoencoder.novel_views import (
     MEAN_IMAGE_SCENES,
     SceneScores,
@@ -84,7 +82,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
     },
     "lifting": {
         "the preset": Variant(),
-        **other_choices("fusion", preset="occupancy"),
+        **other_choices("fusion", preset="attention"),
         **other_choices("splatting", preset="filled"),
         "density from voxels": Variant({"density_from": "voxels"}),
     },
@@ -135,62 +133,28 @@ def train(
     seed: int,
     perceptual: PerceptualNetwork,
 ) -> tuple[SceneAutoencoder, dict[str, Any]]:
-    """A trained variant, with `seconds`, `parameters` and the mean `losses` of the last tenth of the steps."""
+    """A trained variant, and what `ShortTraining.run` says of it."""
     loss = {**preset.loss, **variant.loss}
     settings = scene_autoencoder_config("ablation", replace(preset, loss=loss)).optimizers
     loss_config = StageOneLossConfig(**loss)
     torch.manual_seed(seed)
     model = make_autoencoder(collection, SceneNetworkConfig(**{**preset.network, **variant.network}))
     model.to(perceptual_device(perceptual), memory_format=torch.channels_last)
-    modules: dict[str, torch.nn.Module] = {"autoencoder": model}
-    judge = make_discriminator(loss_config, model.image_size)
-    if judge is not None:
-        modules["discriminator"] = judge.to(model.device)
-    optimisers = {name: settings[name]["optimizer"].setup(list(m.parameters())) for name, m in modules.items()}
-    schedule = CosineScheduleConfig(warmup_steps=preset.warmup_steps, max_steps=steps).setup()
-    schedule = schedule.get_scheduler(optimisers["autoencoder"], preset.learning_rate)
-    # The discriminator sets in after the same share of the training as in the preset.
-    adversarial_start = loss_config.adversarial_start * steps // preset.max_num_iterations
     sampling = SceneSamplerConfig(**{**preset.sampling, **variant.sampling, "seed": seed})
-    sampler = SceneSampler(SceneCache(collection, limit_gib=8.0), collection.split("train"), sampling)
-
-    last: list[dict[str, float]] = []
-    begun = time.perf_counter()
-    for step in track(range(steps), "Training", transient=True):
-        torch.manual_seed(np.random.SeedSequence((seed, step, 0)).generate_state(1)[0])
-        batch = sampler.batch(step).to(model.device)
-        voxels = model.encode(batch.source)
-        rendered = model.render(voxels, batch.target.cameras)
-        discriminator = modules.get("discriminator") if step >= adversarial_start else None
-        losses = stage_one_losses(loss_config, rendered, batch.target, voxels, perceptual, discriminator, step)
-        torch.stack(list(losses.values())).sum().backward()
-        for name, optimiser in optimisers.items():
-            if max_norm := settings[name]["optimizer"].max_norm:
-                torch.nn.utils.clip_grad_norm_(modules[name].parameters(), max_norm)
-            optimiser.step()
-            optimiser.zero_grad()
-        schedule.step()
-        if step >= steps - max(1, steps // 10):
-            last.append({name: float(value.detach()) for name, value in losses.items()})
-    return model.eval(), {
-        "seconds": round(time.perf_counter() - begun, 1),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "losses": {name: float(np.mean([losses[name] for losses in last if name in losses])) for name in last[-1]},
-    }
-
-
-def make_autoencoder(collection: SceneCollection, network: SceneNetworkConfig) -> SceneAutoencoder:
-    """An untrained auto-encoder for the images and the box of a collection."""
-    camera = collection.load_scene(collection.split("train")[0]).source.cameras
-    width, height = collection.image_size
-    return SceneAutoencoder(
-        **asdict(network),
-        aabb=tuple(map(tuple, collection.aabb.tolist())),
-        near=collection.near,
-        far=collection.far,
-        image_size=(height, width),
-        focal_length=float(camera.fx[0]),
+    training = ShortTraining(
+        SceneSampler(SceneCache(collection, limit_gib=8.0), collection.split("train"), sampling),
+        perceptual,
+        loss_config,
+        settings["autoencoder"]["optimizer"],
+        settings["discriminator"]["optimizer"],
+        steps,
+        preset.warmup_steps,
+        # The discriminator sets in after the same share of the training as in the preset.
+        loss_config.adversarial_start * steps // preset.max_num_iterations,
+        seed,
     )
+    measured = training.run(model)
+    return model.eval(), measured
 
 
 def perceptual_device(perceptual: PerceptualNetwork) -> torch.device:

@@ -19,23 +19,23 @@ Needs the weights of LPIPS and Inception (`nfldm-weights get lpips-vgg`, `nfldm-
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
+from short_training import ShortTraining, make_autoencoder
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
-from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
-from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig
+from nfldm_ns.autoencoder.losses import StageOneLossConfig
+from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
+from nfldm_ns.autoencoder.nerfstudio_trainer import AdamWConfig
 from nfldm_ns.autoencoder.novel_views import reconstruct
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
-from nfldm_ns.dataparsers.scene_collection import scene_outputs
 from nfldm_ns.demo.evaluation import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.galleries import image_grid, write_png
@@ -96,56 +96,18 @@ def variants(options: Options) -> dict[str, StageOneLossConfig]:
     }
 
 
-@dataclass
-class Tuning:
-    """What all trainings share."""
-
-    sampler: SceneSampler
-    perceptual: PerceptualNetwork
-    seed: int
-
-    def run(
-        self,
-        autoencoder: SceneAutoencoder,
-        trained: nn.Module,
-        config: StageOneLossConfig,
-        steps: int,
-        learning_rate: float,
-    ) -> float:
-        """Trains `trained`, a part of the auto-encoder, or all of it. Returns the seconds of a step."""
-        torch.manual_seed(self.seed)
-        discriminator = make_discriminator(config, autoencoder.image_size)
-        autoencoder.requires_grad_(False)
-        trained.requires_grad_(True)
-        optimizers = [torch.optim.AdamW(trained.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=1e-4)]
-        schedule = CosineScheduleConfig(warmup_steps=PRESET.warmup_steps, max_steps=steps).setup()
-        rate = schedule.get_scheduler(optimizers[0], learning_rate)
-        if discriminator is not None:
-            settings = discriminator_optimizer(config, 2e-3 if config.discriminator == "stylegan2" else 1e-3)
-            optimizers.append(settings.setup(discriminator.parameters()))
-        begun = time.perf_counter()
-        for step in range(steps):
-            batch = self.sampler.batch(step)
-            torch.manual_seed(self.seed * 1_000_003 + step)  # the same views for all variants
-            grid = autoencoder.encode(batch.source)
-            rendered = autoencoder.render(grid, batch.target.cameras)
-            losses = stage_one_losses(config, rendered, batch.target, grid, self.perceptual, discriminator, step)
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            sum(losses.values()).backward()
-            nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-            rate.step()
-        return (time.perf_counter() - begun) / max(1, steps)
-
-
-def untrained(collection: SceneCollection) -> SceneAutoencoder:
-    """The tiny preset's auto-encoder for a collection."""
-    data = scene_outputs(collection, collection.split("train")[0], "train").metadata
-    aabb = tuple(tuple(corner) for corner in collection.aabb.tolist())
-    sizes = {key: data[key] for key in ("near", "far", "image_size", "focal_length")}
-    return SceneAutoencoder(**PRESET.network, **sizes, aabb=aabb).to(memory_format=torch.channels_last)
+def tuning(base: ShortTraining, options: Options, losses: dict[str, StageOneLossConfig]) -> dict[str, ShortTraining]:
+    """The training of each variant, on the batches of that of the base."""
+    return {
+        name: replace(
+            base,
+            loss=loss,
+            steps=options.steps,
+            optimizer=AdamWConfig(lr=PRESET.learning_rate / 2, max_norm=1.0),
+            discriminator_optimizer=discriminator_optimizer(loss, 2e-3 if loss.discriminator == "stylegan2" else 1e-3),
+        )
+        for name, loss in losses.items()
+    }
 
 
 def batches(collection: SceneCollection, scene_ids: list[str]) -> Iterator[SceneBatch]:
@@ -170,20 +132,28 @@ def main(options: Options) -> None:
     torch.set_num_threads(options.threads)
     if options.load_config is None and options.data is None:
         raise UserInputError("There is nothing to train on: give --data or --load-config.")
-    loaded = options.load_config is not None
     data = options.data or Path(read_training_record(options.load_config)["data"])
     collection = SceneCollection.open(data)
     collection.require_train_and_test()
+    lpips, losses = load_lpips("vgg"), variants(options)
     sampling = SceneSamplerConfig(**PRESET.sampling, seed=options.seed)
-    sampler = SceneSampler(SceneCache(collection, 8.0), collection.split("train"), sampling)
-    lpips = load_lpips("vgg")
-    tuning = Tuning(sampler, PerceptualNetwork(lpips), options.seed)
-    losses = variants(options)
+    training = ShortTraining(
+        SceneSampler(SceneCache(collection, 8.0), collection.split("train"), sampling),
+        PerceptualNetwork(lpips),
+        losses["none"],
+        optimizer=AdamWConfig(lr=PRESET.learning_rate, max_norm=1.0),
+        discriminator_optimizer=discriminator_optimizer(losses["none"], PRESET.discriminator_learning_rate),
+        steps=options.base_steps,
+        warmup_steps=PRESET.warmup_steps,
+        seed=options.seed,
+    )
 
     torch.manual_seed(options.seed)
-    base = load_scene_autoencoder(options.load_config) if loaded else untrained(collection)
-    if not loaded:
-        seconds = tuning.run(base, base, losses["none"], options.base_steps, PRESET.learning_rate)
+    if options.load_config is not None:
+        base = load_scene_autoencoder(options.load_config)
+    else:
+        base = make_autoencoder(collection, SceneNetworkConfig(**PRESET.network)).to(memory_format=torch.channels_last)
+        seconds = training.run(base)["seconds"] / options.base_steps
         print(f"base: {options.base_steps} steps without a discriminator, {seconds:.3f} s each", flush=True)
 
     scene_ids = evenly(collection.split("test"), options.num_scenes)
@@ -193,10 +163,11 @@ def main(options: Options) -> None:
     print(f"{len(scene_ids)} held-out scenes, {len(real_features)} images; {options.steps} steps for each variant")
     print(f"{'':20s} {'PSNR (dB)':>9s} {'LPIPS':>7s} {'FID':>7s} {'s/step':>7s}")
     images = {"real": real}
-    for name, config in {"base": None, **losses}.items():
+    for name, tuned in {"base": None, **tuning(training, options, losses)}.items():
         autoencoder, seconds = copy.deepcopy(base), 0.0
-        if config is not None:
-            seconds = tuning.run(autoencoder, autoencoder.decoder, config, options.steps, PRESET.learning_rate / 2)
+        if tuned is not None:
+            torch.manual_seed(options.seed)
+            seconds = tuned.run(autoencoder, autoencoder.decoder)["seconds"] / options.steps
         metrics, images[name] = judge(autoencoder.eval(), collection, scene_ids, lpips)
         fid = frechet_distance(real_features, extract_features(inception, images[name].flatten(0, 1)))
         print(f"{name:20s} {metrics['psnr']:9.2f} {metrics['lpips']:7.3f} {fid:7.1f} {seconds:7.3f}", flush=True)

@@ -90,8 +90,8 @@ def fuse_in_a_loop(
     splatting: str = "nearest",
     attention: Tensor | None = None,
 ) -> VoxelGrid:
-    """What `fuse_frustums` gives with `fusion="occupancy"`, view by view and depth by depth."""
-    if fusion != "occupancy" or splatting == "trilinear" or attention is not None:
+    """What `fuse_frustums` gives with the fusions "occupancy" and "attention", view by view and depth by depth."""
+    if fusion == "mean" or splatting == "trilinear":
         raise ValueError(f"there is no loop for the fusion {fusion!r} with the splatting {splatting!r}")
     batch, views, bins, h, w = density.shape
     channels, num_voxels = features.shape[2], math.prod(shape)
@@ -103,15 +103,16 @@ def fuse_in_a_loop(
         for view in range(views):
             transmittance = density.new_ones(h, w)
             phi = features[scene, view].permute(1, 2, 0).reshape(-1, channels)
+            share = 1.0 if attention is None else attention[scene, view].exp()
             for depth in range(bins):
                 ray = origins[scene, view], directions[scene, view], centres[depth : depth + 1]
                 ((index, inside),) = frustum_voxels(*ray, aabb, shape)
                 index, inside = index.flatten() + scene * num_voxels, inside[..., 0]
                 sigma = density[scene, view, depth]
                 through = torch.exp(-sigma * widths[depth] * lengths[scene, view])
-                occupancy = (transmittance * (1 - through) * inside).flatten()
-                weight = (transmittance * inside).flatten()
-                kept = occupancy * (occupancy > SEEN)
+                occupancy = transmittance * (1 - through)
+                weight = (share * transmittance * inside).flatten()
+                kept = (share * occupancy * inside * (occupancy > SEEN)).flatten()
                 for total, values in zip(sums, (weight * sigma.flatten(), weight, kept), strict=True):
                     total.index_add_(0, index, values)
                 feature_sum.index_add_(0, index, phi * kept[:, None])
@@ -230,10 +231,11 @@ def time_forward_parts(step: Step, repeats: int) -> dict[str, float]:
     model, views, count = step.model, step.source, f"{step.target.shape[1]} views"
     rows, columns = (size // model.config.feature_stride for size in model.image_size)
     grid = model.encode(views)
-    logits, features, _ = model._encode_images(views)
+    logits, features, extra = model._encode_images(views)
     density = F.softplus(logits - 3).unflatten(0, views.shape)
     entries = density, features.unflatten(0, views.shape), views.cameras, model.bin_centres, model.bin_widths
-    way = model.config.fusion, model.config.splatting
+    attention = extra[:, -1].unflatten(0, views.shape) if model.config.fusion == "attention" else None
+    way = model.config.fusion, model.config.splatting, attention
 
     def render(factor: int, feature_samples: int | None) -> None:
         size, config = (factor * rows, factor * columns), model.config

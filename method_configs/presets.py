@@ -45,6 +45,7 @@ SCENE_AUTOENCODER = {
             "adversarial_start": 400,
             "depth_mult": 0.1,
             "depth_norm": "l1",
+            "opacity_mult": 0.2,
         },
         sampling={"scenes_per_batch": 1, "num_target_views": 4},
         max_num_iterations=1000,
@@ -65,6 +66,7 @@ SCENE_AUTOENCODER = {
             "adversarial_start": 2500,
             "depth_mult": 0.1,
             "depth_norm": "l1",
+            "opacity_mult": 0.2,
         },
         sampling={
             "scenes_per_batch": 1,
@@ -94,6 +96,7 @@ SCENE_AUTOENCODER = {
             "discriminator_channel_max": 256,
             "r1_gamma": 0.2,
             "augment": ("color", "translation", "cutout"),
+            "opacity_mult": 0.2,
         },
         sampling={
             "scenes_per_batch": 4,
@@ -126,6 +129,7 @@ SCENE_AUTOENCODER = {
             "discriminator": "stylegan2",
             "r1_gamma": 0.5,
             "augment": ("color", "translation", "cutout"),
+            "opacity_mult": 0.2,
         },
         sampling={
             "scenes_per_batch": 1,

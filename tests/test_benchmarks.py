@@ -140,7 +140,8 @@ def test_ablations_try_every_choice(field: str, choices: object) -> None:
 
 
 @pytest.mark.parametrize("splatting", ["nearest", "filled"])
-def test_the_plain_way_of_lifting_gives_the_same_voxels(splatting: str) -> None:
+@pytest.mark.parametrize("fusion", ["occupancy", "attention"])
+def test_the_plain_way_of_lifting_gives_the_same_voxels(fusion: str, splatting: str) -> None:
     stage1 = script("stage1")
     views = stage1.random_views(2, 3, 16)
     density, features = torch.rand(2, 3, 6, 8, 8), torch.randn(2, 3, 5, 8, 8)
@@ -151,8 +152,9 @@ def test_the_plain_way_of_lifting_gives_the_same_voxels(splatting: str) -> None:
         *depth_bins(0.1, 4.0, 6),
         torch.tensor(AABB),
         (4, 16, 16),
-        "occupancy",
+        fusion,
         splatting,
+        torch.randn(2, 3, 8, 8) if fusion == "attention" else None,
     )
     ours, plain = fuse_frustums(*entries), stage1.fuse_in_a_loop(*entries)
     torch.testing.assert_close(plain.density, ours.density, atol=1e-5, rtol=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import product
 
 import nerfacc
@@ -21,8 +22,8 @@ from nfldm_ns.autoencoder.lifting import (
     occupancy_along_rays,
 )
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, depth_loss, stage_one_losses
-from nfldm_ns.autoencoder.renderer import render_feature_maps
-from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder, downsample_depth
+from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
+from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder, downsample_depth
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import Views, camera_rays, make_cameras, rotate_cameras90
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
@@ -271,12 +272,19 @@ class TestSceneAutoencoder:
         model = small_autoencoder(**options).to(memory_format=torch.channels_last)  # as the trainer has it
         for parameter in model.parameters():  # away from the zeros that some layers start with
             parameter.data.add_(0.05 * torch.randn_like(parameter))
-        grid = model.encode(batch.source)
+        depths = batch.source.depths.clone()
+        depths[:, :2, :, :8] = 0  # a sky
+        grid = model.encode(replace(batch.source, depths=depths))
         rendered = model.render(grid, batch.target.cameras)
         losses = stage_one_losses(StageOneLossConfig(lpips_mult=0), rendered, batch.target, grid, None)
         sum(losses.values()).backward()
         still = [name for name, p in model.named_parameters() if p.grad is None or float(p.grad.abs().max()) == 0]
         assert not still
+
+    @pytest.mark.parametrize("name", ["encoder_input", "density_from", "depth_spacing", "fusion", "splatting"])
+    def test_unknown_choices_are_refused(self, name):
+        with pytest.raises(ValueError, match=f"{name} must be one of .*, not 'median'"):
+            small_autoencoder(**{name: "median"})
 
     def test_any_number_of_views(self, batch):
         model = small_autoencoder()
@@ -368,6 +376,61 @@ def test_unknown_depth_never_supervises(box_room_collection):
     views = Views(batch.target.cameras, batch.target.images, half)
     (gradient,) = torch.autograd.grad(depth_loss(maps, views), maps.depth)
     assert float(gradient[..., :8, :].abs().max()) == 0 and float(gradient[..., 8:, :].abs().max()) > 0
+
+
+def test_pixels_without_a_reading_begin_empty_where_others_have_one():
+    """A camera sees a wall in the lower half of its picture; what it sees above has a depth, or none, or all lack it."""
+    model = small_autoencoder()
+    depths = torch.full((1, 1, 1, 32, 32), 3.0)
+    views = Views(level_camera(0.0, 32), torch.rand(1, 1, 3, 32, 32), depths)
+
+    def above() -> float:
+        maps = model.render(model.encode(views), views.cameras).maps
+        assert not bool((depths > 0).any()) or float(maps.accumulation[..., 12:, :].mean()) > 0.9
+        return float(maps.accumulation[..., :6, :].mean())
+
+    with torch.no_grad():
+        wall = above()
+        depths[..., :16, :] = 0
+        sky = above()
+        depths.zero_()
+        unknown = above()
+    assert wall > 0.9 and sky < 0.1 and unknown > 2 * sky
+
+
+def test_opacity_loss_clears_the_sky_and_leaves_walls():
+    """One camera sees a wall in the lower half of its picture, and nothing above it; both begin as the same fog."""
+    camera = level_camera(0.0)
+    depths = torch.zeros(1, 1, 1, 16, 16)
+    depths[..., 8:, :] = 3.0
+    target = Views(camera, torch.zeros(1, 1, 3, 16, 16), depths)
+
+    def fitted(opacity_mult: float) -> FeatureMaps:
+        config = StageOneLossConfig(0, rgb_mult=0, depth_mult=0.1, depth_norm="l1", opacity_mult=opacity_mult)
+        density = torch.full((1, 1, *SHAPE), -1.0, requires_grad=True)
+        optimiser = torch.optim.Adam([density], lr=0.2)
+        for _ in range(60):
+            grid = VoxelGrid(torch.nn.functional.softplus(density), torch.zeros(1, 2, *SHAPE), AABB)
+            maps = render_feature_maps(grid, camera, 16, 16, 0.1, 64)
+            images = maps.features.new_zeros(1, 1, 3, 16, 16)
+            rendered = RenderedViews(images, maps.depth, maps.accumulation, maps)
+            losses = stage_one_losses(config, rendered, target, grid, None)
+            optimiser.zero_grad()
+            sum(losses.values()).backward()
+            optimiser.step()
+        if opacity_mult:
+            torch.testing.assert_close(losses["opacity_loss"], opacity_mult * maps.accumulation[..., :8, :].mean() / 2)
+        return maps
+
+    without, cleared = fitted(0.0), fitted(0.1)
+    assert float(without.accumulation[..., :6, :].mean().detach()) > 0.5
+    assert float(cleared.accumulation[..., :6, :].mean().detach()) < 0.05
+    for maps in (without, cleared):
+        torch.testing.assert_close(
+            maps.depth[..., 11:, :].detach(), torch.full((1, 1, 1, 5, 16), 3.0), atol=0.1, rtol=0
+        )
+    walls = [float(maps.accumulation[..., 11:, :].mean().detach()) for maps in (without, cleared)]
+    assert walls[1] > walls[0] - 0.05
 
 
 def test_depth_is_never_averaged_across_edges():

@@ -53,6 +53,7 @@ class StageOneLossConfig:
         depth_norm: "l2" is the mean squared error in m^2 (the paper's), "l1" the mean absolute error in m, which edges
             dominate less.
         feature_mult: mean square of voxel features: keeps V simple for the later stages.
+        opacity_mult: of `opacity_loss`, which keeps the sky out of the box.
     """
 
     lpips_mult: float = 1.0
@@ -70,6 +71,7 @@ class StageOneLossConfig:
     depth_mult: float = 0.02
     depth_norm: Literal["l1", "l2"] = "l2"
     feature_mult: float = 0.0
+    opacity_mult: float = 0.0
 
     @property
     def needs_perceptual_network(self) -> bool:
@@ -129,6 +131,8 @@ def stage_one_losses(
         losses["depth_loss"] = config.depth_mult * depth_loss(rendered.maps, target, config.depth_norm)
     if config.feature_mult:
         losses["feature_loss"] = config.feature_mult * grid.features.square().mean()
+    if config.opacity_mult:
+        losses["opacity_loss"] = config.opacity_mult * opacity_loss(rendered.maps, target)
     return losses
 
 
@@ -188,3 +192,15 @@ def depth_loss(maps: FeatureMaps, target: Views, norm: Literal["l1", "l2"] = "l2
         error = error.square()
     scenes = (error * known).flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)
     return scenes.mean()
+
+
+def opacity_loss(maps: FeatureMaps, target: Views) -> Float[Tensor, ""]:
+    """Accumulation of the rays on which no surface was measured, as a mean over all rays.
+
+    A prior, no measurement: images look the same whether a sky is painted on the box's border or lies behind it, and
+    of the two this prefers an empty box. Surfaces that images need stay, as the background shows no detail.
+    """
+    accumulation = maps.accumulation
+    if target.depths is not None:
+        accumulation = accumulation * (downsample_depth(target.depths, *accumulation.shape[-2:]) == 0)
+    return accumulation.mean()

@@ -38,7 +38,7 @@ class SceneNetworkConfig:
     """rgbd: depth is an input and a prior where a view has it; rgb: as in the paper"""
     density_from: Literal["views", "voxels"] = "views"
     """views: explicit, along the rays, as in the paper; voxels: predicted from the fused features, its ablation"""
-    fusion: Literal["attention", "occupancy", "mean"] = "occupancy"
+    fusion: Literal["attention", "occupancy", "mean"] = "attention"
     """how views are fused; mean: as in the paper; attention: by learned weights"""
     splatting: Literal["filled", "nearest", "trilinear"] = "filled"
     """voxels that get what a ray sees: the nearest, with holes between rays filled or not, or eight"""

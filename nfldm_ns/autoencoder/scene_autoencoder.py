@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS, Background, background_code
 from nfldm_ns.autoencoder.decoder import ImageDecoder
 from nfldm_ns.autoencoder.encoder import ImageEncoder
-from nfldm_ns.autoencoder.lifting import box_exit_depth, depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.lifting import Fusion, Splatting, box_exit_depth, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.scenes.views import Views, camera_rays
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -85,7 +86,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         depth_spacing: str = "linear",
         encoder_input: str = "rgbd",
         density_from: str = "views",
-        fusion: str = "occupancy",
+        fusion: str = "attention",
         splatting: str = "filled",
         background_channels: int = 8,
         background_implementation: str = "torch",
@@ -97,10 +98,16 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         decoder_blocks: int = 1,
     ) -> None:
         super().__init__()
-        if encoder_input not in ("rgb", "rgbd"):
-            raise ValueError(f"encoder_input must be 'rgb' or 'rgbd', not {encoder_input!r}")
-        if density_from not in ("views", "voxels"):
-            raise ValueError(f"density_from must be 'views' or 'voxels', not {density_from!r}")
+        choices = {
+            "encoder_input": (encoder_input, ("rgb", "rgbd")),
+            "density_from": (density_from, ("views", "voxels")),
+            "depth_spacing": (depth_spacing, ("linear", "inverse")),
+            "fusion": (fusion, get_args(Fusion)),
+            "splatting": (splatting, get_args(Splatting)),
+        }
+        for name, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}")
         box = torch.tensor(aabb, dtype=torch.float32)
         self.register_buffer("box", box, persistent=False)
         reach = math.hypot(*(max(abs(low), abs(high)) for low, high in zip(*aabb, strict=True)))
@@ -121,9 +128,11 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         if density_from == "voxels":
             self.density_head = nn.Sequential(nn.Linear(feature_channels, 32), nn.SiLU(), nn.Linear(32, 1))
         elif encoder_input == "rgbd":
-            # Densities (1/m before softplus) that a measured depth adds at the surface and removes before it.
+            # Densities (1/m before softplus) that a measured depth adds at the surface and removes before it, and that
+            # the lack of one removes along the ray.
             self.prior_surface = nn.Parameter(torch.tensor(16.0))
             self.prior_empty = nn.Parameter(torch.tensor(5.0))
+            self.prior_unknown = nn.Parameter(torch.tensor(5.0))
         self.background = Background(background_channels, feature_channels, background_implementation)
 
     @property
@@ -193,9 +202,10 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         return self.encoder(inputs)
 
     def _depth_prior(self, views: Views, h: int, w: int) -> Float[Tensor, "batch views bins h w"]:
-        """Logits that put density at the measured surface and none before it; zero where depth is unknown.
+        """Logits that put density at the measured surface and none before it.
 
-        Surfaces beyond the box are painted onto its border, where the ray leaves it.
+        Surfaces beyond the box are painted onto its border, where the ray leaves it. A pixel without a reading may be a
+        sky: it starts with no density, the more so the more of its view was measured.
         """
         assert views.depths is not None
         depth = downsample_depth(views.depths, h, w)
@@ -208,7 +218,9 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         distance = (centres - surface) / self.bin_widths.view(-1, 1, 1)
         at_surface = (1 - distance.abs()).clamp(min=0)
         before = (-distance).clamp(min=0, max=1)
-        return known * (self.prior_surface * at_surface - self.prior_empty * before)
+        measured = (views.depths > 0).to(depth).mean((-2, -1), keepdim=True)
+        surface_logits = self.prior_surface * at_surface - self.prior_empty * before
+        return torch.where(known, surface_logits, -self.prior_unknown * measured)
 
     def render(
         self, grid: VoxelGrid, cameras: Cameras, height: int | None = None, width: int | None = None
