@@ -379,7 +379,7 @@ def test_unknown_depth_never_supervises(box_room_collection):
 
 
 def test_pixels_without_a_reading_begin_empty_where_others_have_one():
-    """A camera sees a wall in the lower half of its picture; what it sees above has a depth, or none, or all lack it."""
+    """A camera sees a wall in the lower half of its picture; above it a depth is known, or not, or nowhere at all."""
     model = small_autoencoder()
     depths = torch.full((1, 1, 1, 32, 32), 3.0)
     views = Views(level_camera(0.0, 32), torch.rand(1, 1, 3, 32, 32), depths)
