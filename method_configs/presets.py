@@ -37,7 +37,13 @@ class SceneAutoencoderPreset:
 
 SCENE_AUTOENCODER = {
     "tiny": SceneAutoencoderPreset(
-        network={"grid_shape": (12, 32, 32), "feature_channels": 16, "num_depth_bins": 32, "num_samples": 40},
+        network={
+            "grid_shape": (12, 32, 32),
+            "feature_channels": 16,
+            "splatting": "nearest",
+            "num_depth_bins": 32,
+            "num_samples": 40,
+        },
         loss={
             "lpips_views": 2,
             "rgb_mult": 2.0,
