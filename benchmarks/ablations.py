@@ -5,7 +5,8 @@
 Every variant of a group is the preset (`--base`) with a few changes: `GROUPS` below. It is trained with the preset's
 optimiser and its schedule shortened to `--steps`. Seeds, batches and, where shapes allow it, the first weights of
 variants are the same. Each variant leaves `<group>-<variant>-seed<seed>.json`; those that are there are not trained
-again, so an interrupted run continues. Prints a table, beside the nearest source view and the mean training image.
+again, so an interrupted run continues. Prints a table, beside the nearest source view and the mean training image;
+*sky on voxels* and *known on voxels* are the shares of rays over pixels of unknown and of known depth that end there.
 
 Needs the weights of LPIPS (`nfldm-weights get lpips-vgg`).
 """
@@ -86,6 +87,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         **other_choices("splatting", preset="filled"),
         "density from voxels": Variant({"density_from": "voxels"}),
     },
+    "sky": {f"opacity_mult {mult:g}": Variant(loss={"opacity_mult": mult}) for mult in (0.0, 0.2, 1.0)},
     "adversarial": {
         "none": Variant(loss={"adversarial_mult": 0.0}),
         "projected": Variant(loss={"adversarial_mult": 0.05, "discriminator": "projected"}),
@@ -257,7 +259,7 @@ def main(options: Options) -> None:
     print("\n" + Table(COLUMNS, rows, caption, digits=DIGITS).markdown())
 
 
-METRICS = ("psnr", "ssim", "lpips", "depth_mae_m", "depth_mae_in_box_m")
+METRICS = ("psnr", "ssim", "lpips", "depth_mae_m", "depth_mae_in_box_m", "accumulation_unknown", "accumulation_known")
 COLUMNS = (
     "",
     "seed",
@@ -266,10 +268,12 @@ COLUMNS = (
     "LPIPS (VGG)",
     "depth error (m)",
     "depth error in the box (m)",
+    "sky on voxels",
+    "known on voxels",
     "ms per step",
     "parameters",
 )
-DIGITS = (0, 0, 2, 3, 3, 2, 2, 0, 0)
+DIGITS = (0, 0, 2, 3, 3, 2, 2, 2, 2, 0, 0)
 
 
 def cells(scores: dict[str, float]) -> list[float | None]:
