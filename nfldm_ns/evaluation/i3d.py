@@ -111,10 +111,9 @@ class InceptionBlock(nn.Module):
 
 
 def _reduced(in_channels: int, narrow: int, out_channels: int) -> nn.Sequential:
-    layers = OrderedDict(
-        Conv3d_0a_1x1=ConvUnit(in_channels, narrow, 1), Conv3d_0b_3x3=ConvUnit(narrow, out_channels, 3)
+    return nn.Sequential(
+        OrderedDict(Conv3d_0a_1x1=ConvUnit(in_channels, narrow, 1), Conv3d_0b_3x3=ConvUnit(narrow, out_channels, 3))
     )
-    return nn.Sequential(layers)
 
 
 def pad_same(x: Float[Tensor, "batch c t h w"], kernel: Axes, stride: Axes) -> Float[Tensor, "batch c t2 h2 w2"]:
