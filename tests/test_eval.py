@@ -245,8 +245,8 @@ def test_a_turned_scene_is_recognised_in_latents_and_in_renders() -> None:
     with torch.no_grad():
         scene, other = random_grid(2)[0], random_grid(2)[1]
         turned = scene.rotate90(3)
-        points = torch.stack([judge.latent_vectors(grid)[0] for grid in (other, scene)])
-        found = nearest(judge.latent_vectors(turned)[None], points)
+        points = torch.stack([judge.latent_vectors(grid, 1)[0] for grid in (other, scene)])
+        found = nearest(judge.latent_vectors(turned, 4)[None], points)
         assert int(found.index) == 1
         assert float(found.distance) == pytest.approx(0, abs=1e-5)
         views = [MeanColor()(judge.fixed_views(grid)) for grid in (other, scene, turned)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from nfldm_ns.evaluation.geometry import BINS, DepthHistogram
@@ -60,8 +60,11 @@ class Records:
 
     def values(self, name: str, key: str) -> list[Tensor]:
         """One measure of all scenes of a set that have it."""
-        records = (load_file(self.folder.record(name, scene)) for scene in self.scenes[name])
-        return [record[key] for record in records if key in record]
+        found = []
+        for scene in self.scenes[name]:
+            with safe_open(self.folder.record(name, scene), framework="pt") as record:
+                found += [record.get_tensor(key)] if key in record.keys() else []  # noqa: SIM118 (it is no dict)
+        return found
 
 
 def image_numbers(features: Mapping[str, Tensor], settings: EvaluationSettings) -> dict[str, Any]:
@@ -174,8 +177,7 @@ def check_copies(records: Records, fixed: Mapping[str, Float[Tensor, "images fea
     """
     sets = ("generated", "test", "train")
     latents = {name: torch.stack(records.values(name, "latents")) for name in sets}
-    turns = latents["train"].shape[1]
-    views = {name: _turned(fixed[name].unflatten(0, (-1, FIXED_VIEWS)), turns) for name in sets}
+    views = {name: _turned(fixed[name].unflatten(0, (-1, FIXED_VIEWS)), turns=latents[name].shape[1]) for name in sets}
     found: dict[str, dict[str, Nearest]] = {"generated": {}, "test": {}}
     for kind, vectors in (("latents", latents), ("renders", views)):
         for name in found:

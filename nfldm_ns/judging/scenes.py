@@ -109,15 +109,15 @@ class SceneJudge:
         """A scene (batch size 1) from the shared cameras: level, at the origin, a quarter turn apart."""
         return self.pipeline.scene_autoencoder.render(grid, index_cameras(self.cameras, None)).rgb[0]
 
-    def latent_vectors(self, grid: VoxelGrid) -> Float[Tensor, "turns size"]:
-        """The latents of a scene (batch size 1) in all its quarter turns, as vectors that can be compared.
+    def latent_vectors(self, grid: VoxelGrid, turns: int) -> Float[Tensor, "turns size"]:
+        """The latents of a scene (batch size 1) in its first quarter turns, as vectors that can be compared.
 
         Each of g, c and f is in the units of its denoiser (standard deviations over the training scenes) and weighs the
         same, so that the Euclidean distance of two vectors is the root of the mean over the three of their mean squared
         differences.
         """
         encode = self.pipeline.latent_autoencoder.encode
-        return torch.cat([self._vector(encode(grid.rotate90(turn) if turn else grid)) for turn in range(self.turns)])
+        return torch.cat([self._vector(encode(grid.rotate90(turn) if turn else grid)) for turn in range(turns)])
 
     def _vector(self, latents: SceneLatents) -> Float[Tensor, "scenes size"]:
         code = self.pipeline.global_denoiser.code
@@ -130,9 +130,9 @@ class SceneJudge:
         ]
         return torch.cat([part / (len(parts) * part.shape[1]) ** 0.5 for part in parts], dim=1)
 
-    def record(self, grid: VoxelGrid) -> Record:
+    def record(self, grid: VoxelGrid, turns: int) -> Record:
         """`latents` `[turns, D]` in half precision and `floating` `[2]` (see `floating_density`) of one scene."""
-        return {"latents": self.latent_vectors(grid).half(), "floating": floating_density(grid)[0]}
+        return {"latents": self.latent_vectors(grid, turns).half(), "floating": floating_density(grid)[0]}
 
     def rendered_depth(self, rendered: RenderedViews) -> Tensor:
         """Counts of the depths of rendered views, where rays end at a surface."""
@@ -195,7 +195,7 @@ def judge_generated(
             assert output.grids is not None
             for i, rendered in enumerate(render_sampled_views(pipeline, output, views)):
                 grid = output.grids[i]
-                record = {**judge.record(grid), "depth": judge.rendered_depth(rendered)}
+                record = {**judge.record(grid, judge.turns), "depth": judge.rendered_depth(rendered)}
                 folder.write("generated", {"samples": rendered.rgb[0]}, judge.fixed_views(grid), record, batch[i])
         on_progress((first + len(batch)) / num_scenes)
     return names
@@ -232,7 +232,8 @@ def judge_real(
             source = Views.stack([scene.source]).to(judge.device)
             before = pipeline.scene_autoencoder.encode(source)
             after = pipeline.latent_autoencoder.decode(pipeline.latent_autoencoder.encode(before))
-            record, images = judge.record(after), {}
+            turns = 1 if split == "train" else judge.turns  # one of two scenes that are compared is turned
+            record, images = judge.record(after, turns), {}
             record["floating_stage1"] = floating_density(before)[0]
             if scene_id in shown:
                 views = Views.stack([shown_views(scene, num_views, with_source)]).to(judge.device)
