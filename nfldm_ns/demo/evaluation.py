@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,9 +213,12 @@ def compare_image_sets(
     count = min(num_images, *map(len, paths.values()))
     features = {}
     for i, name in enumerate(names):
-        chosen = evenly(paths[name], count)
-        features[name] = picture_features(
-            inception, chosen, on_progress=lambda share, i=i: report((i + share) / len(names))
-        )
+        part = partial(_report_part, report, i, len(names))
+        features[name] = picture_features(inception, evenly(paths[name], count), on_progress=part)
     features["mean_image"] = same_picture_features(inception, mean, count)
     return {"num_images": count, **set_distances(features)}
+
+
+def _report_part(report: Callable[[float], None], index: int, count: int, share: float) -> None:
+    """Tells the share of all of `count` parts when `share` of one of them is done."""
+    report((index + share) / count)

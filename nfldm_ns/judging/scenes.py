@@ -233,7 +233,8 @@ def judge_real(
             before = pipeline.scene_autoencoder.encode(source)
             after = pipeline.latent_autoencoder.decode(pipeline.latent_autoencoder.encode(before))
             turns = 1 if split == "train" else judge.turns  # one of two scenes that are compared is turned
-            record, images = judge.record(after, turns), {}
+            record = judge.record(after, turns)
+            images: dict[str, Tensor] = {}
             record["floating_stage1"] = floating_density(before)[0]
             if scene_id in shown:
                 views = Views.stack([shown_views(scene, num_views, with_source)]).to(judge.device)
