@@ -351,7 +351,7 @@ def test_a_folder_of_something_else_is_refused(report: Path, rooms: SceneCollect
     ):
         with pytest.raises(UserInputError, match=said):
             evaluate(report, rooms, settings)
-    with pytest.raises(UserInputError, match="pipeline"):
+    with pytest.raises(UserInputError, match="scene_autoencoder: [0-9a-f]{16} there, [0-9a-f]{16} here"):
         evaluate_pipeline(small_pipeline(seed=1), rooms, report, SETTINGS, MeanColor())
     assert files(report) == before
     (tmp_path / "notes.txt").write_text("mine")
@@ -418,6 +418,7 @@ def test_real_depth_of_surfaces_beyond_the_box_counts_at_its_border() -> None:
     assert judge.real_depth(Views(cameras, torch.zeros(1, 4, 3, 32, 32))) is None
 
 
+@pytest.mark.slow
 def test_command_makes_a_report_and_refuses_bad_options(
     rooms: SceneCollection, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,19 +117,25 @@ def claim_folder(
     path = folder / SETTINGS
     if path.is_file():
         before = read_json(path)
-        for key, value in identity.items():
-            there = before.get(key) if isinstance(before, dict) else None
-            if there != value:
-                raise UserInputError(
-                    f"{folder} holds an evaluation of another kind ({key}: {there} there, {value} here): choose "
-                    "another --output-dir, or delete it to start again."
-                )
+        if before != identity:
+            raise UserInputError(
+                f"{folder} holds an evaluation of something else ({_first_difference(before, identity)}): choose "
+                "another --output-dir, or delete it to start again."
+            )
     elif folder.is_dir() and any(folder.iterdir()):
         raise UserInputError(f"{folder} is not empty and holds no evaluation: choose another --output-dir.")
     require_writable(folder)
     for place in {folder, *(record.parent for record in folder.glob("*/*/.*"))}:
         clear_unfinished(place)
     write_json(path, identity)
+
+
+def _first_difference(there: Any, here: Any, name: str = "settings") -> str:
+    """Where two settings differ, and how."""
+    if not isinstance(there, dict) or not isinstance(here, dict):
+        return f"{name}: {there} there, {here} here"
+    key = next(key for key in (*here, *there) if there.get(key) != here.get(key))
+    return _first_difference(there.get(key), here.get(key), key)
 
 
 def _identity(pipeline: NFLDMPipeline, collection: SceneCollection, settings: EvaluationSettings) -> dict[str, Any]:
