@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.novel_views import mean_training_image
@@ -19,30 +18,26 @@ from nfldm_ns.demo.runner import Report
 from nfldm_ns.demo.settings import DemoSettings
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
 from nfldm_ns.diffusion.sampling import sample_scenes
-from nfldm_ns.evaluation.metrics import (
-    ImageMetrics,
-    extract_features,
-    frechet_distance,
-    kernel_distance,
-    nearest_source_view,
+from nfldm_ns.evaluation.image_sets import (
+    Images,
+    evenly,
+    picture_features,
+    same_picture_features,
+    set_distances,
+    write_pictures,
 )
+from nfldm_ns.evaluation.metrics import ImageMetrics, nearest_source_view
+from nfldm_ns.judging.scenes import render_sampled_views
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.round_trip import round_trip_variants
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.scenes.views import SceneBatch, index_cameras
-from nfldm_ns.scenes.writing import atomic_path, write_image, write_json
+from nfldm_ns.scenes.views import SceneBatch
+from nfldm_ns.scenes.writing import atomic_path, write_json
 
 SCENES_AT_ONCE = 4
 MEAN_IMAGE_SCENES = 128
 NOVEL_VIEWS_SHARE = 0.4  # of the time of the evaluation
 METRICS = "metrics.json"
-Images = Float[Tensor, "images 3 height width"]
-
-
-def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, evenly spaced."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 # Pictures of generated scenes
@@ -77,26 +72,13 @@ def render_samples(
             count = min(SCENES_AT_ONCE, total - first)
             images = _sample_images(pipeline, seed + first, count, views, steps)
             for i, scene in enumerate(images):
-                _write_images(temporary, f"{first + i:04d}", scene)
+                write_pictures(temporary, f"{first + i:04d}", scene)
             report((first + count) / total, f"{first + count} scenes")
 
 
-@torch.inference_mode()
 def _sample_images(pipeline: NFLDMPipeline, seed: int, count: int, views: int, steps: int) -> list[Images]:
     output = pipeline(count, scene_generators(seed, count), num_inference_steps=steps)
-    assert output.grids is not None
-    images = []
-    for i in range(count):
-        chosen = torch.tensor(evenly(range(output.cameras.shape[1]), views))
-        cameras = index_cameras(output.cameras, ([i], chosen[None]))
-        images.append(pipeline.scene_autoencoder.render(output.grids[i], cameras).rgb[0])
-    return images
-
-
-def _write_images(folder: Path, name: str, images: Images) -> None:
-    pixels = images.float().clamp(0, 1).mul(255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    for view, image in enumerate(pixels):
-        write_image(folder / f"{name}_{view}.png", image)
+    return [rendered.rgb[0] for rendered in render_sampled_views(pipeline, output, views)]
 
 
 # Numbers
@@ -125,7 +107,7 @@ def evaluate(
         temporary.mkdir()
         for scene_id in evenly(train, num_scenes):
             scene = collection.load_scene(scene_id)
-            _write_images(temporary, scene_id, scene.target.images[: settings.views_per_scene])
+            write_pictures(temporary, scene_id, scene.target.images[: settings.views_per_scene])
     test = evenly(collection.split("test"), num_scenes)
     novel_views = judge_novel_views(
         collection,
@@ -210,7 +192,7 @@ def _batches(collection: SceneCollection, scene_ids: Sequence[str], views: int) 
 
 def _save(folder: Path, batch: SceneBatch, images: Float[Tensor, "batch views 3 height width"]) -> None:
     for scene_id, scene in zip(batch.scene_ids, images, strict=True):
-        _write_images(folder, scene_id, scene)
+        write_pictures(folder, scene_id, scene)
 
 
 def compare_image_sets(
@@ -231,31 +213,12 @@ def compare_image_sets(
     count = min(num_images, *map(len, paths.values()))
     features = {}
     for i, name in enumerate(names):
-        images = _Counted(evenly(paths[name], count), lambda share, i=i: report((i + share) / len(names)))
-        features[name] = extract_features(inception, images)
-    features["mean_image"] = extract_features(inception, [mean.mul(255).round() / 255]).expand(count, -1)
-    pairs = {name: (features["test"], features[name]) for name in features if name != "test"}
-    pairs["samples_to_train"] = (features["train"], features["samples"])
-    return {
-        "num_images": count,
-        "fid": {name: frechet_distance(*pair) for name, pair in pairs.items()},
-        "kid": {name: kernel_distance(*pair).mean for name, pair in pairs.items()},
-    }
+        part = partial(_report_part, report, i, len(names))
+        features[name] = picture_features(inception, evenly(paths[name], count), on_progress=part)
+    features["mean_image"] = same_picture_features(inception, mean, count)
+    return {"num_images": count, **set_distances(features)}
 
 
-class _Counted:
-    """Images of PNG files, read one by one; tells how far it is."""
-
-    def __init__(self, paths: Sequence[Path], on_progress: Any) -> None:
-        self.paths, self.on_progress = paths, on_progress
-
-    def __iter__(self) -> Iterator[Images]:
-        for i, path in enumerate(self.paths):
-            yield read_picture(path)[None]
-            self.on_progress((i + 1) / len(self.paths))
-
-
-def read_picture(path: Path) -> Float[Tensor, "3 height width"]:
-    """A PNG in [0, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+def _report_part(report: Callable[[float], None], index: int, count: int, share: float) -> None:
+    """Tells the share of all of `count` parts when `share` of one of them is done."""
+    report((index + share) / count)

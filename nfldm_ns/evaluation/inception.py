@@ -14,12 +14,24 @@ INPUT_SIZE = 299
 NUM_FEATURES = 2048
 
 
+def resize_clean(
+    pixels: Float[Tensor, "batch 3 height width"], height: int, width: int
+) -> Float[Tensor, "batch 3 new_height new_width"]:
+    """Antialiased bicubic interpolation of values in [0, 255], clamped to that range and not rounded.
+
+    The same as PIL's `Image.resize(..., Image.BICUBIC)` of each channel in floating point, which clean-fid asks for
+    (Parmar et al. 2022).
+    """
+    resized = F.interpolate(pixels, (height, width), mode="bicubic", align_corners=False, antialias=True)
+    return resized.clamp(0, 255)
+
+
 class InceptionFeatures(nn.Module):
     """The 2015 TensorFlow Inception-v3 up to its last average pooling, as FID is defined on.
 
     Images are rounded to 8 bits, so that renders and stored images are treated alike, and brought to 299 x 299 by
-    antialiased bicubic interpolation (which frameworks agree on, unlike the original's bilinear one; numbers are
-    comparable with each other and with clean-fid's way, not digit by digit with those of other resizers).
+    `resize_clean` (numbers are comparable with each other and with clean-fid's way, not digit by digit with those of
+    other resizers).
     """
 
     def __init__(self) -> None:
@@ -52,7 +64,5 @@ class InceptionFeatures(nn.Module):
         """Pooled features of images in [0, 1] of any size."""
         pixels = images.float().clamp(0, 1).mul(255).round()
         if pixels.shape[-2:] != (INPUT_SIZE, INPUT_SIZE):
-            pixels = F.interpolate(
-                pixels, (INPUT_SIZE, INPUT_SIZE), mode="bicubic", align_corners=False, antialias=True
-            ).clamp(0, 255)
+            pixels = resize_clean(pixels, INPUT_SIZE, INPUT_SIZE)
         return self.layers(((pixels - 128) / 128).contiguous(memory_format=torch.channels_last)).flatten(1)

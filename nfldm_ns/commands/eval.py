@@ -1,0 +1,96 @@
+"""`nfldm-eval`: how good a trained generator is."""
+
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from nfldm_ns.errors import exit_on_bad_input
+
+
+@dataclass
+class Eval:
+    """Sample scenes from a trained generator and compare them with real ones.
+
+    Writes eval.json and index.html: FID, KID, precision, recall, density and coverage of images, the distribution of
+    depth, density that floats, and the training scenes nearest to generated ones. The same command goes on after an
+    interruption. docs/evaluation.md says what the numbers mean.
+    """
+
+    pipeline: tyro.conf.Positional[Path]
+    """A trained generator: the pipeline folder of nfldm-train-diffusion."""
+    data: Path
+    """The scene collection it was trained on; its test split is the reference."""
+    output_dir: Path
+    """Folder for the report, and for the pictures it is made from."""
+    num_images: int = 5000
+    """Images in every set. FID depends on it: compare only numbers of the same."""
+    views_per_scene: int = 4
+    """Images of each generated scene, by cameras of its own sampled trajectory."""
+    seed: int = 0
+    """Scene i has the seed `--seed` + i."""
+    num_inference_steps: int = 30
+    """Denoising steps of each of the three latents."""
+    batch_size: int = 1
+    """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
+    with_source_views: bool = False
+    """Real images may also be source views, which the encoder sees; otherwise only target views."""
+    num_train_scenes: int | None = None
+    """Training scenes that are searched for copies, evenly chosen; by default all."""
+    precision_k: int = 3
+    """Neighbours for precision and recall."""
+    density_k: int = 5
+    """Neighbours for density and coverage."""
+    device: str | None = None
+    """cpu or cuda; by default what is there."""
+
+    def run(self) -> None:
+        import diffusers
+        import torch
+
+        from nfldm_ns.diffusion.pipeline import load_pipeline
+        from nfldm_ns.evaluation.weights import fetch_weights, load_inception
+        from nfldm_ns.judging.evaluation import NUMBERS, PAGE, evaluate_pipeline
+        from nfldm_ns.judging.settings import EvaluationSettings
+        from nfldm_ns.scenes.collection import SceneCollection
+
+        settings = EvaluationSettings(
+            self.num_images,
+            self.views_per_scene,
+            self.seed,
+            self.num_inference_steps,
+            self.batch_size,
+            self.with_source_views,
+            self.num_train_scenes,
+            self.precision_k,
+            self.density_k,
+        )
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
+        pipeline = load_pipeline(self.pipeline).to(device)
+        collection = SceneCollection.open(self.data)
+        fetch_weights("fid-inception")
+        inception = load_inception().to(device)
+        evaluate_pipeline(pipeline, collection, self.output_dir, settings, inception, str(self.pipeline))
+        print(f"The page: {self.output_dir / PAGE}   the numbers: {self.output_dir / NUMBERS}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: idle ones must not spin
+    command = tyro.cli(Eval, prog="nfldm-eval", args=args)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with exit_on_bad_input():
+            command.run()
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command continues where this one stopped.")
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()
