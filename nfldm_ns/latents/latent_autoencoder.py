@@ -277,13 +277,12 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         parts = {"coarse": latents.coarse, "fine": latents.fine}
         return {name: codebook.count(codebook(parts[name])[1]) for name, codebook in self.codebooks.items()}
 
-    def _quantise(self, name: str, latent: Tensor) -> tuple[Tensor, Float[Tensor, ""], dict[str, Int[Tensor, "codes"]]]:
-        """The quantised latent, its commitment loss, and how often each code occurs."""
+    def _quantise(self, name: str, latent: Tensor) -> tuple[Tensor, Float[Tensor, ""], dict[str, Tensor]]:
+        """The quantised latent, its commitment loss, and the codes' indices by the codebook's name, if there is one."""
         if name not in self.codebooks:
             return latent, latent.new_zeros(()), {}
-        codebook = self.codebooks[name]
-        quantised, indices, commitment = codebook(latent)
-        return quantised, commitment, {name: codebook.count(indices)}
+        quantised, indices, commitment = self.codebooks[name](latent)
+        return quantised, commitment, {name: indices}
 
     def decode(self, latents: SceneLatents, quantise: bool = True) -> VoxelGrid:
         """Voxels of latents, which are quantised first unless they are codes already."""
@@ -313,9 +312,9 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         background_target = self.background_path.normalise(grid)
         g, kl = self._encode_global(voxels, background_target, sample)
         coarse = self._encode_coarse(voxels)
-        coarse_codes, commitment, counts = self._quantise("coarse", coarse)
+        coarse_codes, commitment, indices = self._quantise("coarse", coarse)
         fine = self._encode_fine(voxels, coarse_codes)
-        fine_codes, fine_commitment, fine_counts = self._quantise("fine", fine)
+        fine_codes, fine_commitment, fine_indices = self._quantise("fine", fine)
         if fine_dropout > 0:
             fine_codes = fine_codes * (torch.rand(len(fine), 1, 1, 1, device=fine.device) >= fine_dropout)
         reconstruction = self._decode(SceneLatents(g, coarse_codes, fine_codes)).float()
@@ -329,7 +328,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             SceneLatents(g, coarse, fine),
             kl,
             commitment + fine_commitment,
-            {**counts, **fine_counts},
+            {name: self.codebooks[name].count(found) for name, found in (indices | fine_indices).items()},
         )
 
     @torch.no_grad()

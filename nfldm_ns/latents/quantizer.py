@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,8 @@ class VectorQuantizer(nn.Module):
         Returns:
             the quantised latent, the codes' indices, and the commitment loss: the mean squared distance to the codes.
         """
-        with torch.autocast(latent.device.type, enabled=False):
+        device = latent.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
             return self._quantise(latent.float())
 
     def _quantise(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
