@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
@@ -59,7 +59,7 @@ class NFLDMPipeline(DiffusionPipeline):
             trained models want a low one for f, whose details they can hardly predict.
     """
 
-    _optional_components = ("fine_denoiser",)
+    _optional_components: ClassVar[list[str]] = ["fine_denoiser"]
     model_cpu_offload_seq = "global_denoiser->coarse_denoiser->fine_denoiser->latent_autoencoder->scene_autoencoder"
 
     def __init__(
