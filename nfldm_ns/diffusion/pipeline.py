@@ -295,7 +295,7 @@ def assemble_pipeline(
         latent_autoencoder,
         global_denoiser,
         coarse_denoiser,
-        fine_denoiser,
+        fine_denoiser,  # type: ignore[arg-type]  # optional, but diffusers' check of types knows plain classes only
         scheduler,
         temperatures,
     )
