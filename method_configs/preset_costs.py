@@ -119,7 +119,7 @@ def latent_autoencoder_cost(model: LatentAutoencoder, batch_size: int) -> Networ
         f = torch.empty(batch_size, *model.fine_shape)
         background = torch.empty(batch_size, model.background_channels, BACKGROUND_MOMENTS)
     encoders = (model.global_encoder, model.coarse_encoder, model.fine_encoder)
-    costs = [network_cost(encoder, partial(encoder, voxels)) for encoder in encoders]
+    costs = [network_cost(encoder, partial(encoder, voxels)) for encoder in encoders if encoder is not None]
     path = model.background_path
     costs.append(network_cost(path, lambda: path.decode(path.encode(background))))
     return sum(costs, network_cost(model.decoder, lambda: model.decoder(g, c, f)))

@@ -343,7 +343,8 @@ class _progress_bar:
         if self.on_progress is not None:
             self.on_progress(progress, losses)
         elif self.bar is not None:
-            text = "  ".join(f"{name} {value:.3g}" for name, value in losses.items())
+            shown = {name: value for name, value in losses.items() if name.endswith("loss")}
+            text = "  ".join(f"{name} {value:.3g}" for name, value in shown.items())
             self.bar.update(self.task, completed=progress, losses=text)
 
     def __exit__(self, *_: object) -> None:

@@ -61,14 +61,17 @@ def small_latent_autoencoder(seed: int = 0, **changes) -> LatentAutoencoder:
     return LatentAutoencoder(**sizes).eval()
 
 
-def small_pipeline(seed: int = 0) -> NFLDMPipeline:
-    """All stages with random weights, two cameras per trajectory."""
-    latent_autoencoder = small_latent_autoencoder(seed)
-    shapes = {"coarse_shape": latent_autoencoder.coarse_shape, "code_dim": 8 + 2 * 5}
+def small_pipeline(seed: int = 0, **changes) -> NFLDMPipeline:
+    """All stages with random weights, two cameras per trajectory; `changes` are of stage 2."""
+    latent_autoencoder = small_latent_autoencoder(seed, **changes)
+    global_dim = latent_autoencoder.global_dim
+    shapes = {"coarse_shape": latent_autoencoder.coarse_shape, "code_dim": global_dim + 2 * 5}
     denoisers = (
-        GlobalDenoiser(8, 2, (16.0, 16.0, 16.0, 16.0), (32, 32), **DENOISER_SIZES["global"]),
+        GlobalDenoiser(global_dim, 2, (16.0, 16.0, 16.0, 16.0), (32, 32), **DENOISER_SIZES["global"]),
         CoarseDenoiser(**shapes, **DENOISER_SIZES["coarse"]),
-        FineDenoiser(latent_autoencoder.fine_shape, **shapes, **DENOISER_SIZES["fine"]),
+        FineDenoiser(latent_autoencoder.fine_shape, **shapes, **DENOISER_SIZES["fine"])
+        if latent_autoencoder.config.use_fine
+        else None,
     )
     return assemble_pipeline(small_scene_autoencoder(seed), latent_autoencoder, *denoisers, scheduler=make_scheduler())
 

@@ -19,10 +19,15 @@ from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_fru
 from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.training import LatentTrainingConfig
+from nfldm_ns.latents.voxel_store import encode_collection
+from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS, LatentPreset
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.training import Schedule
 from tests.pretrained import require_weights
-from tests.small_models import small_scene_autoencoder
+from tests.small_models import LATENT_SIZES, small_scene_autoencoder
 from tests.synthetic import AABB
 
 SMALL_NETWORK = {
@@ -130,6 +135,49 @@ def test_ablations_continue_where_they_stopped(
         ablations.main(replace(options, steps=5))
     with pytest.raises(UserInputError, match="no group"):
         ablations.main(replace(options, group="nothing"))
+
+
+def test_latent_ablations_continue_and_share_what_is_equal(
+    box_room_collection: SceneCollection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    require_weights("lpips-vgg")
+    ablations = script("latent_ablations")
+    store = encode_collection(box_room_collection, small_scene_autoencoder(), tmp_path / "voxels")
+    training = LatentTrainingConfig(schedule=Schedule(batch_size=1), num_views=1)
+    monkeypatch.setitem(LATENT_PRESETS, "small", LatentPreset(LATENT_SIZES, training))
+    options = ablations.Options(
+        store.root, tmp_path / "out", "levels", 2, "small", num_eval_scenes=1, threads=torch.get_num_threads()
+    )
+    ablations.main(options)
+    names = {f"levels-{name}-seed0.json" for name in ("c", "c-f", "c-f-g")}
+    assert {path.name for path in options.output_dir.glob("*.json")} == names
+    printed = capsys.readouterr().out
+    assert "| c + f + g | 0 |" in printed and "| V of stage 1 |" in printed
+    (options.output_dir / "levels-c-seed0.json").unlink()
+    others = {path: path.stat().st_mtime_ns for path in options.output_dir.glob("*.json")}
+    ablations.main(options)
+    assert {path: path.stat().st_mtime_ns for path in others} == others
+    full = json.loads((options.output_dir / "levels-c-f-g-seed0.json").read_text())
+    ablations.main(replace(options, group="density"))
+    assert json.loads((options.output_dir / "density-log-seed0.json").read_text()) == full
+    assert not (options.output_dir / "runs" / "density-log-seed0").exists()
+    with pytest.raises(UserInputError, match="other settings"):
+        ablations.main(replace(options, steps=3))
+
+
+@pytest.mark.parametrize("factor", [4, 8, 16])
+def test_latent_ablations_downsample_c(factor: int) -> None:
+    ablations = script("latent_ablations")
+    for preset in LATENT_PRESETS.values():
+        arguments = ablations.model_arguments(preset, ablations.downsampling(factor))
+        assert len(arguments["encoder_channels"]) == len(arguments["decoder_channels"])
+        with torch.device("meta"):
+            assert LatentAutoencoder(**arguments).downsampling == factor
+        if factor == 4:
+            assert arguments == ablations.model_arguments(preset, ablations.settings())
 
 
 @pytest.mark.parametrize(("field", "choices"), [("fusion", Fusion), ("splatting", Splatting)])

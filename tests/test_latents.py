@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.blocks import ConditionalGroupNorm
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_autoencoder
-from nfldm_ns.latents.quantizer import VectorQuantizer
+from nfldm_ns.latents.quantizer import CodebookUsage, VectorQuantizer
 from nfldm_ns.latents.round_trip import evaluate_round_trip
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig, train_latent_autoencoder, voxel_loss
@@ -174,37 +175,147 @@ def test_kmeans_start_beats_random_codes():
     assert float(quantizer(latent)[2]) < 0.25 * before
 
 
+def test_codes_are_chosen_in_single_precision_under_autocast():
+    quantizer = VectorQuantizer(4, 1024).eval()
+    latent = 30 + torch.randn(2, 4, 16, 16)
+    expected, indices, loss = quantizer(latent)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = quantizer(latent)
+    assert torch.equal(found[1], indices) and torch.equal(found[0], expected) and torch.equal(found[2], loss)
+
+
+def test_usage_and_perplexity_of_known_frequencies():
+    quantizer = VectorQuantizer(2, 8)
+    usage = CodebookUsage(window=2)
+    usage.add(quantizer.count(torch.tensor([[0, 0], [0, 0]])))
+    assert float(usage.share) == 1 / 8 and float(usage.perplexity) == pytest.approx(1)
+    usage.add(quantizer.count(torch.arange(4)))
+    share = torch.tensor([5.0, 1, 1, 1]) / 8
+    assert float(usage.share) == 1 / 2
+    assert float(usage.perplexity) == pytest.approx(float((-share * share.log()).sum().exp()))
+    usage.add(quantizer.count(torch.arange(8)))
+    usage.add(quantizer.count(torch.arange(8)))
+    assert float(usage.share) == 1 and float(usage.perplexity) == pytest.approx(8), "older batches are forgotten"
+
+
 # The latent auto-encoder
 
 
+def watch_shapes(modules):
+    """Shapes of each module's input and output, without the batch, from its next call on."""
+    shapes = {}
+
+    def remember(name):
+        return lambda module, inputs, output: shapes.__setitem__(
+            name, (tuple(inputs[0].shape[1:]), tuple(output.shape[1:]))
+        )
+
+    for name, module in modules.items():
+        module.register_forward_hook(remember(name))
+    return shapes
+
+
 def test_shapes_of_table_8_at_paper_size():
-    """c is 4 x 8 x 32 x 32, f 4 x 128 x 128, and the decoder passes 512 x 128 x 128 on to V's 1024 folded channels."""
+    """Every line of Table 8, from V's 1024 folded channels to c, f and g and back."""
     preset = LATENT_PRESETS["paper"].model
     with torch.device("meta"):
         model = LatentAutoencoder(**preset, grid_shape=(32, 128, 128), feature_channels=31).eval()
         grid = VoxelGrid(torch.rand(1, 1, 32, 128, 128), torch.rand(1, 31, 32, 128, 128), torch.zeros(2, 3))
-        shapes = {}
-
-        def remember(name):
-            return lambda module, inputs, output: shapes.__setitem__(name, (inputs[0].shape[1:], output.shape[1:]))
-
-        model.decoder.conv_in.register_forward_hook(remember("conv_in"))
-        model.decoder.mid.register_forward_hook(remember("mid"))
-        model.decoder.upsamples[-1].register_forward_hook(remember("upsampled"))
-        model.decoder.conv_out.register_forward_hook(remember("conv_out"))
+        decoder = model.decoder
+        encoders = {"g": model.global_encoder, "c": model.coarse_encoder, "f": model.fine_encoder}
+        parts = {"conv_in": decoder.conv_in, "mid": decoder.mid, "conv_out": decoder.conv_out}
+        parts |= {f"lowest {i}": block for i, block in enumerate(decoder.lowest)}
+        for level, (blocks, upsample) in enumerate(zip(decoder.levels, decoder.upsamples, strict=True)):
+            parts |= {f"level {level}, block {i}": block for i, block in enumerate(blocks)}
+            parts[f"level {level}, upsample"] = upsample
+        shapes = watch_shapes(encoders | parts)
         latents = model.encode(grid)
         decoded = model.decode(latents)
     assert latents.global_latent.shape == (1, 128)
     assert latents.coarse.shape == (1, 4, 8, 32, 32) == (1, *model.coarse_shape)
     assert latents.fine.shape == (1, 4, 128, 128) == (1, *model.fine_shape)
-    assert shapes["conv_in"] == ((32, 32, 32), (512, 32, 32))
-    assert shapes["mid"] == ((512, 32, 32), (512, 32, 32))
-    assert shapes["upsampled"][1] == (512, 128, 128)
-    assert shapes["conv_out"] == ((516, 128, 128), (1024, 128, 128))
+    lowest, middle, finest = (512, 32, 32), (512, 64, 64), (512, 128, 128)
+    assert shapes == {
+        "g": ((1024, 128, 128), (256, 32, 32)),  # mean and log variance, before the mean over cells
+        "c": ((1024, 128, 128), (32, 32, 32)),
+        "f": ((1024, 128, 128), (4, 128, 128)),
+        "conv_in": ((32, 32, 32), lowest),  # z of c folded
+        "mid": (lowest, lowest),
+        **{f"lowest {i}": (lowest, lowest) for i in range(3)},
+        **{f"level 0, block {i}": (lowest, lowest) for i in range(3)},
+        "level 0, upsample": (lowest, middle),
+        **{f"level 1, block {i}": (middle, middle) for i in range(3)},
+        "level 1, upsample": (middle, finest),
+        "conv_out": ((512 + 4, 128, 128), (1024, 128, 128)),  # f concatenated
+    }
+    norms = [module for module in decoder.modules() if isinstance(module, ConditionalGroupNorm)]
+    assert all(norm.modulation.in_features == 128 for norm in norms), "all group norms are conditioned on g"
     assert decoded.density.shape == (1, 1, 32, 128, 128) and decoded.features.shape == (1, 31, 32, 128, 128)
     assert decoded.background.shape == (1, 8, 4)
     assert model.coarse_codebook.codes.shape == (1024, 4) and model.fine_codebook.codes.shape == (128, 4)
-    assert len(model.decoder.lowest) == 3 and [len(blocks) for blocks in model.decoder.levels] == [3, 3]
+
+
+@pytest.mark.parametrize(
+    ("grid_shape", "factor"),
+    [((4, 16, 16), 2), ((4, 16, 16), 4), ((8, 32, 48), 8), ((2, 64, 32), 16), ((16, 48, 48), 16), ((3, 4, 20), 4)],
+)
+@pytest.mark.parametrize("linear_paths", [True, False])
+def test_shapes_of_any_grid_and_downsampling(grid_shape, factor, linear_paths):
+    z, y, x = grid_shape
+    widths = (8, 8, 16, 16, 24)[: factor.bit_length()]
+    model = small_latent_autoencoder(
+        grid_shape=grid_shape, encoder_channels=widths, decoder_channels=widths[::-1], linear_paths=linear_paths
+    )
+    shapes = watch_shapes({"mid": model.decoder.mid, "conv_out": model.decoder.conv_out})
+    grid = random_grid(shape=grid_shape)
+    latents = model.encode(grid)
+    decoded = model.decode(latents)
+    assert model.downsampling == factor
+    assert latents.coarse.shape == (2, 4, 2, y // factor, x // factor) == (2, *model.coarse_shape)
+    assert latents.fine.shape == (2, 4, y, x) == (2, *model.fine_shape)
+    assert shapes["mid"][1] == (widths[-1], y // factor, x // factor)
+    assert shapes["conv_out"][1] == (5 * z, y, x)
+    assert decoded.density.shape == grid.density.shape and decoded.features.shape == grid.features.shape
+
+
+LEVELS = [(False, False), (True, False), (False, True)]
+
+
+@pytest.mark.parametrize(("use_fine", "use_global"), LEVELS)
+def test_levels_that_are_left_out_leave_nothing(use_fine, use_global, tmp_path):
+    model = small_latent_autoencoder(use_fine=use_fine, use_global=use_global, fusion_blocks=0)
+    grids = [random_grid(4), random_grid(4, seed=1)]
+    model.fit(grids)
+    latents = model.encode(grids[0])
+    assert latents.fine.shape == (4, 4 * use_fine, 16, 16) and latents.global_latent.shape == (4, 8 * use_global)
+    assert not [name for name in model.state_dict() if not use_fine and "fine" in name]
+    assert not [name for name in model.state_dict() if not use_global and ("global" in name or "modulation" in name)]
+    assert model.decoder.conv_out.in_channels == 8 + 4 * use_fine, "nothing is concatenated"
+    assert set(model.code_counts(latents)) == {"coarse", *["fine"] * use_fine}
+    background = model.decode(latents).background
+    if not use_global:
+        mean = torch.cat([grid.background for grid in grids]).mean(0)
+        mean[:, 1:3] = 0  # whichever way scenes are turned
+        torch.testing.assert_close(background, mean.expand(4, -1, -1), atol=1e-5, rtol=1e-5)
+    else:
+        assert not torch.allclose(background[0], background[1])
+    model.save_pretrained(tmp_path)
+    loaded = load_latent_autoencoder(tmp_path)
+    latents.save(tmp_path / "latents.safetensors")
+    restored = SceneLatents.load(tmp_path / "latents.safetensors")
+    assert torch.equal(loaded.decode(restored).features, model.decode(latents).features)
+
+
+@pytest.mark.parametrize(("use_fine", "use_global"), LEVELS)
+def test_every_weight_learns_whatever_levels_there_are(use_fine, use_global):
+    model = small_latent_autoencoder(use_fine=use_fine, use_global=use_global).train()
+    for parameter in model.parameters():  # nothing starts at zero
+        torch.nn.init.normal_(parameter, std=0.1)
+    result = model(random_grid())
+    (result.reconstruction.square().sum() + result.background.square().sum() + result.kl).backward()
+    without = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    assert without == []
+    assert use_global or float(result.kl) == 0
 
 
 def test_fitted_model_starts_at_the_linear_codes():
@@ -389,6 +500,10 @@ def test_resumed_training_is_equal_to_the_bit(store, tmp_path):
         assert torch.equal(value, resumed.state_dict()[name]), name
     steps = [line["step"] for line in read_metrics(tmp_path / "parts")]
     assert steps == [2, 4, 6], "every step is logged once"
+    for line in read_metrics(tmp_path / "whole"):
+        for name in ("coarse", "fine"):
+            assert 0 < line[f"{name}_codebook_usage"] <= 1
+            assert 1 <= line[f"{name}_codebook_perplexity"] <= 16 * line[f"{name}_codebook_usage"] + 1e-4
     assert [p.name for p in (tmp_path / "parts").glob("checkpoint-*")] == ["checkpoint-00000006"]
     finished = train(store, tmp_path / "parts")
     assert model_hash(finished) == model_hash(resumed), "a finished run is only read"
@@ -426,9 +541,27 @@ def test_round_trip_metrics_of_all_variants(collection, store):
     model = small_latent_autoencoder()
     model.fit(list(store.load_all("train").batches(2)))
     metrics = evaluate_round_trip(small_scene_autoencoder(), model, store, collection, store.splits["test"])
-    assert set(metrics) == {"stage1", "stage2", "without_fine", "without_coarse", "not_quantised"}
+    without = {"without_fine", "without_coarse", "without_global"}
+    assert set(metrics) == {"stage1", "stage2", *without, "not_quantised", "codebooks"}
+    counts = model.code_counts(model.encode(store.grid(store.splits["test"])))
+    for name, found in counts.items():
+        assert metrics["codebooks"][f"{name}_usage"] == pytest.approx(float((found > 0).float().mean()))
+        share = found[found > 0] / found.sum()
+        perplexity = float((-share * share.log()).sum().exp())
+        assert metrics["codebooks"][f"{name}_perplexity"] == pytest.approx(perplexity, rel=1e-4)
     assert all(np.isfinite(list(values.values())).all() for values in metrics.values())
     assert metrics["stage2"]["psnr"] <= metrics["stage1"]["psnr"] + 0.5
+
+
+@pytest.mark.parametrize(("use_fine", "use_global"), LEVELS)
+def test_round_trip_of_fewer_levels(collection, store, tmp_path, use_fine, use_global):
+    sizes = {**LATENT_SIZES, "use_fine": use_fine, "use_global": use_global}
+    short = replace(TRAINING, schedule=replace(TRAINING.schedule, max_steps=2))
+    model = train(store, tmp_path, short, sizes)
+    assert [line["step"] for line in read_metrics(tmp_path)] == [2]
+    metrics = evaluate_round_trip(small_scene_autoencoder(), model, store, collection, store.splits["test"])
+    levels = {"without_coarse", *["without_fine"] * use_fine, *["without_global"] * use_global}
+    assert set(metrics) == {"stage1", "stage2", *levels, "not_quantised", "codebooks"}
 
 
 def test_box_that_cannot_be_turned_is_refused(store, tmp_path):

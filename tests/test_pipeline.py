@@ -47,6 +47,26 @@ def test_saved_and_loaded_pipeline_samples_the_same(folder):
     assert bool((output.grids.density >= 0).all())
 
 
+@pytest.mark.parametrize(("use_fine", "use_global"), [(False, False), (True, False), (False, True)])
+def test_pipeline_of_fewer_latents_still_samples_cameras(tmp_path, use_fine, use_global):
+    expected = small_pipeline(use_fine=use_fine, use_global=use_global)
+    expected.save_pretrained(tmp_path)
+    assert (tmp_path / "fine_denoiser").exists() == use_fine
+    output = expected(2, scene_generators(5, 2), num_inference_steps=2)
+    assert output.latents.global_latent.shape == (2, 8 * use_global)
+    assert output.latents.fine.shape == (2, 4 * use_fine, 16, 16)
+    assert output.cameras.shape == (2, 2)
+    assert not torch.allclose(output.cameras.camera_to_worlds[0], output.cameras.camera_to_worlds[1])
+    for pipeline in (load_pipeline(tmp_path), NFLDMPipeline.from_pretrained(tmp_path)):
+        again = pipeline(2, scene_generators(5, 2), num_inference_steps=2)
+        assert torch.equal(again.grids.features, output.grids.features)
+        assert torch.equal(again.cameras.camera_to_worlds, output.cameras.camera_to_worlds)
+    other = small_latent_autoencoder(use_fine=not use_fine, use_global=use_global)
+    other.save_pretrained(tmp_path / "latent_autoencoder")
+    with pytest.raises(UserInputError, match="shape of f of fine_denoiser"):
+        load_pipeline(tmp_path)
+
+
 def test_folder_loads_in_a_fresh_process_without_remote_code(folder):
     code = f"""
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline

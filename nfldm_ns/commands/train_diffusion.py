@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class TrainDiffusion:
     """Train the denoisers of the global, the coarse and the fine latent; an interrupted run continues where it stopped.
 
-    When all three are there, they are saved as one pipeline. The three trainings are independent: run them one after
+    When all are there, they are saved as one pipeline. The trainings are independent: run them one after
     the other (all) or each on its own machine. On several GPUs start with `accelerate launch -m
     nfldm_ns.commands.train_diffusion`.
     """
@@ -46,7 +46,7 @@ class TrainDiffusion:
         import torch
 
         from nfldm_ns.diffusion.latent_memory import encode_latents
-        from nfldm_ns.diffusion.training import STAGES, save_pipeline, train_denoiser
+        from nfldm_ns.diffusion.training import save_pipeline, stages_of, train_denoiser
         from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
         from nfldm_ns.latents.voxel_store import VoxelStore
         from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS
@@ -60,7 +60,7 @@ class TrainDiffusion:
         memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns)
         names = ("max_steps", "time_budget_s", "batch_size", "learning_rate", "mixed_precision", "seed")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        for stage in STAGES if self.stage == "all" else (self.stage,):
+        for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
             training = preset.training[stage]
             training = replace(
                 training, schedule=replace(training.schedule, **given), prediction_type=self.prediction_type

@@ -31,6 +31,10 @@ class TrainLatentAutoencoder:
     seed: int = 0
     quantize: bool = True
     """Vector-quantise c and f, as the paper does."""
+    use_fine: bool = True
+    """Off for the paper's ablation without f."""
+    use_global: bool = True
+    """Off for the paper's ablation without g; all scenes then have one mean background."""
     quarter_turns: bool | None = None
     """Turn scenes by random multiples of 90 degrees."""
     evaluate: bool = True
@@ -50,18 +54,23 @@ class TrainLatentAutoencoder:
         if self.quarter_turns is not None:
             training = replace(training, quarter_turns=self.quarter_turns)
         lpips = load_lpips("vgg") if training.losses.lpips_mult else None
-        model_config = {**preset.model, "quantize": self.quantize}
+        model_config = {
+            **preset.model,
+            "quantize": self.quantize,
+            "use_fine": self.use_fine,
+            "use_global": self.use_global,
+        }
         model = train_latent_autoencoder(store, self.output_dir, model_config, training, lpips=lpips)
         print(f"The latent auto-encoder is in {self.output_dir / 'latent_autoencoder'}")
         if self.evaluate and store.splits["test"]:
-            self.report(store, model)
+            self.report(store, model, lpips)
 
-    def report(self, store, model) -> None:
+    def report(self, store, model, lpips) -> None:
         from nfldm_ns.latents.round_trip import evaluate_round_trip
         from nfldm_ns.scenes.writing import write_json
 
         metrics = evaluate_round_trip(
-            store.load_autoencoder(), model, store, store.load_collection(), store.splits["test"]
+            store.load_autoencoder(), model, store, store.load_collection(), store.splits["test"], lpips=lpips
         )
         write_json(self.output_dir / "evaluation.json", metrics)
         print(f"Novel views of {len(store.splits['test'])} held-out scenes:")

@@ -151,7 +151,8 @@ def judge_novel_views(
 
     Returns:
         `num_images`, and `ImageMetrics.compute()` of `stage1`, `stage2` (after the latents), `without_fine`,
-        `without_coarse`, `not_quantised`, `nearest_view` and `mean_image`; LPIPS of the ablations is left out.
+        `without_coarse`, `without_global`, `not_quantised`, `nearest_view` and `mean_image`; LPIPS of the ablations is
+        left out.
     """
     device = scene_autoencoder.device
     metrics: dict[str, ImageMetrics] = {}

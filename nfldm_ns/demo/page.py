@@ -93,6 +93,7 @@ def numbers(summary: Mapping[str, Any]) -> Section:
             row("stage 2: the same through the latents", stage2),
             row("stage 2 without f", {"psnr": stage2.get("psnr_without_fine")}),
             row("stage 2 without c", {"psnr": stage2.get("psnr_without_coarse")}),
+            row("stage 2 without g", {"psnr": stage2.get("psnr_without_global")}),
             row("stage 2, c and f not quantised", {"psnr": stage2.get("psnr_not_quantised")}),
             row("nearest source view", stage1["nearest_view"]),
             row("mean training image", stage1["mean_image"]),

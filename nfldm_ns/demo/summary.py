@@ -22,7 +22,7 @@ MEANING = {
     "nearest_view": "baseline: the source view that looks in the most similar direction",
     "mean_image": "baseline: the mean of all training views",
     "stage2": "the same views after the voxels went through the latents g, c and f",
-    "psnr_without_fine, psnr_without_coarse": "with f or c set to zero",
+    "psnr_without_fine, psnr_without_coarse, psnr_without_global": "with f, c or g set to zero",
     "psnr_not_quantised": "with c and f as the encoder gives them, before vector quantisation",
     "samples": "FID and KID (Inception features) to real views of held-out places, num_images images in each set",
     "train_vs_test": "real views of training places in the place of samples: about the best that could be reached",
@@ -95,7 +95,7 @@ def summarise(metrics: Mapping[str, Any], markers: Mapping[str, Marker]) -> dict
             **_novel_views(views["stage2"]),
             **{
                 f"psnr_{name}": views[name]["psnr"]
-                for name in ("without_fine", "without_coarse", "not_quantised")
+                for name in ("without_fine", "without_coarse", "without_global", "not_quantised")
                 if name in views
             },
             **_cost(markers["stage2"]),

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
@@ -52,13 +52,14 @@ class NFLDMPipeline(DiffusionPipeline):
     Args:
         scene_autoencoder: stage 1; renders the scenes.
         latent_autoencoder: stage 2; turns latents into voxels.
-        global_denoiser, coarse_denoiser, fine_denoiser: stage 3.
+        global_denoiser, coarse_denoiser, fine_denoiser: stage 3; the last is None where stage 2 has no f.
         scheduler: any scheduler of diffusers whose prediction type is that of the training.
         temperatures: standard deviations of the initial noise of g, c and f that scenes are sampled with by default.
             Below 1 trades variety for quality; with a deterministic scheduler 0 gives the most typical sample. Briefly
             trained models want a low one for f, whose details they can hardly predict.
     """
 
+    _optional_components: ClassVar[list[str]] = ["fine_denoiser"]
     model_cpu_offload_seq = "global_denoiser->coarse_denoiser->fine_denoiser->latent_autoencoder->scene_autoencoder"
 
     def __init__(
@@ -122,9 +123,12 @@ class NFLDMPipeline(DiffusionPipeline):
         coarse = self.coarse_denoiser.latent.inverse(sample("coarse", self.coarse_denoiser, scene_code=scene_code))
         coarse = coarse.unflatten(1, self.latent_autoencoder.coarse_shape[:2])
         codes = self.latent_autoencoder.quantise_coarse(coarse)
-        fine = self.fine_denoiser.latent.inverse(
-            sample("fine", self.fine_denoiser, scene_code=scene_code, coarse=codes)
-        )
+        if self.fine_denoiser is None:
+            fine = coarse.new_zeros(num_scenes, *self.latent_autoencoder.fine_shape)
+        else:
+            fine = self.fine_denoiser.latent.inverse(
+                sample("fine", self.fine_denoiser, scene_code=scene_code, coarse=codes)
+            )
         latents = SceneLatents(global_latent, coarse, fine)
         config = self.global_denoiser.config
         cameras = trajectory_to_cameras(
@@ -141,7 +145,7 @@ class NFLDMPipeline(DiffusionPipeline):
         if isinstance(generators, list) and len(generators) != num_scenes:
             raise ValueError(f"{len(generators)} generators were given for {num_scenes} scenes")
         noise = randn_tensor(
-            (num_scenes, *shape), generator=generators, device=self._execution_device, dtype=self.fine_denoiser.dtype
+            (num_scenes, *shape), generator=generators, device=self._execution_device, dtype=self.coarse_denoiser.dtype
         )
         return noise * self.scheduler.init_noise_sigma
 
@@ -204,7 +208,11 @@ def load_pipeline(folder: Path | str) -> NFLDMPipeline:
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict) or index.get("_class_name") != "NFLDMPipeline":
         raise UserInputError(f"{folder} holds another kind of pipeline: give the folder of an NFLDMPipeline.")
-    components = {name: _load_component(folder / name, cls) for name, cls in COMPONENTS.items()}
+    components = {
+        name: _load_component(folder / name, cls)
+        for name, cls in COMPONENTS.items()
+        if name not in NFLDMPipeline._optional_components or index.get(name) != [None, None]
+    }
     if not (folder / "scheduler" / "scheduler_config.json").is_file():
         raise UserInputError(f"{folder} lacks scheduler/scheduler_config.json: restore it or save the pipeline again.")
     try:
@@ -236,8 +244,9 @@ def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline")
     """Raises `UserInputError` unless the components were made for each other, as far as shapes tell."""
     stage1, stage2 = pipeline.scene_autoencoder, pipeline.latent_autoencoder
     global_config = pipeline.global_denoiser.config
-    coarse_config, fine_config = pipeline.coarse_denoiser.config, pipeline.fine_denoiser.config
+    coarse_config, fine = pipeline.coarse_denoiser.config, pipeline.fine_denoiser
     code_dim = pipeline.global_denoiser.sample_shape[0]
+    shape_of_f = stage2.fine_shape if stage2.config.use_fine else None
     facts = [
         ("grid shape", "latent_autoencoder", stage2.grid_shape, "scene_autoencoder", stage1.grid_shape),
         ("channels", "latent_autoencoder", stage2.feature_channels, "scene_autoencoder", stage1.feature_channels),
@@ -249,13 +258,17 @@ def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline")
             stage1.background_shape[0],
         ),
         ("box", "latent_autoencoder", stage2.aabb.tolist(), "scene_autoencoder", stage1.aabb.tolist()),
-        ("size of g", "global_denoiser", global_config.global_dim, "latent_autoencoder", stage2.config.global_dim),
+        ("size of g", "global_denoiser", global_config.global_dim, "latent_autoencoder", stage2.global_dim),
         ("shape of c", "coarse_denoiser", tuple(coarse_config.coarse_shape), "latent_autoencoder", stage2.coarse_shape),
-        ("shape of c", "fine_denoiser", tuple(fine_config.coarse_shape), "latent_autoencoder", stage2.coarse_shape),
-        ("shape of f", "fine_denoiser", tuple(fine_config.fine_shape), "latent_autoencoder", stage2.fine_shape),
+        ("shape of f", "fine_denoiser", fine.sample_shape if fine else None, "latent_autoencoder", shape_of_f),
         ("size of the scene code", "coarse_denoiser", coarse_config.code_dim, "global_denoiser", code_dim),
-        ("size of the scene code", "fine_denoiser", fine_config.code_dim, "global_denoiser", code_dim),
     ]
+    if fine is not None:
+        shape_of_c = tuple(fine.config.coarse_shape)
+        facts += [
+            ("shape of c", "fine_denoiser", shape_of_c, "latent_autoencoder", stage2.coarse_shape),
+            ("size of the scene code", "fine_denoiser", fine.config.code_dim, "global_denoiser", code_dim),
+        ]
     for what, name, value, other, expected in facts:
         if value != expected:
             raise UserInputError(
@@ -269,19 +282,20 @@ def assemble_pipeline(
     latent_autoencoder: LatentAutoencoder,
     global_denoiser: GlobalDenoiser,
     coarse_denoiser: CoarseDenoiser,
-    fine_denoiser: FineDenoiser,
+    fine_denoiser: FineDenoiser | None,
     scheduler: DPMSolverMultistepScheduler,
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> NFLDMPipeline:
     """A checked pipeline, all on the CPU in single precision and evaluation mode."""
     for model in (scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser):
-        model.cpu().float().eval()
+        if model is not None:
+            model.cpu().float().eval()
     pipeline = NFLDMPipeline(
         scene_autoencoder,
         latent_autoencoder,
         global_denoiser,
         coarse_denoiser,
-        fine_denoiser,
+        fine_denoiser,  # type: ignore[arg-type]  # optional, but diffusers' check of types knows plain classes only
         scheduler,
         temperatures,
     )

@@ -36,7 +36,7 @@ def sample_scenes(
     record = {
         "command": "nfldm-sample",
         "pipeline": source,
-        "fine_denoiser": model_hash(pipeline.fine_denoiser),
+        "fine_denoiser": None if pipeline.fine_denoiser is None else model_hash(pipeline.fine_denoiser),
         "num_inference_steps": num_inference_steps,
         "scheduler": type(pipeline.scheduler).__name__,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},

@@ -47,6 +47,11 @@ class DiffusionTrainingConfig:
     """Of the moving averages of the weights, which are what is kept; it rises to this value while training."""
 
 
+def stages_of(latent_autoencoder: LatentAutoencoder) -> tuple[Stage, ...]:
+    """The latents that a stage 2 needs denoisers of: without g psi_g still samples the trajectory."""
+    return tuple(stage for stage in STAGES if stage != "fine" or latent_autoencoder.config.use_fine)
+
+
 def make_scheduler(prediction_type: str = "v_prediction") -> DPMSolverMultistepScheduler:
     """DPM-Solver++ with a cosine schedule whose last step is pure noise."""
     return DPMSolverMultistepScheduler(
@@ -129,8 +134,10 @@ def new_denoiser(
     """An untrained denoiser with the statistics of its latents.
 
     Raises:
-        UserInputError: if the preset's sizes do not fit the latents.
+        UserInputError: if the preset's sizes do not fit the latents, or there is no such latent.
     """
+    if stage not in stages_of(latent_autoencoder):
+        raise UserInputError("The latent auto-encoder has no fine latent: train the other denoisers only.")
     code_dim = memory.scene_code.shape[-1]
     coarse_shape, fine_shape = latent_autoencoder.coarse_shape, latent_autoencoder.fine_shape
     size = {"coarse": coarse_shape[-2:], "fine": fine_shape[-2:]}.get(stage)
@@ -142,7 +149,7 @@ def new_denoiser(
     if stage == "global":
         denoiser: Denoiser = GlobalDenoiser(
             **model_config,
-            global_dim=latent_autoencoder.config.global_dim,
+            global_dim=latent_autoencoder.global_dim,
             num_cameras=memory.num_cameras,
             intrinsics=memory.intrinsics,
             image_size=memory.image_size,
@@ -264,7 +271,7 @@ def save_pipeline(
     latent_autoencoder: LatentAutoencoder,
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> Path | None:
-    """Saves `<output_dir>/pipeline` once all three denoisers in `<output_dir>/{global,coarse,fine}` are trained.
+    """Saves `<output_dir>/pipeline` once all denoisers in `<output_dir>/{global,coarse,fine}` are trained.
 
     Args:
         temperatures: of g, c and f, the pipeline's default for sampling.
@@ -276,10 +283,11 @@ def save_pipeline(
         UserInputError: if the denoisers are of different trainings.
     """
     output_dir = Path(output_dir)
-    denoisers = {stage: load_denoiser(output_dir / stage) for stage in STAGES}
+    stages = stages_of(latent_autoencoder)
+    denoisers = {stage: load_denoiser(output_dir / stage) for stage in stages}
     if any(denoiser is None for denoiser in denoisers.values()):
         return None
-    runs = {stage: read_json(output_dir / stage / "run.json") for stage in STAGES}
+    runs = {stage: read_json(output_dir / stage / "run.json") for stage in stages}
     expected = model_hash(latent_autoencoder)
     for stage, run in runs.items():
         if run.get("latent_autoencoder") != expected:
@@ -292,7 +300,7 @@ def save_pipeline(
             f"The denoisers in {output_dir} predict different things ({', '.join(sorted(map(str, types)))}): train "
             "them with one --prediction-type."
         )
-    components: dict[str, Any] = {f"{stage}_denoiser": denoiser for stage, denoiser in denoisers.items()}
+    components: dict[str, Any] = {f"{stage}_denoiser": denoisers.get(stage) for stage in STAGES}
     components["scheduler"] = make_scheduler(types.pop())
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:

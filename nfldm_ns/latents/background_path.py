@@ -26,9 +26,11 @@ class BackgroundPath(nn.Module):
     starts as the identity on g's first components; what reads them, a linear layer and a small network beside it,
     starts as its inverse.
 
+    Without a g the code has no way through: every scene then has the mean background of the training scenes.
+
     Args:
         num_channels: K of the code.
-        global_dim: size of g.
+        global_dim: size of g; 0 without one.
     """
 
     mean: Tensor
@@ -41,6 +43,9 @@ class BackgroundPath(nn.Module):
         self.reserved = min(size, global_dim)
         self.register_buffer("mean", torch.zeros(num_channels, BACKGROUND_MOMENTS))
         self.register_buffer("std", torch.ones(num_channels, BACKGROUND_MOMENTS))
+        self.encoder = None
+        if not global_dim:
+            return
         self.encoder = nn.Linear(size, global_dim, bias=False)
         self.decoder = nn.Linear(global_dim, size)
         self.correction = nn.Sequential(nn.Linear(global_dim, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, size))
@@ -72,10 +77,12 @@ class BackgroundPath(nn.Module):
 
     def encode(self, code: Float[Tensor, "batch codes 4"]) -> Float[Tensor, "batch global_dim"]:
         """What a normalised code adds to the mean of g."""
-        return self.encoder(code.flatten(1))
+        return code.new_zeros(len(code), 0) if self.encoder is None else self.encoder(code.flatten(1))
 
     def decode(self, global_latent: Float[Tensor, "batch global_dim"]) -> Float[Tensor, "batch codes 4"]:
-        """The normalised code that g stands for."""
+        """The normalised code that g stands for; zeros, the mean code, without a g."""
+        if self.encoder is None:
+            return self.mean.new_zeros(len(global_latent), self.num_channels, BACKGROUND_MOMENTS)
         code = self.decoder(global_latent) + self.correction(global_latent)
         return code.unflatten(1, (self.num_channels, BACKGROUND_MOMENTS))
 

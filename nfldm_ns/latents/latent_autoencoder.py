@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
@@ -49,6 +49,7 @@ class LatentReconstruction:
         latents: g (sampled), c and f before quantisation.
         kl: mean KL divergence of g from the unit Gaussian, in nats per scene.
         commitment: squared distance of c and f from their codes.
+        code_counts: how often each code occurred, by codebook (`coarse`, `fine`); empty without quantisation.
     """
 
     target: Float[Tensor, "batch folded y x"]
@@ -59,6 +60,7 @@ class LatentReconstruction:
     latents: SceneLatents
     kl: Float[Tensor, ""]
     commitment: Float[Tensor, ""]
+    code_counts: dict[str, Int[Tensor, "codes"]]
 
 
 class LatentAutoencoder(ModelMixin, ConfigMixin):
@@ -82,6 +84,10 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
 
     Diffusion models the latents before quantisation; `decode` quantises them first.
 
+    For the paper's ablation of the hierarchy f and g can be left out (`use_fine`, `use_global`). They are then latents
+    without channels: nothing is concatenated, group norms have a learned scale and shift of their own, and as nothing
+    carries the background's code, every scene has the mean background of the training scenes.
+
     Args:
         grid_shape: voxels (Z, Y, X); Y and X are multiples of the downsampling.
         feature_channels: C of the voxels.
@@ -91,6 +97,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         coarse_channels, coarse_height: c is `[coarse_channels, coarse_height, Y / down, X / down]`.
         fine_channels: f is `[fine_channels, Y, X]`.
         coarse_codes, fine_codes, coarse_code_dim, fine_code_dim: codebook sizes and channels per code.
+        use_fine, use_global: False leaves out f or g, and all that belongs to it.
         quantize: False leaves both latents continuous.
         codebook_decay: of the moving averages that are the codebooks.
         encoder_channels: widths of the encoders of g and c, finest first; downsampling is `2 ** (len - 1)`.
@@ -120,6 +127,8 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         fine_codes: int = 128,
         coarse_code_dim: int = 4,
         fine_code_dim: int = 2,
+        use_fine: bool = True,
+        use_global: bool = True,
         quantize: bool = True,
         codebook_decay: float = 0.95,
         encoder_channels: tuple[int, ...] = (32, 64, 96),
@@ -147,26 +156,32 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             gate_alpha=gate_alpha,
         )
         widths = tuple(encoder_channels)
-        self.global_encoder = DownsamplingEncoder(folded, widths, 2 * global_dim, encoder_blocks)
+        self.global_encoder = self.fine_encoder = self.fine_codebook = None
+        if use_global:
+            self.global_encoder = DownsamplingEncoder(folded, widths, 2 * global_dim, encoder_blocks)
         self.coarse_encoder = DownsamplingEncoder(folded, widths, coarse_channels * coarse_height, encoder_blocks)
-        self.fine_encoder = DownsamplingEncoder(folded, (fine_encoder_channels,), fine_channels, fine_encoder_blocks)
+        if use_fine:
+            fine_widths = (fine_encoder_channels,)
+            self.fine_encoder = DownsamplingEncoder(folded, fine_widths, fine_channels, fine_encoder_blocks)
         self.coarse_codebook = VectorQuantizer(coarse_code_dim, coarse_codes, codebook_decay)
-        self.fine_codebook = VectorQuantizer(fine_code_dim, fine_codes, codebook_decay)
+        if use_fine:
+            self.fine_codebook = VectorQuantizer(fine_code_dim, fine_codes, codebook_decay)
         self.decoder = _Decoder(
             coarse_channels * coarse_height,
-            fine_channels,
+            self.fine_shape[0],
             folded,
             tuple(decoder_channels),
             decoder_blocks,
             fusion_channels,
             fusion_blocks,
-            global_dim,
+            self.global_dim or None,
         )
         self.linear = None
         if linear_paths:
-            self.linear = _LinearPaths(folded, coarse_channels * coarse_height, fine_channels, self.downsampling)
-        self.background_path = BackgroundPath(background_channels, global_dim)
-        self.background_path.reserve(self.global_encoder.conv_out)
+            self.linear = _LinearPaths(folded, coarse_channels * coarse_height, self.fine_shape[0], self.downsampling)
+        self.background_path = BackgroundPath(background_channels, self.global_dim)
+        if self.global_encoder is not None:
+            self.background_path.reserve(self.global_encoder.conv_out)
 
     @property
     def grid_shape(self) -> tuple[int, int, int]:
@@ -186,6 +201,11 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         return self.box
 
     @property
+    def global_dim(self) -> int:
+        """Size of g; 0 without one."""
+        return self.config.global_dim if self.config.use_global else 0
+
+    @property
     def coarse_shape(self) -> tuple[int, int, int, int]:
         """Shape of c, (Cc, Zc, Yc, Xc)."""
         _, y, x = self.grid_shape
@@ -194,8 +214,8 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
 
     @property
     def fine_shape(self) -> tuple[int, int, int]:
-        """Shape of f, (Cf, Y, X)."""
-        return (self.config.fine_channels, *self.grid_shape[1:])
+        """Shape of f, (Cf, Y, X); Cf is 0 without one."""
+        return (self.config.fine_channels if self.config.use_fine else 0, *self.grid_shape[1:])
 
     def encode(self, grid: VoxelGrid, sample: bool = False) -> SceneLatents:
         """Latents before quantisation.
@@ -204,41 +224,65 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             sample: draw g from its posterior instead of taking the mean.
         """
         voxels = pack_channels_last(self.voxel_code.normalise(grid))
-        return self._encode(voxels, self.background_path.normalise(grid), sample)[0]
+        g, _ = self._encode_global(voxels, self.background_path.normalise(grid), sample)
+        coarse = self._encode_coarse(voxels)
+        return SceneLatents(g, coarse, self._encode_fine(voxels, self.quantise_coarse(coarse)))
 
-    def _encode(
+    def _encode_global(
         self, voxels: Float[Tensor, "batch folded y x"], background: Float[Tensor, "batch codes 4"], sample: bool
-    ) -> tuple[SceneLatents, Float[Tensor, "batch cc zc yc xc"], Tensor, Tensor]:
-        """Latents, the quantised c, KL divergence, and commitment loss of c."""
+    ) -> tuple[Float[Tensor, "batch global_dim"], Float[Tensor, ""]]:
+        """g and its KL divergence."""
+        if self.global_encoder is None:
+            return voxels.new_zeros(len(voxels), 0).float(), voxels.new_zeros(()).float()
         mean, log_variance = self.global_encoder(voxels).mean(dim=(2, 3)).float().chunk(2, dim=1)
         mean = mean + self.background_path.encode(background).float()
         log_variance = log_variance.clamp(-20, 10)
         g = mean + torch.randn_like(mean) * (log_variance / 2).exp() if sample else mean
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
+        return g, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
+
+    def _encode_coarse(self, voxels: Float[Tensor, "batch folded y x"]) -> Float[Tensor, "batch cc zc yc xc"]:
         coarse = self.coarse_encoder(voxels)
         if self.linear is not None:
             coarse = coarse + self.linear.encode_coarse(voxels)
-        coarse = coarse.float().unflatten(1, (self.config.coarse_channels, -1))
-        codes, commitment = self._quantise(self.coarse_codebook, coarse)
+        return coarse.float().unflatten(1, (self.config.coarse_channels, -1))
+
+    def _encode_fine(
+        self, voxels: Float[Tensor, "batch folded y x"], codes: Float[Tensor, "batch cc zc yc xc"]
+    ) -> Float[Tensor, "batch cf y x"]:
+        """f, given the quantised c."""
+        if self.fine_encoder is None:
+            return codes.new_zeros(len(voxels), *self.fine_shape)
         fine = self.fine_encoder(voxels)
         if self.linear is not None:
             fine = fine + self.linear.encode_fine(voxels, codes.flatten(1, 2))
-        return SceneLatents(g, coarse, fine.float()), codes, kl, commitment
+        return fine.float()
 
     def quantise(self, latents: SceneLatents) -> SceneLatents:
         """c and f replaced by their nearest codes; unchanged where the model does not quantise."""
         coarse = self.quantise_coarse(latents.coarse)
-        return SceneLatents(latents.global_latent, coarse, self._quantise(self.fine_codebook, latents.fine)[0])
+        return SceneLatents(latents.global_latent, coarse, self._quantise("fine", latents.fine)[0])
 
     def quantise_coarse(self, coarse: Float[Tensor, "batch cc zc yc xc"]) -> Float[Tensor, "batch cc zc yc xc"]:
         """c replaced by its nearest codes."""
-        return self._quantise(self.coarse_codebook, coarse)[0]
+        return self._quantise("coarse", coarse)[0]
 
-    def _quantise(self, codebook: VectorQuantizer, latent: Tensor) -> tuple[Tensor, Float[Tensor, ""]]:
-        if not self.config.quantize:
-            return latent, latent.new_zeros(())
-        quantised, _, commitment = codebook(latent)
-        return quantised, commitment
+    @property
+    def codebooks(self) -> dict[str, VectorQuantizer]:
+        """The codebooks in use, by latent (`coarse`, `fine`)."""
+        found = {"coarse": self.coarse_codebook, "fine": self.fine_codebook} if self.config.quantize else {}
+        return {name: codebook for name, codebook in found.items() if codebook is not None}
+
+    def code_counts(self, latents: SceneLatents) -> dict[str, Int[Tensor, "codes"]]:
+        """How often each code is the nearest one, by codebook (`coarse`, `fine`)."""
+        parts = {"coarse": latents.coarse, "fine": latents.fine}
+        return {name: codebook.count(codebook(parts[name])[1]) for name, codebook in self.codebooks.items()}
+
+    def _quantise(self, name: str, latent: Tensor) -> tuple[Tensor, Float[Tensor, ""], dict[str, Tensor]]:
+        """The quantised latent, its commitment loss, and the codes' indices by the codebook's name, if there is one."""
+        if name not in self.codebooks:
+            return latent, latent.new_zeros(()), {}
+        quantised, indices, commitment = self.codebooks[name](latent)
+        return quantised, commitment, {name: indices}
 
     def decode(self, latents: SceneLatents, quantise: bool = True) -> VoxelGrid:
         """Voxels of latents, which are quantised first unless they are codes already."""
@@ -264,22 +308,27 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             sample: draw g from its posterior.
             fine_dropout: probability with which a scene's f is zeroed, so that c learns to stand for the scene alone.
         """
-        voxels, background_target = self.voxel_code.normalise(grid), self.background_path.normalise(grid)
-        latents, coarse, kl, commitment = self._encode(pack_channels_last(voxels), background_target, sample)
-        fine, fine_commitment = self._quantise(self.fine_codebook, latents.fine)
+        voxels = pack_channels_last(self.voxel_code.normalise(grid))
+        background_target = self.background_path.normalise(grid)
+        g, kl = self._encode_global(voxels, background_target, sample)
+        coarse = self._encode_coarse(voxels)
+        coarse_codes, commitment, indices = self._quantise("coarse", coarse)
+        fine = self._encode_fine(voxels, coarse_codes)
+        fine_codes, fine_commitment, fine_indices = self._quantise("fine", fine)
         if fine_dropout > 0:
-            fine = fine * (torch.rand(len(fine), 1, 1, 1, device=fine.device) >= fine_dropout)
-        reconstruction = self._decode(SceneLatents(latents.global_latent, coarse, fine)).float()
-        background = self.background_path.decode(latents.global_latent).float()
+            fine_codes = fine_codes * (torch.rand(len(fine), 1, 1, 1, device=fine.device) >= fine_dropout)
+        reconstruction = self._decode(SceneLatents(g, coarse_codes, fine_codes)).float()
+        background = self.background_path.decode(g).float()
         return LatentReconstruction(
             self.voxel_code.normalise(grid, dilate=True),
             reconstruction,
             background_target,
             background,
             self._denormalise(reconstruction, background),
-            latents,
+            SceneLatents(g, coarse, fine),
             kl,
             commitment + fine_commitment,
+            {name: self.codebooks[name].count(found) for name, found in (indices | fine_indices).items()},
         )
 
     @torch.no_grad()
@@ -297,13 +346,14 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             weights[0] = density_weight * self.feature_channels
             weights = weights.repeat_interleave(self.grid_shape[0])
             self.linear.fit_coarse(self._training_pairs(batches), weights)
-            for last in (self.fine_encoder.conv_out, self.coarse_encoder.conv_out, self.decoder.conv_out):
-                _set(last, torch.zeros_like(last.weight), 0.0)
+            for network in (self.fine_encoder, self.coarse_encoder, self.decoder):
+                if network is not None:
+                    _set(network.conv_out, torch.zeros_like(network.conv_out.weight), 0.0)
         if self.config.quantize:
             self.coarse_codebook.fit(torch.cat([self.encode(grid).coarse for grid in batches[:CODEBOOK_BATCHES]]))
-        if self.linear is not None:
+        if self.linear is not None and self.config.use_fine:
             self.linear.fit_fine(self._training_pairs(batches), weights, self._coarse_codes)
-        if self.config.quantize:
+        if self.config.quantize and self.fine_codebook is not None:
             self.fine_codebook.fit(torch.cat([self.encode(grid).fine for grid in batches[:CODEBOOK_BATCHES]]))
 
     def _training_pairs(self, batches: Sequence[VoxelGrid]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -320,25 +370,32 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
 
 
 class _LinearPaths(nn.Module):
-    """Linear codes of V: of blocks of columns for c, and of the columns of what c leaves over for f."""
+    """Linear codes of V: of blocks of columns for c, and of the columns of what c leaves over for f.
+
+    Without f (`fine_channels` 0) there is only the first.
+    """
 
     def __init__(self, folded: int, coarse_channels: int, fine_channels: int, downsampling: int) -> None:
         super().__init__()
         self.downsampling = downsampling
         self.coarse_encoder = nn.Conv2d(folded, coarse_channels, downsampling, downsampling)
         self.coarse_decoder = nn.ConvTranspose2d(coarse_channels, folded, downsampling, downsampling)
-        self.fine_encoder = nn.Conv2d(folded, fine_channels, 1)
-        self.fine_decoder = nn.Conv2d(fine_channels, folded, 1)
+        self.fine_encoder = self.fine_decoder = None
+        if fine_channels:
+            self.fine_encoder = nn.Conv2d(folded, fine_channels, 1)
+            self.fine_decoder = nn.Conv2d(fine_channels, folded, 1)
 
     def encode_coarse(self, voxels: Float[Tensor, "batch folded y x"]) -> Float[Tensor, "batch folded_c yc xc"]:
         return self.coarse_encoder(voxels)
 
     def encode_fine(self, voxels: Tensor, coarse: Float[Tensor, "batch folded_c yc xc"]) -> Tensor:
         """f of what the quantised c leaves over."""
+        assert self.fine_encoder is not None
         return self.fine_encoder(voxels - self.coarse_decoder(coarse))
 
     def decode(self, coarse: Tensor, fine: Tensor) -> Float[Tensor, "batch folded y x"]:
-        return self.coarse_decoder(coarse) + self.fine_decoder(fine)
+        voxels = self.coarse_decoder(coarse)
+        return voxels if self.fine_decoder is None else voxels + self.fine_decoder(fine)
 
     def fit_coarse(self, pairs: Iterable[tuple[Tensor, Tensor]], weights: Float[Tensor, "folded"]) -> None:
         """Sets the path of c to the best linear code of blocks of `downsampling` x `downsampling` columns."""
@@ -360,6 +417,7 @@ class _LinearPaths(nn.Module):
         encode_coarse: Callable[[Tensor], Tensor],
     ) -> None:
         """Sets the path of f to the best linear code of the columns of what c leaves over."""
+        assert self.fine_encoder is not None and self.fine_decoder is not None
 
         def residuals() -> Iterator[tuple[Tensor, Tensor]]:
             for x, t in pairs:
@@ -402,7 +460,7 @@ class _Decoder(nn.Module):
         blocks: int,
         fusion_channels: int,
         fusion_blocks: int,
-        condition_dim: int,
+        condition_dim: int | None,
     ) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(coarse_channels, channels[0], 3, padding=1)
@@ -438,7 +496,7 @@ class _Decoder(nn.Module):
         return self.conv_out(h)
 
 
-def _blocks(channels: int, condition_dim: int, count: int) -> nn.ModuleList:
+def _blocks(channels: int, condition_dim: int | None, count: int) -> nn.ModuleList:
     return nn.ModuleList(ResBlock(channels, channels, condition_dim) for _ in range(count))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
+from contextlib import nullcontext
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,7 +21,8 @@ class VectorQuantizer(nn.Module):
 
     The codes are moving averages of the vectors nearest to them, and gradients pass straight through (VQ-VAE with
     exponential moving averages). Codes that fall out of use are moved to random vectors of the batch. Distances are one
-    matrix product and sums one scatter, without one-hot matrices.
+    matrix product and sums one scatter, without one-hot matrices; both are computed in single precision, also under
+    autocast.
 
     Args:
         code_dim: channels per code; with several groups this is product quantisation.
@@ -47,7 +51,12 @@ class VectorQuantizer(nn.Module):
         Returns:
             the quantised latent, the codes' indices, and the commitment loss: the mean squared distance to the codes.
         """
-        groups = latent.float().unflatten(1, (-1, self.code_dim)).movedim(2, -1)
+        device = latent.device.type
+        with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
+            return self._quantise(latent.float())
+
+    def _quantise(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups = latent.unflatten(1, (-1, self.code_dim)).movedim(2, -1)
         vectors = groups.reshape(-1, self.code_dim)
         indices = self.nearest(vectors.detach())
         quantised = F.embedding(indices, self.codes)
@@ -62,6 +71,10 @@ class VectorQuantizer(nn.Module):
         """Index of the nearest code of each vector."""
         half_squares = 0.5 * self.codes.square().sum(dim=1)
         return torch.addmm(half_squares, vectors, self.codes.T, alpha=-1).argmin(dim=1)
+
+    def count(self, indices: Int[Tensor, "*shape"]) -> Int[Tensor, "codes"]:
+        """How often each code occurs."""
+        return torch.bincount(indices.flatten(), minlength=self.num_codes)
 
     def fit(self, latent: Float[Tensor, "batch channels *space"]) -> None:
         """Sets the codes to k-means centres of a latent's groups (of a random share of them, if there are many)."""
@@ -80,7 +93,7 @@ class VectorQuantizer(nn.Module):
 
     def _assign(self, vectors: Tensor, indices: Tensor) -> tuple[Float[Tensor, "codes"], Float[Tensor, "codes dim"]]:
         """Number and sum of the vectors of each code, over all processes."""
-        usage = torch.bincount(indices, minlength=self.num_codes).to(vectors.dtype)
+        usage = self.count(indices).to(vectors.dtype)
         sums = torch.zeros_like(self.codes).index_add_(0, indices, vectors)
         if dist.is_initialized():
             dist.all_reduce(usage)
@@ -104,3 +117,34 @@ class VectorQuantizer(nn.Module):
         self.codes.copy_(torch.where(dead[:, None], replacements, self.codes))
         self.usage.copy_(torch.where(dead, fair, self.usage))
         self.sums.copy_(torch.where(dead[:, None], replacements * fair, self.sums))
+
+
+class CodebookUsage:
+    """How many codes of a codebook occur, and how evenly, over the last batches.
+
+    Args:
+        window: how many batches; None takes all.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        self._batches: deque[Int[Tensor, "codes"]] = deque(maxlen=window)
+
+    def add(self, counts: Int[Tensor, "codes"]) -> None:
+        """Adds what `VectorQuantizer.count` gives for a batch."""
+        self._batches.append(counts)
+
+    @property
+    def counts(self) -> Int[Tensor, "codes"]:
+        """How often each code occurred."""
+        return torch.stack(list(self._batches)).sum(0)
+
+    @property
+    def share(self) -> Float[Tensor, ""]:
+        """Share of the codes that occurred at all, in [0, 1]."""
+        return (self.counts > 0).float().mean()
+
+    @property
+    def perplexity(self) -> Float[Tensor, ""]:
+        """Exponential of the entropy of the codes' frequencies: the number of codes if all occurred equally often."""
+        counts = self.counts.double()
+        return torch.special.entr(counts / counts.sum()).sum().exp().float()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.losses import depth_loss
@@ -19,6 +20,7 @@ from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.background_path import background_loss
 from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder, LatentReconstruction
+from nfldm_ns.latents.quantizer import CodebookUsage
 from nfldm_ns.latents.voxel_code import VoxelCode
 from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore
 from nfldm_ns.scenes.views import Views, rotate_cameras90
@@ -27,6 +29,7 @@ from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training import ProgressCallback, RunFolder, Schedule, batch_indices, train
 
 FIT_SCENES = 96  # scenes that statistics and the linear code are fitted to
+USAGE_WINDOW = 50  # steps over which the use of the codebooks is counted
 
 
 @dataclass
@@ -98,6 +101,9 @@ def voxel_loss(
 class LatentLosses:
     """Losses of one step.
 
+    Logged beside them is how well each codebook is used (see `CodebookUsage`) by the scenes of all processes over the
+    last `USAGE_WINDOW` steps since the training was started or resumed.
+
     Args:
         model: the latent auto-encoder, possibly wrapped for several processes.
         renderer: the frozen stage 1.
@@ -120,6 +126,8 @@ class LatentLosses:
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device
         self.lpips = lpips
+        self.sum_over_processes = partial(accelerator.reduce, reduction="sum")
+        self.usage: dict[str, CodebookUsage] = {}
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         grid, views = self.batch(step)
@@ -134,7 +142,17 @@ class LatentLosses:
         }
         if weights.rgb_mult or weights.depth_mult or weights.lpips_mult:
             losses.update(self.image_losses(result.grid, views))
-        return losses
+        return {**losses, **self.codebook_metrics(result.code_counts)}
+
+    def codebook_metrics(self, code_counts: dict[str, Int[Tensor, "codes"]]) -> dict[str, Tensor]:
+        """Share of the codes in use, and perplexity, of each codebook; names begin with `_`: logged only."""
+        metrics = {}
+        for name, counts in code_counts.items():
+            usage = self.usage.setdefault(name, CodebookUsage(USAGE_WINDOW))
+            usage.add(self.sum_over_processes(counts))
+            metrics[f"_{name}_codebook_usage"] = usage.share
+            metrics[f"_{name}_codebook_perplexity"] = usage.perplexity
+        return metrics
 
     def image_losses(self, grid: VoxelGrid, views: Views) -> dict[str, Tensor]:
         """Losses of views rendered by the frozen stage 1."""
