@@ -97,7 +97,7 @@ def test_timesteps_of_a_batch_cover_the_range():
 def test_exact_predictions_recover_the_clean_sample(prediction_type):
     """For a distribution of a single point the exact prediction is known at any time; the solver must land on it."""
     clean = torch.randn(2, 3, 4)
-    scheduler = make_scheduler(prediction_type)
+    scheduler = make_scheduler(prediction_type, prediction_type != "epsilon")
     training = DDPMScheduler.from_config(scheduler.config)
     scheduler.set_timesteps(10)
     x = torch.randn(2, 3, 4)
@@ -292,7 +292,7 @@ def test_pipeline_is_saved_only_when_all_denoisers_fit(memory, latent_autoencode
     saved = save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder, temperatures=(1.0, 1.0, 0.5))
     assert tuple(load_pipeline(saved).config.temperatures) == (1.0, 1.0, 0.5)
     shutil.rmtree(tmp_path / "fine")
-    other = replace(TRAINING, prediction_type="epsilon")
+    other = replace(TRAINING, prediction_type="epsilon", zero_terminal_snr=False)
     train("fine", memory, latent_autoencoder, tmp_path / "fine", other)
     with pytest.raises(UserInputError, match="epsilon, v_prediction"):
         save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder)

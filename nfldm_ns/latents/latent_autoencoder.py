@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -207,13 +208,20 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         return self._encode(voxels, self.background_path.normalise(grid), sample)[0]
 
     def _encode(
-        self, voxels: Float[Tensor, "batch folded y x"], background: Float[Tensor, "batch codes 4"], sample: bool
+        self,
+        voxels: Float[Tensor, "batch folded y x"],
+        background: Float[Tensor, "batch codes 4"],
+        sample: bool,
+        generators: list[torch.Generator] | None = None,
     ) -> tuple[SceneLatents, Float[Tensor, "batch cc zc yc xc"], Tensor, Tensor]:
         """Latents, the quantised c, KL divergence, and commitment loss of c."""
         mean, log_variance = self.global_encoder(voxels).mean(dim=(2, 3)).float().chunk(2, dim=1)
         mean = mean + self.background_path.encode(background).float()
         log_variance = log_variance.clamp(-20, 10)
-        g = mean + torch.randn_like(mean) * (log_variance / 2).exp() if sample else mean
+        g = mean
+        if sample:
+            noise = randn_tensor(mean.shape, generator=generators, device=mean.device)
+            g = mean + noise * (log_variance / 2).exp()
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
         coarse = self.coarse_encoder(voxels)
         if self.linear is not None:
@@ -257,18 +265,27 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         voxels = self.decoder(codes.global_latent, coarse, fine)
         return voxels if self.linear is None else voxels + self.linear.decode(coarse, fine)
 
-    def forward(self, grid: VoxelGrid, sample: bool = True, fine_dropout: float = 0.0) -> LatentReconstruction:
+    def forward(
+        self,
+        grid: VoxelGrid,
+        sample: bool = True,
+        fine_dropout: float = 0.0,
+        generators: list[torch.Generator] | None = None,
+    ) -> LatentReconstruction:
         """One training pass.
 
         Args:
             sample: draw g from its posterior.
             fine_dropout: probability with which a scene's f is zeroed, so that c learns to stand for the scene alone.
+            generators: one per scene, for both; None for torch's own.
         """
         voxels, background_target = self.voxel_code.normalise(grid), self.background_path.normalise(grid)
-        latents, coarse, kl, commitment = self._encode(pack_channels_last(voxels), background_target, sample)
+        latents, coarse, kl, commitment = self._encode(
+            pack_channels_last(voxels), background_target, sample, generators
+        )
         fine, fine_commitment = self._quantise(self.fine_codebook, latents.fine)
         if fine_dropout > 0:
-            fine = fine * (torch.rand(len(fine), 1, 1, 1, device=fine.device) >= fine_dropout)
+            fine = fine * (rand_tensor((len(fine), 1, 1, 1), generators, fine.device) >= fine_dropout)
         reconstruction = self._decode(SceneLatents(latents.global_latent, coarse, fine)).float()
         background = self.background_path.decode(latents.global_latent).float()
         return LatentReconstruction(
@@ -372,6 +389,13 @@ class _LinearPaths(nn.Module):
         )
         _set(self.fine_encoder, encoder[:, :, None, None], -encoder @ mean_input)
         _set(self.fine_decoder, decoder[:, :, None, None], mean_target)
+
+
+def rand_tensor(shape: tuple[int, ...], generators: list[torch.Generator] | None, device: torch.device) -> Tensor:
+    """Uniform numbers as `randn_tensor` draws normal ones."""
+    if generators is None:
+        return torch.rand(shape, device=device)
+    return torch.cat([torch.rand((1, *shape[1:]), generator=g, device=device) for g in generators])
 
 
 @torch.no_grad()
