@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
@@ -88,6 +89,29 @@ class NFLDMPipeline(DiffusionPipeline):
             fine_denoiser=fine_denoiser,
             scheduler=scheduler,
         )
+        for decoder in (scene_autoencoder, latent_autoencoder):  # from_pretrained(torch_dtype=...) casts them, too
+            decoder.float()
+
+    def to(self, *args, dtype: torch.dtype | None = None, **kwargs) -> NFLDMPipeline:
+        """Moves all models; the denoisers alone take another precision.
+
+        Stages 1 and 2 stay in single precision, as other pipelines do with decoders that overflow: densities span more
+        than half precision holds, and codes and statistics lose what tells them apart.
+        """
+        dtypes = [arg for arg in args if isinstance(arg, torch.dtype)]
+        rest = [arg for arg in args if not isinstance(arg, torch.dtype)]
+        if rest or kwargs:
+            super().to(*rest, **kwargs)
+        chosen = dtype or (dtypes[0] if dtypes else None)
+        if chosen is not None:
+            for denoiser in (self.global_denoiser, self.coarse_denoiser, self.fine_denoiser):
+                denoiser.to(chosen)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoisers."""
+        return self.fine_denoiser.dtype  # type: ignore[return-value]
 
     @torch.no_grad()
     def __call__(
@@ -123,6 +147,8 @@ class NFLDMPipeline(DiffusionPipeline):
         Raises:
             ValueError: for arguments that make no sense.
         """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         steps = self._check_inputs(
             num_scenes, generator, num_inference_steps, output_type, guidance_scale, callback_on_step_end_tensor_inputs
         )
@@ -135,7 +161,8 @@ class NFLDMPipeline(DiffusionPipeline):
         def sample(stage: str, denoiser: nn.Module, **conditions: Tensor) -> Tensor:
             self._stage, self._guidance_scale = stage, guidance_scale
             noise = self.prepare_noise(num_scenes, denoiser, generator) * warmth[stage]
-            latents = self.denoise(denoiser, noise, steps[stage], generator, callback, **conditions)
+            cast = {name: value.to(noise.dtype) for name, value in conditions.items()}
+            latents = self.denoise(denoiser, noise, steps[stage], generator, callback, **cast).float()
             return latents if clip is None else latents.clamp(-clip, clip)
 
         scene_code = self.global_denoiser.code.inverse(sample("global", self.global_denoiser))
