@@ -92,7 +92,7 @@ def new_accelerator(schedule: Schedule, output_dir: Path | str) -> Accelerator:
     return Accelerator(
         mixed_precision=schedule.mixed_precision,
         gradient_accumulation_steps=schedule.gradient_accumulation_steps,
-        log_with=tracker_names(schedule.report_to),
+        log_with=tracker_names(schedule.report_to) or None,
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(Path(output_dir) / "tensorboard")),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
@@ -318,7 +318,7 @@ class ItemDraws:
 
     def __init__(self, seed: int, positions: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.device = torch.device(device)
-        seeds = [_mix(seed, position, 1) for position in positions]
+        seeds = [_mix(seed, position, 0, 1) for position in positions]
         self._on_cpu = [torch.Generator().manual_seed(value) for value in seeds]
         self.generators = self._on_cpu
         if self.device.type != "cpu":

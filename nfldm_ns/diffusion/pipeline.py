@@ -126,7 +126,7 @@ class NFLDMPipeline(DiffusionPipeline):
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
-    ) -> NFLDMPipelineOutput | tuple[VoxelGrid | None, SceneLatents, Cameras]:
+    ) -> NFLDMPipelineOutput:
         """Samples `num_scenes` scenes.
 
         Args:
@@ -181,7 +181,7 @@ class NFLDMPipeline(DiffusionPipeline):
         grids = self.latent_autoencoder.decode(latents) if output_type == "grid" else None
         self.maybe_free_model_hooks()
         if not return_dict:
-            return grids, latents, cameras
+            return grids, latents, cameras  # type: ignore[return-value]
         return NFLDMPipelineOutput(grids=grids, latents=latents, cameras=cameras)
 
     @property

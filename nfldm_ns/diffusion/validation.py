@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import numpy as np
 import torch
 from diffusers import SchedulerMixin
@@ -61,7 +64,7 @@ class DenoiserPictures:
     def __init__(
         self,
         stage: str,
-        denoiser: nn.Module,
+        denoiser: Any,
         scheduler: SchedulerMixin,
         memory: LatentMemory,
         latent_autoencoder: LatentAutoencoder,
@@ -89,7 +92,10 @@ class DenoiserPictures:
             sampled_fine = self.denoiser.latent.inverse(self._sample(scene_code=code, coarse=codes))
         true, sampled = self._decode(code, coarse, fine), self._decode(sampled_code, sampled_coarse, sampled_fine)
         cameras = self._cameras(code)
-        columns = {"true": self._render(true, cameras), f"sampled {self.stage}": self._render(sampled, cameras)}
+        columns: dict[str, Iterable[Tensor]] = {
+            "true": self._render(true, cameras),
+            f"sampled {self.stage}": self._render(sampled, cameras),
+        }
         if self.stage == "global":
             columns["true way"] = self._maps(true, cameras)
             columns["sampled way"] = self._maps(true, self._cameras(sampled_code))

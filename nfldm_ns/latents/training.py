@@ -134,7 +134,8 @@ class LatentLosses:
         self.lpips = lpips
 
     def __call__(self, number: int) -> dict[str, Tensor]:
-        grid, views, draws = self.batch(number)
+        with torch.autocast(self.device.type, enabled=False):  # which cannot stack the voxels, stored in half precision
+            grid, views, draws = self.batch(number)
         result: LatentReconstruction = self.model(
             grid, fine_dropout=self.config.fine_dropout, generators=draws.generators
         )
@@ -155,8 +156,9 @@ class LatentLosses:
         weights = self.config.losses
         rendered = self.renderer.render(grid, views.cameras)
         losses = {"rgb_loss": weights.rgb_mult * F.l1_loss(rendered.rgb, views.images)}
-        if views.depths is not None:
-            losses["depth_loss"] = weights.depth_mult * depth_loss(rendered.maps, views)
+        known = views.depths is not None  # on every process the same losses, as their means are logged
+        depth = depth_loss(rendered.maps, views) if known else rendered.depth.new_zeros(())
+        losses["depth_loss"] = weights.depth_mult * depth
         if weights.lpips_mult:
             assert self.lpips is not None
             images = (rendered.rgb.flatten(0, 1) * 2 - 1, views.images.flatten(0, 1) * 2 - 1)
