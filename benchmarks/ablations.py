@@ -37,7 +37,7 @@ from nfldm_ns.autoencoder.novel_views import (
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
-from nfldm_ns.demo.evaluation import evenly
+from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.metrics import nearest_source_view
 from nfldm_ns.evaluation.report import Table

@@ -25,7 +25,7 @@ import tyro
 from ablations import stored
 from torch import nn
 
-from nfldm_ns.demo.evaluation import evenly
+from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.report import Table
 from nfldm_ns.evaluation.weights import load_lpips

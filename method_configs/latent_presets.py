@@ -70,6 +70,7 @@ LATENT_PRESETS: dict[str, LatentPreset] = {
                 mixed_precision="bf16",
                 log_every=50,
                 checkpoint_every=2000,
+                validation_steps=2000,
             ),
             losses=LatentLossConfig(lpips_mult=1.0),
             num_views=6,
@@ -100,6 +101,7 @@ LATENT_PRESETS: dict[str, LatentPreset] = {
                 mixed_precision="bf16",
                 log_every=50,
                 checkpoint_every=5000,
+                validation_steps=5000,
             ),
             num_views=6,
             fine_dropout=0.0,
@@ -118,6 +120,7 @@ def _on_gpu(max_steps: int, batch_size: int, learning_rate: float = 1e-4) -> Dif
             mixed_precision="bf16",
             log_every=100,
             checkpoint_every=5000,
+            validation_steps=5000,
         ),
         ema_decay=0.9999,
     )

@@ -18,12 +18,13 @@ from rich.console import Console
 from torch import nn
 
 from nfldm_ns.autoencoder.novel_views import evaluate_novel_views, reconstruct
+from nfldm_ns.choice import evenly
 from nfldm_ns.commands.demo import Demo as DemoCommand
 from nfldm_ns.commands.demo import main
 from nfldm_ns.demo import pace
 from nfldm_ns.demo.console import StageConsole, Timetable, clock
 from nfldm_ns.demo.denoisers import load_latents, save_latents
-from nfldm_ns.demo.evaluation import compare_image_sets, evenly, judge_novel_views
+from nfldm_ns.demo.evaluation import compare_image_sets, judge_novel_views
 from nfldm_ns.demo.runner import Stage, read_marker, run_stages
 from nfldm_ns.demo.scene_training import run_folder, train_command
 from nfldm_ns.demo.settings import fingerprint

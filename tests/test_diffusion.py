@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler
+from diffusers import DDIMInverseScheduler, DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.training_utils import compute_snr
 
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser, Normaliser
 from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
@@ -18,6 +19,7 @@ from nfldm_ns.diffusion.training import (
     DiffusionTrainingConfig,
     diffusion_target,
     evaluate_denoiser,
+    loss_weights,
     make_scheduler,
     save_pipeline,
     spread_timesteps,
@@ -84,8 +86,51 @@ def test_sampled_cameras_are_brought_into_the_box():
 
 
 def test_training_covers_the_noise_from_none_to_nothing_else():
+    for sampler in (DDPMScheduler, DDIMScheduler):
+        alphas = sampler.from_config(make_scheduler().config).alphas_cumprod
+        assert float(alphas[0]) > 0.999 and float(alphas[-1]) == 0, "the last step is pure noise"
+    assert float(make_scheduler().alphas_cumprod[-1]) == 2**-24, "DPM-Solver++ takes its logarithm"
+    plain = DDPMScheduler.from_config(make_scheduler("epsilon", zero_terminal_snr=False).config).alphas_cumprod
+    assert 0 < float(plain[-1]) < 1e-8
     alphas = DDPMScheduler.from_config(make_scheduler().config).alphas_cumprod
-    assert float(alphas[0]) > 0.999 and float(alphas[-1]) < 1e-6
+    torch.testing.assert_close(alphas[1:-1], plain[1:-1], atol=1e-4, rtol=1e-2)
+
+
+def test_predicting_pure_noise_from_pure_noise_is_refused(memory, latent_autoencoder, tmp_path):
+    with pytest.raises(UserInputError, match="v_prediction, or --no-zero-terminal-snr"):
+        train("coarse", memory, latent_autoencoder, tmp_path / "run", replace(TRAINING, prediction_type="epsilon"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("sampler", [DPMSolverMultistepScheduler, DDIMScheduler])
+@pytest.mark.parametrize("steps", [1, 7, 30])
+def test_sampling_starts_at_pure_noise(sampler, steps):
+    scheduler = sampler.from_config(make_scheduler().config)
+    scheduler.set_timesteps(steps)
+    assert int(scheduler.timesteps[0]) == 999 and len(scheduler.timesteps) == steps
+    assert not scheduler.config.get("clip_sample", False), "latents are not confined to [-1, 1]"
+
+
+@pytest.mark.parametrize("prediction_type", ["v_prediction", "epsilon", "sample"])
+def test_min_snr_weighs_the_clean_sample_alike_whatever_is_predicted(prediction_type):
+    zero = prediction_type != "epsilon"
+    scheduler = DDPMScheduler.from_config(make_scheduler(prediction_type, zero).config)
+    timestep = torch.tensor([3, 100, 400, 700, 950])
+    alpha = scheduler.alphas_cumprod[timestep]
+    snr = alpha / (1 - alpha)
+    clean, noise = torch.randn(2, 5, 4, dtype=torch.float64)
+    wrong = clean + 0.1
+    a, s = alpha.double().sqrt()[:, None], (1 - alpha.double()).sqrt()[:, None]
+    noisy = a * clean + s * noise
+    predictions = {"sample": wrong, "epsilon": (noisy - a * wrong) / s, "v_prediction": (a * noisy - wrong) / s}
+    targets = {"sample": clean, "epsilon": noise, "v_prediction": a * noise - s * clean}
+    error = (predictions[prediction_type] - targets[prediction_type]).square().mean(1)
+    weights = loss_weights(scheduler, timestep, "min_snr", gamma=5.0)
+    torch.testing.assert_close((weights * error).float(), 0.01 * snr.clamp(max=5), rtol=1e-3, atol=1e-7)
+    assert torch.equal(loss_weights(scheduler, timestep, "uniform"), torch.ones(5))
+    by_diffusers = compute_snr(scheduler, timestep)
+    divisor = {"sample": 1, "epsilon": by_diffusers, "v_prediction": by_diffusers + 1}[prediction_type]
+    torch.testing.assert_close(weights, by_diffusers.clamp(max=5) / divisor, rtol=1e-4, atol=1e-7)
 
 
 def test_timesteps_of_a_batch_cover_the_range():
@@ -97,7 +142,7 @@ def test_timesteps_of_a_batch_cover_the_range():
 def test_exact_predictions_recover_the_clean_sample(prediction_type):
     """For a distribution of a single point the exact prediction is known at any time; the solver must land on it."""
     clean = torch.randn(2, 3, 4)
-    scheduler = make_scheduler(prediction_type)
+    scheduler = make_scheduler(prediction_type, prediction_type != "epsilon")
     training = DDPMScheduler.from_config(scheduler.config)
     scheduler.set_timesteps(10)
     x = torch.randn(2, 3, 4)
@@ -134,10 +179,11 @@ def test_ddim_round_trip_with_an_ideal_denoiser_returns_its_input():
     torch.testing.assert_close(x, start, atol=0.05, rtol=0.02)
 
 
-def test_sampling_with_the_ideal_denoiser_gives_its_distribution():
-    scheduler = make_scheduler()
+@pytest.mark.parametrize(("sampler", "steps"), [(DPMSolverMultistepScheduler, 30), (DDIMScheduler, 100)])
+def test_sampling_with_the_ideal_denoiser_gives_its_distribution(sampler, steps):
+    scheduler = sampler.from_config(make_scheduler().config)
     training = DDPMScheduler.from_config(scheduler.config)
-    scheduler.set_timesteps(30)
+    scheduler.set_timesteps(steps)
     x = torch.randn(20_000)
     for timestep in scheduler.timesteps:
         x = scheduler.step(ideal_gaussian_velocity(x, int(timestep), training), timestep, x).prev_sample
@@ -196,6 +242,10 @@ def test_conditions_reach_the_denoisers():
     assert not torch.allclose(psi_f(f, time, code, coarse), psi_f(f, time, other, coarse))
     assert not torch.allclose(psi_f(f, time, code, coarse), psi_f(f, time, code, -coarse))
     assert not torch.allclose(psi_f(f, time, code, coarse), psi_f(f, time, code, coarse, context))
+    drop = torch.tensor([True])
+    assert torch.equal(psi_c(c, time, code, drop_code=drop), psi_c(c, time, other, drop_code=drop))
+    assert torch.equal(psi_f(f, time, code, coarse, drop_code=drop), psi_f(f, time, other, coarse, drop_code=drop))
+    assert torch.equal(psi_c(c, time, code, drop_code=~drop), psi_c(c, time, code))
 
 
 # Latents of the training scenes
@@ -292,7 +342,7 @@ def test_pipeline_is_saved_only_when_all_denoisers_fit(memory, latent_autoencode
     saved = save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder, temperatures=(1.0, 1.0, 0.5))
     assert tuple(load_pipeline(saved).config.temperatures) == (1.0, 1.0, 0.5)
     shutil.rmtree(tmp_path / "fine")
-    other = replace(TRAINING, prediction_type="epsilon")
+    other = replace(TRAINING, prediction_type="epsilon", zero_terminal_snr=False)
     train("fine", memory, latent_autoencoder, tmp_path / "fine", other)
     with pytest.raises(UserInputError, match="epsilon, v_prediction"):
         save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder)

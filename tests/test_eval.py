@@ -11,12 +11,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from nfldm_ns.choice import evenly
 from nfldm_ns.commands import eval as command
 from nfldm_ns.diffusion.pipeline import scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation import image_sets
 from nfldm_ns.evaluation.geometry import BINS, DepthHistogram, floating_density
-from nfldm_ns.evaluation.image_sets import evenly, picture_features, set_distances, write_pictures
+from nfldm_ns.evaluation.image_sets import picture_features, set_distances, write_pictures
 from nfldm_ns.evaluation.inception import resize_clean
 from nfldm_ns.evaluation.metrics import frechet_distance
 from nfldm_ns.evaluation.neighbours import (

@@ -10,6 +10,8 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers.callbacks import PipelineCallback
+from diffusers.utils import PushToHubMixin
 from safetensors.torch import load_file
 
 from nfldm_ns.commands import encode, sample, train_diffusion, train_latent_ae
@@ -102,12 +104,119 @@ def test_callback_sees_every_step_and_may_change_latents():
     seen = []
 
     def callback(pipeline, step, timestep, values):
-        seen.append((values["stage"], step))
+        seen.append((pipeline.stage, step))
         return {"latents": torch.zeros_like(values["latents"])} if step == 2 else {}
 
     output = small_pipeline()(1, scene_generators(0, 1), num_inference_steps=3, callback_on_step_end=callback)
     assert seen == [(stage, step) for stage in ("global", "coarse", "fine") for step in range(3)]
     assert float(output.latents.fine.abs().max()) == 0, "the untrained denoisers' statistics are zero and one"
+
+
+def test_callback_gets_what_it_asks_for_as_in_diffusers():
+    seen = []
+
+    class Watcher(PipelineCallback):
+        @property
+        def tensor_inputs(self):
+            return ["latents", "scene_code"]
+
+        def callback_fn(self, pipeline, step, timestep, kwargs):
+            seen.append(
+                (pipeline.stage, pipeline.num_timesteps, timestep, sorted(kwargs), kwargs["scene_code"] is None)
+            )
+            return kwargs
+
+    pipeline = small_pipeline()
+    pipeline(
+        1, num_inference_steps=(1, 2, 1), callback_on_step_end=Watcher(cutoff_step_ratio=None, cutoff_step_index=0)
+    )
+    assert [entry[:2] for entry in seen] == [("global", 1), ("coarse", 2), ("coarse", 2), ("fine", 1)]
+    assert all(entry[3] == ["latents", "scene_code"] for entry in seen)
+    assert [entry[4] for entry in seen] == [True, False, False, False]
+    assert [entry[2] for entry in seen if entry[0] == "coarse"] == [999, 499]
+    with pytest.raises(ValueError, match="callback_on_step_end_tensor_inputs"):
+        pipeline(1, callback_on_step_end=print, callback_on_step_end_tensor_inputs=["fine"])
+    for steps in (0, (1, 2), (1, 0, 2)):
+        with pytest.raises(ValueError, match="num_inference_steps"):
+            pipeline(1, num_inference_steps=steps)
+
+
+def test_a_tuple_is_what_the_output_holds():
+    pipeline = small_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    grids, latents, cameras = pipeline(1, scene_generators(3, 1), num_inference_steps=2, return_dict=False)
+    output = pipeline(1, scene_generators(3, 1), num_inference_steps=2)
+    assert torch.equal(grids.density, output.grids.density) and torch.equal(latents.fine, output.latents.fine)
+    assert torch.equal(cameras.camera_to_worlds, output.cameras.camera_to_worlds)
+
+
+def test_progress_bars_are_diffusers_own(capsys):
+    pipeline = small_pipeline()
+    pipeline(1, num_inference_steps=2)
+    assert capsys.readouterr().err.count("\n") == 3, "one bar per latent"
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline(1, num_inference_steps=2)
+    assert capsys.readouterr().err == ""
+
+
+def guided_pipeline():
+    """A pipeline whose denoisers know scenes without their code, with weights that are not zero."""
+    torch.manual_seed(0)
+    pipeline = small_pipeline()
+    for name in ("coarse_denoiser", "fine_denoiser"):
+        denoiser = getattr(pipeline, name)
+        denoiser.register_to_config(condition_dropout=0.1)
+        torch.nn.init.normal_(denoiser.unet.conv_out.weight, std=0.1)
+    return pipeline
+
+
+def test_guidance_goes_away_from_what_the_denoisers_say_without_the_code():
+    pipeline = guided_pipeline()
+    plain, none, same = (
+        pipeline(1, scene_generators(0, 1), num_inference_steps=1, guidance_scale=scale).latents.coarse
+        for scale in (1.0, 0.0, 1.0)
+    )
+    strong = pipeline(1, scene_generators(0, 1), num_inference_steps=1, guidance_scale=3.0).latents.coarse
+    assert torch.equal(plain, same) and not torch.allclose(plain, none)
+    torch.testing.assert_close(strong, none + 3 * (plain - none), atol=1e-4, rtol=1e-3)
+    with pytest.raises(ValueError, match="--condition-dropout"):
+        small_pipeline()(1, guidance_scale=2.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_denoisers_in_half_precision_give_scenes_close_to_those_in_single(dtype, tmp_path):
+    pipeline = guided_pipeline()
+    expected = pipeline(2, num_inference_steps=3, temperatures=(0, 0, 0))
+    pipeline.save_pretrained(tmp_path)
+    for half in (pipeline.to(dtype), NFLDMPipeline.from_pretrained(tmp_path, torch_dtype=dtype)):
+        assert half.dtype == half.coarse_denoiser.dtype == dtype and half.latent_autoencoder.dtype == torch.float32
+        output = half(2, num_inference_steps=3, temperatures=(0, 0, 0))
+        assert all(value.isfinite().all() for value in (output.grids.density, output.grids.features))
+        torch.testing.assert_close(output.latents.coarse, expected.latents.coarse, atol=0.1, rtol=0.1)
+        rendered = half.scene_autoencoder.render(output.grids, output.cameras).rgb
+        assert bool(rendered.isfinite().all())
+    single = pipeline.to(torch.float32, "cpu")
+    assert single.dtype == torch.float32
+
+
+@pytest.mark.gpu
+def test_what_is_saved_on_a_gpu_loads_on_a_cpu_and_the_other_way_round(folder, tmp_path):
+    on_gpu = load_pipeline(folder).to("cuda", torch.bfloat16)
+    output = on_gpu(1, scene_generators(0, 1), num_inference_steps=2)
+    assert output.grids.density.is_cuda and bool(output.grids.density.isfinite().all())
+    on_gpu.to(torch.float32).save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    assert again.device.type == "cpu"
+    for name in ("fine_denoiser", "latent_autoencoder", "scene_autoencoder"):
+        ours, theirs = getattr(again, name).state_dict(), getattr(on_gpu, name).state_dict()
+        assert all(torch.equal(value, theirs[key].cpu()) for key, value in ours.items())
+
+
+def test_the_hub_is_reached_by_the_mixin_and_only_when_asked(tmp_path, monkeypatch):
+    assert issubclass(NFLDMPipeline, PushToHubMixin) and callable(NFLDMPipeline.push_to_hub)
+    monkeypatch.setattr(NFLDMPipeline, "_upload_folder", lambda *args, **kwargs: pytest.fail("no upload was asked for"))
+    small_pipeline().save_pretrained(tmp_path, push_to_hub=False)
+    assert (tmp_path / "model_index.json").is_file()
 
 
 def test_clip_limits_the_latents():

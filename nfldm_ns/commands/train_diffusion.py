@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from nfldm_ns.commands.schedule import ReportTo, given_settings, is_first_process, process_device
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 if TYPE_CHECKING:
@@ -16,9 +17,9 @@ if TYPE_CHECKING:
 class TrainDiffusion:
     """Train the denoisers of the global, the coarse and the fine latent; an interrupted run continues where it stopped.
 
-    When all are there, they are saved as one pipeline. The trainings are independent: run them one after
-    the other (all) or each on its own machine. On several GPUs start with `accelerate launch -m
-    nfldm_ns.commands.train_diffusion`.
+    When all are there, they are saved as one pipeline. The trainings are independent: run them one after the other
+    (all) or each on its own machine. The same command trains on a CPU or one GPU; on several GPUs or machines
+    start it with `accelerate launch -m nfldm_ns.commands.train_diffusion`.
     """
 
     stage: tyro.conf.Positional[Literal["global", "coarse", "fine", "all"]]
@@ -35,16 +36,31 @@ class TrainDiffusion:
     time_budget_s: float | None = None
     """Each denoiser's training ends after this many seconds if that comes first."""
     batch_size: int | None = None
+    """Scenes per pass and process."""
+    gradient_accumulation_steps: int | None = None
+    """Passes per optimiser step: a step learns from this many times `--batch-size` scenes (times the processes)."""
     learning_rate: float | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """By default the preset's, else what `accelerate launch` says."""
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    """What the denoisers predict; epsilon needs `--no-zero-terminal-snr`."""
+    zero_terminal_snr: bool = True
+    """Noise up to pure noise, which sampling starts from (Lin et al. 2024)."""
+    loss_weighting: Literal["uniform", "min_snr"] | None = None
+    """Of timesteps: all alike, or min-SNR-gamma (Hang et al. 2023)."""
+    min_snr_gamma: float | None = None
+    """gamma of min_snr."""
+    condition_dropout: float | None = None
+    """Share of scenes whose code g the denoisers of c and f do not see, for `guidance_scale` in sampling."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
+    validation_steps: int | None = None
+    """Steps between sample renders in the trackers; 0 for none."""
+    report_to: ReportTo = "tensorboard"
+    """Where losses and renders are shown, besides metrics.jsonl; wandb needs `pip install wandb`."""
     seed: int = 0
 
     def run(self) -> None:
-        import torch
-
         from nfldm_ns.diffusion.latent_memory import encode_latents
         from nfldm_ns.diffusion.training import save_pipeline, stages_of, train_denoiser
         from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
@@ -54,19 +70,29 @@ class TrainDiffusion:
         store = VoxelStore.open(self.voxels)
         latent_autoencoder = load_latent_autoencoder(self.latent_autoencoder)
         self._require_its_voxels(store)
-        latent_autoencoder.to("cuda" if torch.cuda.is_available() else "cpu")
+        latent_autoencoder.to(process_device())
         preset = DIFFUSION_PRESETS[self.preset]
         turns = preset.quarter_turns if self.quarter_turns is None else self.quarter_turns
         memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns)
-        names = ("max_steps", "time_budget_s", "batch_size", "learning_rate", "mixed_precision", "seed")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        scene_autoencoder = store.load_autoencoder()
+        given = given_settings(self)
+        names = ("prediction_type", "zero_terminal_snr", "loss_weighting", "min_snr_gamma", "condition_dropout")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
             training = preset.training[stage]
-            training = replace(
-                training, schedule=replace(training.schedule, **given), prediction_type=self.prediction_type
+            training = replace(training, schedule=replace(training.schedule, **given), **changes)
+            train_denoiser(
+                stage,
+                memory,
+                latent_autoencoder,
+                self.output_dir / stage,
+                preset.models[stage],
+                training,
+                scene_autoencoder=scene_autoencoder,
             )
-            train_denoiser(stage, memory, latent_autoencoder, self.output_dir / stage, preset.models[stage], training)
-        saved = save_pipeline(self.output_dir, store.load_autoencoder(), latent_autoencoder, preset.temperatures)
+        if not is_first_process():
+            return
+        saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, preset.temperatures)
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
 
     def _require_its_voxels(self, store: "VoxelStore") -> None:

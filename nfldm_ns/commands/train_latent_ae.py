@@ -2,18 +2,26 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
+from nfldm_ns.commands.schedule import ReportTo, given_settings, is_first_process
 from nfldm_ns.errors import exit_on_bad_input
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+    from nfldm_ns.latents.voxel_store import VoxelStore
 
 
 @dataclass
 class TrainLatentAutoencoder:
     """Train the latent auto-encoder on encoded scenes; an interrupted run continues where it stopped.
 
-    On several GPUs start it with `accelerate launch -m nfldm_ns.commands.train_latent_ae`.
+    The same command trains on a CPU or one GPU; on several GPUs or machines start it with `accelerate launch -m
+    nfldm_ns.commands.train_latent_ae`.
     """
 
     voxels: Path
@@ -26,8 +34,16 @@ class TrainLatentAutoencoder:
     time_budget_s: float | None = None
     """Ends after this many seconds if that comes first."""
     batch_size: int | None = None
+    """Scenes per pass and process."""
+    gradient_accumulation_steps: int | None = None
+    """Passes per optimiser step: a step learns from this many times `--batch-size` scenes (times the processes)."""
     learning_rate: float | None = None
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """By default the preset's, else what `accelerate launch` says."""
+    validation_steps: int | None = None
+    """Steps between sample renders in the trackers; 0 for none."""
+    report_to: ReportTo = "tensorboard"
+    """Where losses and renders are shown, besides metrics.jsonl; wandb needs `pip install wandb`."""
     seed: int = 0
     quantize: bool = True
     """Vector-quantise c and f, as the paper does."""
@@ -48,8 +64,7 @@ class TrainLatentAutoencoder:
 
         store = VoxelStore.open(self.voxels)
         preset = LATENT_PRESETS[self.preset]
-        names = ("max_steps", "time_budget_s", "batch_size", "learning_rate", "mixed_precision", "seed")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        given = given_settings(self)
         training = replace(preset.training, schedule=replace(preset.training.schedule, **given))
         if self.quarter_turns is not None:
             training = replace(training, quarter_turns=self.quarter_turns)
@@ -61,11 +76,13 @@ class TrainLatentAutoencoder:
             "use_global": self.use_global,
         }
         model = train_latent_autoencoder(store, self.output_dir, model_config, training, lpips=lpips)
+        if not is_first_process():
+            return
         print(f"The latent auto-encoder is in {self.output_dir / 'latent_autoencoder'}")
         if self.evaluate and store.splits["test"]:
             self.report(store, model, lpips)
 
-    def report(self, store, model, lpips) -> None:
+    def report(self, store: "VoxelStore", model: "LatentAutoencoder", lpips: "nn.Module | None") -> None:
         from nfldm_ns.latents.round_trip import evaluate_round_trip
         from nfldm_ns.scenes.writing import write_json
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.novel_views import mean_training_image
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.choice import evenly
 from nfldm_ns.demo.runner import Report
 from nfldm_ns.demo.settings import DemoSettings
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
 from nfldm_ns.diffusion.sampling import sample_scenes
 from nfldm_ns.evaluation.image_sets import (
     Images,
-    evenly,
     picture_features,
     same_picture_features,
     set_distances,

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.choice import evenly
 from nfldm_ns.demo.console import clock
 from nfldm_ns.demo.folder import DemoFolder
 from nfldm_ns.demo.runner import Report as Progress
 from nfldm_ns.demo.settings import DemoSettings
 from nfldm_ns.evaluation.galleries import bev_colors, density_from_above, depth_colors, encode_video, image_grid
-from nfldm_ns.evaluation.image_sets import evenly
 from nfldm_ns.evaluation.metrics import nearest_source_view
 from nfldm_ns.evaluation.report import Curves, Gallery, Picture, Plots, Report, Section, Table, Video, Wide
 from nfldm_ns.generated.cameras import fly_through

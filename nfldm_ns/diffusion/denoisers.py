@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nfldm_ns.diffusion.trajectory import CAMERA_DIM, Intrinsics
@@ -188,6 +188,8 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
         layers: residual layers per resolution.
         context_dim: width of the cross-attention's tokens.
         head_dim: channels per attention head.
+        condition_dropout: share of training scenes whose code is dropped, for classifier-free guidance. What stands
+            for a dropped one are zeros in normalised units: the mean code.
     """
 
     config_name = "config.json"
@@ -202,6 +204,7 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
         layers: int = 2,
         context_dim: int = 128,
         head_dim: int = 32,
+        condition_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
@@ -222,13 +225,15 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
         timestep: Int[Tensor, "batch"],
         scene_code: Float[Tensor, "batch code"],
         context: Float[Tensor, "batch tokens dim"] | None = None,
+        drop_code: Bool[Tensor, "batch"] | None = None,
     ) -> Float[Tensor, "batch folded yc xc"]:
         """Predicts from a noisy c in normalised units, z folded into channels.
 
         Args:
             context: further tokens for cross-attention, for example of a bird's-eye-view map.
+            drop_code: scenes that are to be predicted without their code.
         """
-        code = self.code(scene_code)
+        code = _without(self.code(scene_code), drop_code)
         tokens = _with_token(self.token(code), context)
         return self.unet(sample, timestep, tokens, class_labels=code).sample
 
@@ -240,7 +245,7 @@ class FineDenoiser(ModelMixin, ConfigMixin):
         fine_shape: (Cf, Y, X).
         coarse_shape: (Cc, Zc, Yc, Xc).
         coarse_channels: channels that c is projected to before it is upsampled.
-        code_dim, channels, attention, layers, context_dim, head_dim: as in `CoarseDenoiser`.
+        code_dim, channels, attention, layers, context_dim, head_dim, condition_dropout: as in `CoarseDenoiser`.
     """
 
     config_name = "config.json"
@@ -257,6 +262,7 @@ class FineDenoiser(ModelMixin, ConfigMixin):
         layers: int = 1,
         context_dim: int = 128,
         head_dim: int = 32,
+        condition_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
@@ -288,22 +294,24 @@ class FineDenoiser(ModelMixin, ConfigMixin):
         scene_code: Float[Tensor, "batch code"],
         coarse: Float[Tensor, "batch cc zc yc xc"],
         context: Float[Tensor, "batch tokens dim"] | None = None,
-        coarse_noise: float = 0.0,
+        drop_code: Bool[Tensor, "batch"] | None = None,
     ) -> Float[Tensor, "batch fine y x"]:
         """Predicts from a noisy f in normalised units.
 
         Args:
             coarse: c, quantised: what the decoder will see.
             context: further tokens for cross-attention.
-            coarse_noise: standard deviation of noise on the normalised c (conditioning augmentation in training).
+            drop_code: scenes that are to be predicted without their code.
         """
-        code = self.code(scene_code)
+        code = _without(self.code(scene_code), drop_code)
         tokens = _with_token(self.token(code), context)
         guide = self.coarse(coarse.flatten(1, 2))
-        if coarse_noise > 0:
-            guide = guide + coarse_noise * torch.randn_like(guide)
         guide = F.interpolate(self.project_coarse(guide), size=sample.shape[-2:], mode="bilinear", align_corners=False)
         return self.unet(torch.cat([sample, guide], dim=1), timestep, tokens, class_labels=code).sample
+
+
+def _without(code: Float[Tensor, "batch code"], drop: Bool[Tensor, "batch"] | None) -> Float[Tensor, "batch code"]:
+    return code if drop is None else torch.where(drop[:, None], torch.zeros_like(code), code)
 
 
 def _with_token(token: Float[Tensor, "batch dim"], context: Tensor | None) -> Float[Tensor, "batch tokens dim"]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
@@ -27,6 +29,7 @@ from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
+STAGES = ("global", "coarse", "fine")
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["NFLDMPipeline", int, int, dict[str, Any]], dict[str, Any]]
 
@@ -60,6 +63,11 @@ class NFLDMPipeline(DiffusionPipeline):
     """
 
     _optional_components: ClassVar[list[str]] = ["fine_denoiser"]
+    _callback_tensor_inputs = ("latents", "scene_code", "coarse")
+    _stage = "global"
+    _num_timesteps = 0
+    _guidance_scale = 1.0
+
     model_cpu_offload_seq = "global_denoiser->coarse_denoiser->fine_denoiser->latent_autoencoder->scene_autoencoder"
 
     def __init__(
@@ -82,40 +90,80 @@ class NFLDMPipeline(DiffusionPipeline):
             fine_denoiser=fine_denoiser,
             scheduler=scheduler,
         )
+        for decoder in (scene_autoencoder, latent_autoencoder):  # from_pretrained(torch_dtype=...) casts them, too
+            decoder.float()
+
+    def to(self, *args, dtype: torch.dtype | None = None, **kwargs) -> NFLDMPipeline:
+        """Moves all models; the denoisers alone take another precision.
+
+        Stages 1 and 2 stay in single precision, as other pipelines do with decoders that overflow: densities span more
+        than half precision holds, and codes and statistics lose what tells them apart.
+        """
+        dtypes = [arg for arg in args if isinstance(arg, torch.dtype)]
+        rest = [arg for arg in args if not isinstance(arg, torch.dtype)]
+        if rest or kwargs:
+            super().to(*rest, **kwargs)
+        chosen = dtype or (dtypes[0] if dtypes else None)
+        if chosen is not None:
+            for denoiser in (self.global_denoiser, self.coarse_denoiser, self.fine_denoiser):
+                denoiser.to(chosen)
+        return self
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the denoisers."""
+        return self.fine_denoiser.dtype  # type: ignore[return-value]
 
     @torch.no_grad()
     def __call__(
         self,
         num_scenes: int = 1,
         generator: Generators = None,
-        num_inference_steps: int = 30,
+        num_inference_steps: int | Sequence[int] = 30,
         output_type: str = "grid",
         clip: float | None = None,
         temperatures: Sequence[float] | None = None,
+        guidance_scale: float = 1.0,
         callback_on_step_end: StepCallback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        return_dict: bool = True,
     ) -> NFLDMPipelineOutput:
         """Samples `num_scenes` scenes.
 
         Args:
             generator: one for all, or one per scene; with one per scene a scene does not depend on the others.
-            num_inference_steps: denoising steps of each of the three latents.
+            num_inference_steps: denoising steps of each of the three latents, one number for all or one each.
             output_type: "grid", or "latent" to skip decoding.
             clip: limits sampled latents to this many standard deviations; None leaves them alone.
             temperatures: of g, c and f, instead of the pipeline's own.
-            callback_on_step_end: called as `callback(pipeline, step, timestep, {"stage": ..., "latents": ...})` after
-                each step; may return `{"latents": ...}` to go on with. Latents are in normalised units.
+            guidance_scale: how much psi_c and psi_f follow the scene code: 1 as trained, above 1 the more
+                (classifier-free guidance, Ho & Salimans 2022). Needs denoisers trained with `condition_dropout`.
+            callback_on_step_end: called as `callback(pipeline, step, timestep, kwargs)` after each step, as diffusers'
+                pipelines do; `kwargs` holds what was asked for. What it returns under "latents" is gone on with.
+                `pipeline.stage` tells which latent is sampled, `pipeline.num_timesteps` how many steps that takes.
+            callback_on_step_end_tensor_inputs: names of what the callback gets: "latents" (noisy, in normalised units)
+                and "scene_code" and "coarse", the conditions (None for a denoiser without them).
+            return_dict: False gives a tuple of the output's attributes.
+
+        Raises:
+            ValueError: for arguments that make no sense.
         """
-        if output_type not in ("grid", "latent"):
-            raise ValueError(f"output_type must be 'grid' or 'latent', not {output_type!r}")
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        steps = self._check_inputs(
+            num_scenes, generator, num_inference_steps, output_type, guidance_scale, callback_on_step_end_tensor_inputs
+        )
         chosen = self.config.temperatures if temperatures is None else temperatures
-        warmth = dict(zip(("global", "coarse", "fine"), chosen, strict=True))
+        warmth = dict(zip(STAGES, chosen, strict=True))
+        callback = None
+        if callback_on_step_end is not None:
+            callback = partial(_call, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
 
         def sample(stage: str, denoiser: nn.Module, **conditions: Tensor) -> Tensor:
-            noise = self.prepare_noise(num_scenes, denoiser.sample_shape, generator)  # type: ignore[arg-type]
-            noise = noise * warmth[stage]
-            latents = self.denoise(
-                stage, denoiser, noise, num_inference_steps, generator, callback_on_step_end, **conditions
-            )
+            self._stage, self._guidance_scale = stage, guidance_scale
+            noise = self.prepare_noise(num_scenes, denoiser, generator) * warmth[stage]
+            cast = {name: value.to(noise.dtype) for name, value in conditions.items()}
+            latents = self.denoise(denoiser, noise, steps[stage], generator, callback, **cast).float()
             return latents if clip is None else latents.clamp(-clip, clip)
 
         scene_code = self.global_denoiser.code.inverse(sample("global", self.global_denoiser))
@@ -135,51 +183,131 @@ class NFLDMPipeline(DiffusionPipeline):
             trajectory, self.latent_autoencoder.aabb, tuple(config.intrinsics), tuple(config.image_size)
         )
         grids = self.latent_autoencoder.decode(latents) if output_type == "grid" else None
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return grids, latents, cameras  # type: ignore[return-value]
         return NFLDMPipelineOutput(grids=grids, latents=latents, cameras=cameras)
 
+    @property
+    def stage(self) -> str:
+        """Which latent is sampled: "global", "coarse" or "fine"."""
+        return self._stage
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps that this takes."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        return self._guidance_scale
+
+    def _check_inputs(
+        self,
+        num_scenes: int,
+        generator: Generators,
+        num_inference_steps: int | Sequence[int],
+        output_type: str,
+        guidance_scale: float,
+        tensor_inputs: Sequence[str],
+    ) -> dict[str, int]:
+        """Steps by stage, if all arguments make sense."""
+        if output_type not in ("grid", "latent"):
+            raise ValueError(f"output_type must be 'grid' or 'latent', not {output_type!r}")
+        several = not (generator is None or isinstance(generator, torch.Generator))
+        if several and len(generator) != num_scenes:  # type: ignore[arg-type]
+            raise ValueError(f"{len(generator)} generators were given for {num_scenes} scenes")  # type: ignore[arg-type]
+        steps = [num_inference_steps] * 3 if isinstance(num_inference_steps, int) else list(num_inference_steps)
+        if len(steps) != 3 or min(steps) < 1:
+            raise ValueError(f"num_inference_steps must be positive, one for all or one per latent, not {steps}")
+        unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs has to be in {self._callback_tensor_inputs}, but has {unknown}"
+            )
+        guided = [d for d in (self.coarse_denoiser, self.fine_denoiser) if d is not None]
+        untrained = [denoiser for denoiser in guided if not denoiser.config.condition_dropout]
+        if guidance_scale != 1 and untrained:
+            raise ValueError(
+                f"guidance_scale {guidance_scale} needs denoisers trained with --condition-dropout, but "
+                f"{type(untrained[0]).__name__} always saw the scene code"
+            )
+        return dict(zip(STAGES, steps, strict=True))
+
     def prepare_noise(
-        self, num_scenes: int, shape: tuple[int, ...], generator: Generators
+        self, num_scenes: int, denoiser: nn.Module, generator: Generators
     ) -> Float[Tensor, "scenes *shape"]:
-        """Initial noise, scaled as the scheduler wants it."""
-        generators = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
-        if isinstance(generators, list) and len(generators) != num_scenes:
-            raise ValueError(f"{len(generators)} generators were given for {num_scenes} scenes")
+        """Initial noise for one denoiser, scaled as the scheduler wants it."""
         noise = randn_tensor(
-            (num_scenes, *shape), generator=generators, device=self._execution_device, dtype=self.coarse_denoiser.dtype
+            (num_scenes, *denoiser.sample_shape),  # type: ignore[misc]
+            generator=_as_list(generator),
+            device=self._execution_device,
+            dtype=denoiser.dtype,  # type: ignore[arg-type]
         )
         return noise * self.scheduler.init_noise_sigma
 
     def denoise(
         self,
-        stage: str,
         denoiser: nn.Module,
         latents: Float[Tensor, "scenes *shape"],
         num_inference_steps: int,
         generator: Generators = None,
-        callback: StepCallback | None = None,
+        callback: Callable[..., Tensor] | None = None,
         **conditions: Tensor,
     ) -> Float[Tensor, "scenes *shape"]:
-        """Runs one denoiser from noise to a sample, in normalised units."""
+        """Runs one denoiser from noise to a sample, in normalised units.
+
+        Args:
+            callback: called with the pipeline, the step, the timestep, the latents and the conditions; returns the
+                latents to go on with.
+        """
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        self._num_timesteps = len(self.scheduler.timesteps)
         extra = self._step_arguments(generator)
-        with self.progress_bar(total=num_inference_steps) as progress:
+        with self.progress_bar(total=self._num_timesteps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
                 scaled = self.scheduler.scale_model_input(latents, timestep)
                 batch_time = timestep.to(latents.device).expand(len(latents))
-                predicted = denoiser(scaled, batch_time, **conditions)
+                predicted = self._predict(denoiser, scaled, batch_time, conditions)
                 latents = self.scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[0]
                 if callback is not None:
-                    result = callback(self, step, int(timestep), {"stage": stage, "latents": latents})
-                    latents = result.get("latents", latents)
+                    latents = callback(self, step, timestep, latents, conditions)
                 progress.update()
         return latents
+
+    def _predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        """The prediction, away from what it is without the scene code where that is wanted."""
+        predicted = denoiser(latents, timestep, **conditions)
+        if not conditions or self._guidance_scale == 1:
+            return predicted
+        everywhere = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
+        without = denoiser(latents, timestep, **conditions, drop_code=everywhere)
+        return without + self._guidance_scale * (predicted - without)
 
     def _step_arguments(self, generator: Generators) -> dict[str, Any]:
         accepts = "generator" in inspect.signature(self.scheduler.step).parameters
         if not accepts:
             return {}
-        single = generator is None or isinstance(generator, torch.Generator)
-        return {"generator": generator if single else list(generator)}  # type: ignore[arg-type]
+        return {"generator": _as_list(generator)}
+
+
+def _as_list(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
+    return generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
+
+
+def _call(
+    callback: StepCallback,
+    names: tuple[str, ...],
+    pipeline: NFLDMPipeline,
+    step: int,
+    timestep: Tensor,
+    latents: Tensor,
+    conditions: dict[str, Tensor],
+) -> Tensor:
+    """Calls a callback as diffusers' pipelines do; returns the latents to go on with."""
+    known = {"latents": latents, **conditions}
+    result = callback(pipeline, step, int(timestep), {name: known.get(name) for name in names})
+    return latents if result is None else result.get("latents", latents)
 
 
 def scene_generators(seed: int, num_scenes: int, device: torch.device | str = "cpu") -> list[torch.Generator]:

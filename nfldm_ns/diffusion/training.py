@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.training_utils import EMAModel
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
@@ -18,16 +19,30 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.pipeline import assemble_pipeline
+from nfldm_ns.diffusion.validation import DenoiserPictures
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.training import public_config
 from nfldm_ns.latents.voxel_store import model_hash
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.writing import atomic_path
-from nfldm_ns.training import ProgressCallback, RunFolder, Schedule, batch_indices, train
+from nfldm_ns.training import (
+    ItemDraws,
+    ProgressCallback,
+    RunFolder,
+    Schedule,
+    batch_indices,
+    batch_positions,
+    joint_batch_size,
+    new_accelerator,
+    train,
+)
 
 Stage = Literal["global", "coarse", "fine"]
 STAGES: tuple[Stage, ...] = ("global", "coarse", "fine")
+PredictionType = Literal["v_prediction", "epsilon", "sample"]
+LossWeighting = Literal["uniform", "min_snr"]
+EVALUATION_BATCH = 8
 DENOISER_FOLDER = "denoiser"
 DENOISERS = {"global": GlobalDenoiser, "coarse": CoarseDenoiser, "fine": FineDenoiser}
 Denoiser = GlobalDenoiser | CoarseDenoiser | FineDenoiser
@@ -38,11 +53,19 @@ class DiffusionTrainingConfig:
     """Training of one denoiser."""
 
     schedule: Schedule = field(default_factory=Schedule)
-    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
+    prediction_type: PredictionType = "v_prediction"
+    zero_terminal_snr: bool = True
+    """The last training step is pure noise, which sampling starts from (Lin et al. 2024); not with "epsilon"."""
+    loss_weighting: LossWeighting = "uniform"
+    """Of timesteps, see `loss_weights`."""
+    min_snr_gamma: float = 5.0
+    """Where "min_snr" cuts the signal-to-noise ratio."""
     code_noise: float = 0.1
     """Standard deviation of noise on the scene code that conditions psi_c and psi_f: a sampled one is never exact."""
     coarse_noise: float = 0.1
     """Standard deviation of noise on the normalised c that conditions psi_f."""
+    condition_dropout: float = 0.0
+    """Share of scenes whose code psi_c and psi_f do not see; above 0 allows a `guidance_scale` in sampling."""
     ema_decay: float = 0.999
     """Of the moving averages of the weights, which are what is kept; it rises to this value while training."""
 
@@ -52,16 +75,57 @@ def stages_of(latent_autoencoder: LatentAutoencoder) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage != "fine" or latent_autoencoder.config.use_fine)
 
 
-def make_scheduler(prediction_type: str = "v_prediction") -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ with a cosine schedule whose last step is pure noise."""
-    return DPMSolverMultistepScheduler(
+def make_scheduler(
+    prediction_type: PredictionType = "v_prediction", zero_terminal_snr: bool = True
+) -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ with a cosine schedule; other samplers of diffusers can be made from its config.
+
+    Args:
+        zero_terminal_snr: the cosine is rescaled so that nothing of the signal is left in the last training step (Lin
+            et al. 2024, Algorithm 1): `DDPMScheduler.from_config` of it, which training uses, has `alphas_cumprod[-1]`
+            = 0, as has `DDIMScheduler`; DPM-Solver++, which works with its logarithm, has 2^-24. Without, it is 2e-9.
+            Sampling starts at that step ("trailing").
+
+    Raises:
+        UserInputError: for "epsilon" with zero terminal SNR.
+    """
+    if prediction_type == "epsilon" and zero_terminal_snr:
+        raise UserInputError(
+            "A denoiser that predicts the noise (epsilon) learns nothing of the scene from pure noise: choose "
+            "--prediction-type v_prediction, or --no-zero-terminal-snr."
+        )
+    solver = DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
         beta_schedule="squaredcos_cap_v2",
         prediction_type=prediction_type,
         algorithm_type="dpmsolver++",
         solver_order=2,
         timestep_spacing="trailing",
+        rescale_betas_zero_snr=zero_terminal_snr,
     )
+    solver.register_to_config(clip_sample=False)  # latents are no images: DDIM would cut them to [-1, 1]
+    return solver
+
+
+def loss_weights(
+    scheduler: DDPMScheduler, timestep: Int[Tensor, "batch"], weighting: LossWeighting, gamma: float = 5.0
+) -> Float[Tensor, "batch"]:
+    """Weights of the squared errors of what a denoiser predicts.
+
+    "uniform" is 1. "min_snr" is min-SNR-gamma (Hang et al. 2023): the squared error of the clean sample, however it is
+    predicted, weighs min(SNR, gamma), where SNR = alpha_bar / (1 - alpha_bar). By what is predicted that is
+
+    - sample: min(SNR, gamma)
+    - epsilon: min(SNR, gamma) / SNR
+    - v_prediction: min(SNR, gamma) / (SNR + 1)
+    """
+    if weighting == "uniform":
+        return torch.ones_like(timestep, dtype=torch.float32)
+    alpha = scheduler.alphas_cumprod.to(timestep.device)[timestep]
+    snr = alpha / (1 - alpha)
+    kind = scheduler.config.prediction_type
+    divisor = {"sample": torch.ones_like(snr), "epsilon": snr, "v_prediction": snr + 1}[kind]
+    return snr.clamp(max=gamma) / divisor
 
 
 def diffusion_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
@@ -72,15 +136,24 @@ def diffusion_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, tim
     return noise if kind == "epsilon" else clean
 
 
-def spread_timesteps(batch_size: int, num_timesteps: int, device: torch.device | str = "cpu") -> Tensor:
-    """Random timesteps that cover the range evenly within a batch, in random order: a steadier loss."""
-    start = torch.rand(())
-    share = (torch.randperm(batch_size) + start) / batch_size
-    return (share * num_timesteps).long().clamp(max=num_timesteps - 1).to(device)
+def spread_timesteps(count: int, num_timesteps: int, seed: int | None = None) -> Int[Tensor, "count"]:
+    """Random timesteps that cover the range evenly, in random order: a steadier loss.
+
+    Args:
+        seed: of these numbers; None for torch's own state.
+    """
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    start = torch.rand((), generator=generator)
+    share = (torch.randperm(count, generator=generator) + start) / count
+    return (share * num_timesteps).long().clamp(max=num_timesteps - 1)
 
 
 class DiffusionLosses:
-    """Losses of one step of one denoiser."""
+    """Losses of one pass of one denoiser.
+
+    What is drawn for a scene depends on its place in the sequence of all scenes, and the timesteps are spread over all
+    scenes of a step: however a step is split into passes and processes, it is the same.
+    """
 
     def __init__(
         self,
@@ -89,43 +162,70 @@ class DiffusionLosses:
         denoiser: Denoiser,
         memory: LatentMemory,
         config: DiffusionTrainingConfig,
-        accelerator: Accelerator,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        joint_batch_size: int | None = None,
     ) -> None:
         self.stage, self.wrapped, self.denoiser = stage, wrapped, denoiser
-        self.memory, self.config = memory, config
-        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.device = accelerator.device
-        self.scheduler = DDPMScheduler.from_config(make_scheduler(config.prediction_type).config)
+        self.memory, self.config, self.device = memory, config, device
+        self.rank, self.world_size = rank, world_size
+        self.joint_batch_size = joint_batch_size or config.schedule.batch_size
+        self.scheduler = training_scheduler(config)
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
-        schedule = self.config.schedule
-        indices = batch_indices(len(self.memory), schedule.batch_size, step, schedule.seed, self.rank, self.world_size)
-        return {"loss": self.loss(indices, torch.randint(self.memory.num_turns, (len(indices),)))}
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        schedule, memory = self.config.schedule, self.memory
+        share = (schedule.batch_size, number)
+        indices = batch_indices(len(memory), *share, schedule.seed, self.rank, self.world_size)
+        positions = batch_positions(*share, self.rank, self.world_size)
+        step, first = divmod(positions.start, self.joint_batch_size)
+        timestep = self.timesteps(self.joint_batch_size, schedule.seed + step)[first : first + len(indices)]
+        draws = ItemDraws(schedule.seed, positions, self.device)
+        return {"loss": self.loss(indices, timestep, draws)}
 
-    def loss(self, indices: list[int], turns: Tensor, augment: bool = True) -> Tensor:
-        """Mean squared error of the prediction for some scenes, at random times."""
-        clean, conditions = self.sample_and_conditions(indices, turns, augment)
-        timestep = spread_timesteps(len(indices), self.scheduler.config.num_train_timesteps, self.device)
-        noise = torch.randn_like(clean)
+    def timesteps(self, count: int, seed: int) -> Int[Tensor, "count"]:
+        """Timesteps of a batch."""
+        return spread_timesteps(count, self.scheduler.config.num_train_timesteps, seed)
+
+    def loss(
+        self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws, augment: bool = True
+    ) -> Float[Tensor, ""]:
+        """Weighted mean squared error of the prediction for some scenes."""
+        timestep = timestep.to(self.device)
+        clean, conditions = self.sample_and_conditions(indices, draws, augment)
+        noise = draws.normal(clean)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
-        predicted = self.wrapped(noisy, timestep, **conditions)
-        return F.mse_loss(predicted.float(), diffusion_target(self.scheduler, clean, noise, timestep))
+        predicted = self.wrapped(noisy, timestep, **conditions).float()
+        error = F.mse_loss(predicted, diffusion_target(self.scheduler, clean, noise, timestep), reduction="none")
+        weights = loss_weights(self.scheduler, timestep, self.config.loss_weighting, self.config.min_snr_gamma)
+        return (weights * error.flatten(1).mean(1)).mean()
 
-    def sample_and_conditions(self, indices: list[int], turns: Tensor, augment: bool) -> tuple[Tensor, dict[str, Any]]:
+    def sample_and_conditions(
+        self, indices: list[int], draws: ItemDraws, augment: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The clean sample in normalised units, and what the denoiser gets besides it."""
-        code = self.memory.pick("scene_code", indices, turns, self.device)
+        turns = draws.integers(self.memory.num_turns)
+        pick = partial(self.memory.pick, indices=indices, turns=turns, device=self.device)
+        code = pick("scene_code")
         if self.stage == "global":
             return self.denoiser.code(code), {}
         if augment and self.config.code_noise > 0:
-            code = code + self.config.code_noise * self.denoiser.code.std * torch.randn_like(code)
-        conditions: dict[str, Any] = {"scene_code": code}
+            code = code + self.config.code_noise * self.denoiser.code.std * draws.normal(code)
+        conditions = {"scene_code": code}
+        if augment and self.denoiser.config.condition_dropout > 0:
+            conditions["drop_code"] = draws.uniform().to(self.device) < self.denoiser.config.condition_dropout
         if self.stage == "coarse":
-            sample = self.memory.pick("coarse", indices, turns, self.device).flatten(1, 2)
-        else:
-            sample = self.memory.pick("fine", indices, turns, self.device)
-            conditions["coarse"] = self.memory.pick("coarse_codes", indices, turns, self.device)
-            conditions["coarse_noise"] = self.config.coarse_noise if augment else 0.0
-        return self.denoiser.latent(sample), conditions
+            return self.denoiser.latent(pick("coarse").flatten(1, 2)), conditions
+        coarse = pick("coarse_codes")
+        if augment and self.config.coarse_noise > 0:
+            std = self.denoiser.coarse.std.unflatten(0, coarse.shape[1:3])
+            coarse = coarse + self.config.coarse_noise * std * draws.normal(coarse)
+        return self.denoiser.latent(pick("fine")), {**conditions, "coarse": coarse}
+
+
+def training_scheduler(config: DiffusionTrainingConfig) -> DDPMScheduler:
+    """The noise of the training."""
+    return DDPMScheduler.from_config(make_scheduler(config.prediction_type, config.zero_terminal_snr).config)
 
 
 def new_denoiser(
@@ -175,6 +275,7 @@ def train_denoiser(
     model_config: dict[str, Any],
     config: DiffusionTrainingConfig,
     *,
+    scene_autoencoder: SceneAutoencoder | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Denoiser:
     """Trains one denoiser, continuing an interrupted run.
@@ -183,26 +284,38 @@ def train_denoiser(
         memory: latents of the training scenes.
         output_dir: becomes a run folder (see `RunFolder`) with the averaged weights in `denoiser/`.
         model_config: sizes of the denoiser; the latents' shapes come from `latent_autoencoder`.
+        scene_autoencoder: stage 1, for sample renders every `validation_steps`; None for none.
 
     Returns:
         the denoiser with averaged weights, in evaluation mode.
     """
-    accelerator = Accelerator(mixed_precision=config.schedule.mixed_precision)
+    training_scheduler(config)  # refuses what cannot be, before anything is written
+    accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
+    if stage != "global":
+        model_config = {**model_config, "condition_dropout": config.condition_dropout}
     denoiser = new_denoiser(stage, model_config, memory, latent_autoencoder).to(accelerator.device)
     identity = {
         "kind": f"{stage} denoiser",
         "latent_autoencoder": model_hash(latent_autoencoder),
         "model": public_config(denoiser),
         "seed": config.schedule.seed,
-        "batch_size": config.schedule.batch_size,
+        "batch_size": joint_batch_size(config.schedule, accelerator),
         "prediction_type": config.prediction_type,
+        "zero_terminal_snr": config.zero_terminal_snr,
+        "loss_weighting": config.loss_weighting,
     }
-    folder = RunFolder(output_dir, identity)
+    folder = RunFolder(output_dir, identity, accelerator)
     ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
 
     def make_losses(wrapped: nn.Module) -> DiffusionLosses:
-        return DiffusionLosses(stage, wrapped, denoiser, memory, config, accelerator)
+        share = (accelerator.process_index, accelerator.num_processes, joint_batch_size(config.schedule, accelerator))
+        return DiffusionLosses(stage, wrapped, denoiser, memory, config, accelerator.device, *share)
+
+    render = None
+    if scene_autoencoder is not None and config.schedule.validation_steps:
+        scheduler = make_scheduler(config.prediction_type, config.zero_terminal_snr)
+        render = DenoiserPictures(stage, denoiser, scheduler, memory, latent_autoencoder, scene_autoencoder)
 
     train(
         folder,
@@ -211,6 +324,7 @@ def train_denoiser(
         config.schedule,
         accelerator,
         ema=ema,
+        render=render,
         description=f"Denoiser of the {stage} latent",
         on_progress=on_progress,
     )
@@ -233,18 +347,16 @@ def evaluate_denoiser(
     seed: int = 0,
 ) -> float:
     """Mean loss on scenes, with fixed noise and times; compare training and held-out scenes to see overfitting."""
-    accelerator = Accelerator()
-    losses = DiffusionLosses(stage, denoiser, denoiser, memory, config, accelerator)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        indices = list(range(min(num_scenes, len(memory))))
-        values = []
-        for _ in range(draws):
-            for first in range(0, len(indices), 8):
-                batch = indices[first : first + 8]
-                turns = torch.randint(memory.num_turns, (len(batch),))
-                values.extend([float(losses.loss(batch, turns, augment=False))] * len(batch))
-    return sum(values) / len(values)
+    device = next(denoiser.parameters()).device
+    losses = DiffusionLosses(stage, denoiser, denoiser, memory, config, device)
+    num_scenes = min(num_scenes, len(memory))
+    total = 0.0
+    for first in range(0, num_scenes * draws, EVALUATION_BATCH):
+        numbers = range(first, min(first + EVALUATION_BATCH, num_scenes * draws))
+        timestep = losses.timesteps(len(numbers), seed + first)
+        indices = [number % num_scenes for number in numbers]
+        total += len(numbers) * float(losses.loss(indices, timestep, ItemDraws(seed, numbers, device), augment=False))
+    return total / (num_scenes * draws)
 
 
 def load_denoiser(folder: Path) -> Denoiser | None:
@@ -300,8 +412,13 @@ def save_pipeline(
             f"The denoisers in {output_dir} predict different things ({', '.join(sorted(map(str, types)))}): train "
             "them with one --prediction-type."
         )
+    zero_snr = {bool(run.get("zero_terminal_snr")) for run in runs.values()}
+    if len(zero_snr) > 1:
+        raise UserInputError(
+            f"Some denoisers in {output_dir} were trained with zero terminal SNR, others without: train them alike."
+        )
     components: dict[str, Any] = {f"{stage}_denoiser": denoisers.get(stage) for stage in STAGES}
-    components["scheduler"] = make_scheduler(types.pop())
+    components["scheduler"] = make_scheduler(types.pop(), zero_snr.pop())
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)

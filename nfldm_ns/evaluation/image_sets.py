@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,12 +21,6 @@ PIECE = 256  # images whose features are kept in one file
 
 Images = Float[Tensor, "images 3 height width"]
 Features = Float[Tensor, "images features"]
-
-
-def evenly(items: Sequence[Any], count: int) -> list[Any]:
-    """At most `count` items, evenly spaced."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
 
 
 def write_pictures(folder: Path, name: str, images: Images) -> None:

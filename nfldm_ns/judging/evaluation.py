@@ -12,10 +12,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.novel_views import mean_training_image
+from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.galleries import write_png
-from nfldm_ns.evaluation.image_sets import evenly, picture_features, read_picture, same_picture_features
+from nfldm_ns.evaluation.image_sets import picture_features, read_picture, same_picture_features
 from nfldm_ns.evaluation.resources import device_info, package_versions
 from nfldm_ns.judging.numbers import (
     Records,

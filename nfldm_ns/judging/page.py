@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nfldm_ns.choice import evenly
 from nfldm_ns.evaluation.geometry import DepthHistogram
-from nfldm_ns.evaluation.image_sets import evenly, read_picture
+from nfldm_ns.evaluation.image_sets import read_picture
 from nfldm_ns.evaluation.neighbours import COPY_RATIO
 from nfldm_ns.evaluation.report import Curves, Gallery, Picture, Plots, Report, Section, Table
 from nfldm_ns.judging.numbers import CopyCheck

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from nfldm_ns.autoencoder.lifting import box_exit_depth
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews
+from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, NFLDMPipelineOutput, scene_generators
 from nfldm_ns.evaluation.geometry import DepthHistogram, floating_density
-from nfldm_ns.evaluation.image_sets import evenly, write_pictures
+from nfldm_ns.evaluation.image_sets import write_pictures
 from nfldm_ns.generated.cameras import surround_cameras
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.scenes.collection import Scene, SceneCollection

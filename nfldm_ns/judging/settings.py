@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.image_sets import evenly
 from nfldm_ns.latents.voxel_store import model_hash
 from nfldm_ns.scenes.collection import SceneCollection, read_json, read_transforms
 from nfldm_ns.scenes.writing import clear_unfinished, require_writable, write_json

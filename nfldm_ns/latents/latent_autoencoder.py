@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -229,7 +230,11 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         return SceneLatents(g, coarse, self._encode_fine(voxels, self.quantise_coarse(coarse)))
 
     def _encode_global(
-        self, voxels: Float[Tensor, "batch folded y x"], background: Float[Tensor, "batch codes 4"], sample: bool
+        self,
+        voxels: Float[Tensor, "batch folded y x"],
+        background: Float[Tensor, "batch codes 4"],
+        sample: bool,
+        generators: list[torch.Generator] | None = None,
     ) -> tuple[Float[Tensor, "batch global_dim"], Float[Tensor, ""]]:
         """g and its KL divergence."""
         if self.global_encoder is None:
@@ -237,7 +242,10 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         mean, log_variance = self.global_encoder(voxels).mean(dim=(2, 3)).float().chunk(2, dim=1)
         mean = mean + self.background_path.encode(background).float()
         log_variance = log_variance.clamp(-20, 10)
-        g = mean + torch.randn_like(mean) * (log_variance / 2).exp() if sample else mean
+        g = mean
+        if sample:
+            noise = randn_tensor(mean.shape, generator=generators, device=mean.device)
+            g = mean + noise * (log_variance / 2).exp()
         return g, 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(dim=1).mean()
 
     def _encode_coarse(self, voxels: Float[Tensor, "batch folded y x"]) -> Float[Tensor, "batch cc zc yc xc"]:
@@ -301,22 +309,29 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         voxels = self.decoder(codes.global_latent, coarse, fine)
         return voxels if self.linear is None else voxels + self.linear.decode(coarse, fine)
 
-    def forward(self, grid: VoxelGrid, sample: bool = True, fine_dropout: float = 0.0) -> LatentReconstruction:
+    def forward(
+        self,
+        grid: VoxelGrid,
+        sample: bool = True,
+        fine_dropout: float = 0.0,
+        generators: list[torch.Generator] | None = None,
+    ) -> LatentReconstruction:
         """One training pass.
 
         Args:
             sample: draw g from its posterior.
             fine_dropout: probability with which a scene's f is zeroed, so that c learns to stand for the scene alone.
+            generators: one per scene, for both; None for torch's own.
         """
         voxels = pack_channels_last(self.voxel_code.normalise(grid))
         background_target = self.background_path.normalise(grid)
-        g, kl = self._encode_global(voxels, background_target, sample)
+        g, kl = self._encode_global(voxels, background_target, sample, generators)
         coarse = self._encode_coarse(voxels)
         coarse_codes, commitment, indices = self._quantise("coarse", coarse)
         fine = self._encode_fine(voxels, coarse_codes)
         fine_codes, fine_commitment, fine_indices = self._quantise("fine", fine)
         if fine_dropout > 0:
-            fine_codes = fine_codes * (torch.rand(len(fine), 1, 1, 1, device=fine.device) >= fine_dropout)
+            fine_codes = fine_codes * (rand_tensor((len(fine), 1, 1, 1), generators, fine.device) >= fine_dropout)
         reconstruction = self._decode(SceneLatents(g, coarse_codes, fine_codes)).float()
         background = self.background_path.decode(g).float()
         return LatentReconstruction(
@@ -430,6 +445,13 @@ class _LinearPaths(nn.Module):
         )
         _set(self.fine_encoder, encoder[:, :, None, None], -encoder @ mean_input)
         _set(self.fine_decoder, decoder[:, :, None, None], mean_target)
+
+
+def rand_tensor(shape: tuple[int, ...], generators: list[torch.Generator] | None, device: torch.device) -> Tensor:
+    """Uniform numbers as `randn_tensor` draws normal ones."""
+    if generators is None:
+        return torch.rand(shape, device=device)
+    return torch.cat([torch.rand((1, *shape[1:]), generator=g, device=device) for g in generators])
 
 
 @torch.no_grad()

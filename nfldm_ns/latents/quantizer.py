@@ -92,17 +92,16 @@ class VectorQuantizer(nn.Module):
         self.sums.copy_(self.codes * usage[:, None])
 
     def _assign(self, vectors: Tensor, indices: Tensor) -> tuple[Float[Tensor, "codes"], Float[Tensor, "codes dim"]]:
-        """Number and sum of the vectors of each code, over all processes."""
+        """Number and sum of the vectors of each code."""
         usage = self.count(indices).to(vectors.dtype)
-        sums = torch.zeros_like(self.codes).index_add_(0, indices, vectors)
-        if dist.is_initialized():
-            dist.all_reduce(usage)
-            dist.all_reduce(sums)
-        return usage, sums
+        return usage, torch.zeros_like(self.codes).index_add_(0, indices, vectors)
 
     @torch.no_grad()
     def _update(self, vectors: Float[Tensor, "count dim"], indices: Int[Tensor, "count"]) -> None:
         usage, sums = self._assign(vectors, indices)
+        if dist.is_initialized():  # unlike in `fit`, where all processes have the same vectors
+            dist.all_reduce(usage)
+            dist.all_reduce(sums)
         self.usage.lerp_(usage, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         self.codes.copy_(self.sums / self.usage.clamp(min=1e-5)[:, None])

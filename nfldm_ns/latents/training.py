@@ -21,12 +21,23 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.background_path import background_loss
 from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder, LatentReconstruction
 from nfldm_ns.latents.quantizer import CodebookUsage
+from nfldm_ns.latents.validation import RoundTripPictures
 from nfldm_ns.latents.voxel_code import VoxelCode
 from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore
 from nfldm_ns.scenes.views import Views, rotate_cameras90
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
-from nfldm_ns.training import ProgressCallback, RunFolder, Schedule, batch_indices, train
+from nfldm_ns.training import (
+    ItemDraws,
+    ProgressCallback,
+    RunFolder,
+    Schedule,
+    batch_indices,
+    batch_positions,
+    joint_batch_size,
+    new_accelerator,
+    train,
+)
 
 FIT_SCENES = 96  # scenes that statistics and the linear code are fitted to
 USAGE_WINDOW = 50  # steps over which the use of the codebooks is counted
@@ -80,7 +91,8 @@ def voxel_loss(
     """Weighted mean of |V - V_hat| of normalised voxels, density counting `density_weight` times.
 
     A voxel's weight grows with its opacity, for features with the opacity around it: what stops no light is not seen.
-    Where the target is empty, estimates below zero are as good as zero.
+    Where the target is empty, estimates below zero are as good as zero. Each scene counts alike, so that the loss of a
+    batch is the mean of the losses of its parts.
     """
     z = code.num_z
     density, features = reconstruction.split([z, reconstruction.shape[1] - z], dim=1)
@@ -91,7 +103,7 @@ def voxel_loss(
 
     def weigh(error: Tensor, opacity: Tensor) -> Tensor:
         weight = config.empty_weight + (1 - config.empty_weight) * opacity[:, 0]
-        return (error * weight).sum() / weight.sum()
+        return ((error * weight).flatten(1).sum(1) / weight.flatten(1).sum(1)).mean()
 
     return config.density_weight * weigh(density_error, code.gate(grid.density)) + weigh(
         feature_error, code.gate(grid.density, dilate=True)
@@ -129,9 +141,12 @@ class LatentLosses:
         self.sum_over_processes = partial(accelerator.reduce, reduction="sum")
         self.usage: dict[str, CodebookUsage] = {}
 
-    def __call__(self, step: int) -> dict[str, Tensor]:
-        grid, views = self.batch(step)
-        result: LatentReconstruction = self.model(grid, fine_dropout=self.config.fine_dropout)
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        with torch.autocast(self.device.type, enabled=False):  # which cannot stack the voxels, stored in half precision
+            grid, views, draws = self.batch(number)
+        result: LatentReconstruction = self.model(
+            grid, fine_dropout=self.config.fine_dropout, generators=draws.generators
+        )
         weights = self.config.losses
         losses = {
             "voxel_loss": weights.voxel_mult
@@ -159,30 +174,37 @@ class LatentLosses:
         weights = self.config.losses
         rendered = self.renderer.render(grid, views.cameras)
         losses = {"rgb_loss": weights.rgb_mult * F.l1_loss(rendered.rgb, views.images)}
-        if views.depths is not None:
-            losses["depth_loss"] = weights.depth_mult * depth_loss(rendered.maps, views)
+        known = views.depths is not None  # on every process the same losses, as their means are logged
+        depth = depth_loss(rendered.maps, views) if known else rendered.depth.new_zeros(())
+        losses["depth_loss"] = weights.depth_mult * depth
         if weights.lpips_mult:
             assert self.lpips is not None
             images = (rendered.rgb.flatten(0, 1) * 2 - 1, views.images.flatten(0, 1) * 2 - 1)
             losses["lpips_loss"] = weights.lpips_mult * self.lpips(*images).mean()
         return losses
 
-    def batch(self, step: int) -> tuple[VoxelGrid, Views]:
-        """Voxels of a step's scenes and views to compare their renderings with, turned together."""
+    def batch(self, number: int) -> tuple[VoxelGrid, Views, ItemDraws]:
+        """Voxels of a pass's scenes and views to compare their renderings with, turned together, and further draws."""
         schedule = self.config.schedule
-        indices = batch_indices(len(self.memory), schedule.batch_size, step, schedule.seed, self.rank, self.world_size)
-        views = Views.stack([self._draw_views(self.memory.scene_ids[i]) for i in indices]).to(self.device)
+        share = (schedule.batch_size, number)
+        indices = batch_indices(len(self.memory), *share, schedule.seed, self.rank, self.world_size)
+        positions = batch_positions(*share, self.rank, self.world_size)
+        draws = ItemDraws(schedule.seed, positions, self.device)
+        views = [self._load_views(self.memory.scene_ids[i]) for i in indices]
+        views = [v[draws.permutation(i, v.shape[0])[: self.config.num_views]] for i, v in enumerate(views)]
         grid = self.memory.grid(indices, self.device)
         if self.config.quarter_turns:
-            turns = int(torch.randint(4, ()))
-            grid = grid.rotate90(turns)
-            views = Views(rotate_cameras90(views.cameras, turns), views.images, views.depths)
-        return grid, views
+            turns = draws.integers(4).tolist()
+            grid = VoxelGrid.cat([grid[i].rotate90(turn) for i, turn in enumerate(turns)])
+            views = [
+                Views(rotate_cameras90(v.cameras, turn), v.images, v.depths)
+                for v, turn in zip(views, turns, strict=True)
+            ]
+        return grid, Views.stack(views).to(self.device), draws
 
-    def _draw_views(self, scene_id: str) -> Views:
+    def _load_views(self, scene_id: str) -> Views:
         scene = self.cache.load(scene_id)
-        views = Views.cat([scene.source, scene.target])
-        return views[torch.randperm(views.shape[0])[: self.config.num_views]]
+        return Views.cat([scene.source, scene.target])
 
 
 def train_latent_autoencoder(
@@ -206,7 +228,7 @@ def train_latent_autoencoder(
     Returns:
         the trained model, on the device it was trained on, in evaluation mode.
     """
-    accelerator = Accelerator(mixed_precision=config.schedule.mixed_precision)
+    accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     renderer = store.load_autoencoder().to(accelerator.device)
     memory = store.load_all("train")
@@ -219,10 +241,10 @@ def train_latent_autoencoder(
         "scene_autoencoder": store.autoencoder_hash,
         "model": public_config(model),
         "seed": config.schedule.seed,
-        "batch_size": config.schedule.batch_size,
+        "batch_size": joint_batch_size(config.schedule, accelerator),
         "losses": asdict(config.losses),
     }
-    folder = RunFolder(output_dir, identity)
+    folder = RunFolder(output_dir, identity, accelerator)
     if folder.checkpoint is None:
         fit_memory = VoxelMemory(memory.voxels[:FIT_SCENES], memory.scene_ids[:FIT_SCENES], memory.aabb)
         model.fit(fit_memory.batches(8, accelerator.device))
@@ -237,6 +259,7 @@ def train_latent_autoencoder(
         make_losses,
         config.schedule,
         accelerator,
+        render=RoundTripPictures(store, model, renderer) if config.schedule.validation_steps else None,
         description="Latent auto-encoder",
         on_progress=on_progress,
     )
