@@ -87,6 +87,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         **other_choices("splatting", preset="filled"),
         "density from voxels": Variant({"density_from": "voxels"}),
     },
+    "fusion": {"attention": Variant(), **other_choices("fusion", preset="attention")},
     "sky": {f"opacity_mult {mult:g}": Variant(loss={"opacity_mult": mult}) for mult in (0.0, 0.2, 1.0)},
     "adversarial": {
         "none": Variant(loss={"adversarial_mult": 0.0}),
