@@ -179,7 +179,7 @@ def diverged(what: Sequence[str], step: int, scene_ids: Sequence[str]) -> UserIn
     """What to say of values that are not finite."""
     are = "is" if len(what) == 1 else "are"
     return UserInputError(
-        f"The training diverged at step {step}: {' and '.join(what)} {are} not finite for the scenes "
+        f"The training diverged at step {step}: {_listed(what)} {are} not finite for the scenes "
         f"{', '.join(scene_ids)}; look at their images and depths, or resume from the last checkpoint with a smaller "
         "learning rate."
     )
@@ -188,3 +188,8 @@ def diverged(what: Sequence[str], step: int, scene_ids: Sequence[str]) -> UserIn
 def scene_labels(collection: SceneCollection) -> dict[str, str]:
     """Scene ids by what a list of them shows, held-out scenes first."""
     return {f"{scene_id} ({split})": scene_id for split in reversed(SPLITS) for scene_id in collection.splits[split]}
+
+
+def _listed(names: Sequence[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
