@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -397,6 +398,45 @@ def test_a_copied_scene_shows(rooms: SceneCollection, tmp_path: Path, monkeypatc
             assert scene[kind]["second"] > 1e-3
     assert numbers["copies"]["latents"]["generated_copies"] == numbers["copies"]["renders"]["generated_copies"] == 1
     assert numbers["copies"]["latents"]["generated_closer_than_q05"] == 1
+
+
+class Motion(nn.Module):
+    """Stands for I3D: the colours of the first frame, and how much frames differ from it."""
+
+    def forward(self, clips: torch.Tensor) -> torch.Tensor:
+        small = nn.functional.adaptive_avg_pool3d(clips, (clips.shape[2], 2, 2))
+        return torch.cat([small[:, :, 0].flatten(1), (small - small[:, :, :1]).abs().mean(2).flatten(1)], dim=1)
+
+
+def test_fvd_compares_equally_many_videos_of_each_set(rooms: SceneCollection, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, fvd=True)
+    with pytest.raises(ValueError, match="no I3D"):
+        evaluate_pipeline(small_pipeline(), rooms, tmp_path / "out", settings, MeanColor())
+    numbers = evaluate_pipeline(small_pipeline(), rooms, tmp_path / "out", settings, MeanColor(), i3d=Motion())
+    assert numbers["distances"]["num_videos"] == 3  # the scenes of the smallest set
+    assert set(numbers["distances"]["fvd"]) == {"samples", "stage2", "train", "samples_to_train"}
+    assert all(value > 0 for value in numbers["distances"]["fvd"].values())
+    assert "fly-throughs of 3 scenes" in (tmp_path / "out" / "index.html").read_text()
+
+
+def test_a_video_follows_the_cameras(rooms: SceneCollection) -> None:
+    pipeline = small_pipeline()
+    judge, still = SceneJudge(pipeline, Motion()), SceneJudge(pipeline)
+    source = Views.stack([rooms.load_scene(rooms.split("test")[0]).source])
+    with torch.no_grad():
+        grid = pipeline.scene_autoencoder.encode(source)
+    cameras = index_cameras(source.cameras, 0)
+    moving = judge.video(grid, cameras)["video"]
+    standing = judge.video(grid, index_cameras(cameras, torch.zeros(3, dtype=torch.long)))["video"]
+    torch.testing.assert_close(moving[:12], standing[:12])
+    assert float(standing[12:].abs().max()) < 1e-6 < float(moving[12:].abs().max())
+    assert still.video(grid, cameras) == {}
+
+
+def test_a_generator_without_f_and_g_is_judged(rooms: SceneCollection, tmp_path: Path) -> None:
+    pipeline = small_pipeline(use_fine=False, use_global=False)
+    numbers = evaluate_pipeline(pipeline, rooms, tmp_path / "out", SETTINGS, MeanColor())
+    assert numbers["copies"]["num_scenes"]["generated"] == 3
 
 
 def test_rooms_without_depth_are_judged_without_it(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from nfldm_ns.errors import exit_on_bad_input
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 
 @dataclass
@@ -43,6 +43,8 @@ class Eval:
     """Neighbours for precision and recall."""
     density_k: int = 5
     """Neighbours for density and coverage."""
+    fvd: bool | None = None
+    """FVD of fly-throughs; by default where the weights of I3D are (nfldm-weights get i3d-kinetics-400)."""
     device: str | None = None
     """cpu or cuda; by default what is there."""
 
@@ -51,7 +53,7 @@ class Eval:
         import torch
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
-        from nfldm_ns.evaluation.weights import fetch_weights, load_inception
+        from nfldm_ns.evaluation.weights import fetch_weights, load_i3d, load_inception
         from nfldm_ns.judging.evaluation import NUMBERS, PAGE, evaluate_pipeline
         from nfldm_ns.judging.settings import EvaluationSettings
         from nfldm_ns.scenes.collection import SceneCollection
@@ -66,6 +68,7 @@ class Eval:
             self.num_train_scenes,
             self.precision_k,
             self.density_k,
+            self.measures_fvd(),
         )
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
@@ -73,8 +76,24 @@ class Eval:
         collection = SceneCollection.open(self.data)
         fetch_weights("fid-inception")
         inception = load_inception().to(device)
-        evaluate_pipeline(pipeline, collection, self.output_dir, settings, inception, str(self.pipeline))
+        i3d = load_i3d().to(device) if settings.fvd else None
+        evaluate_pipeline(pipeline, collection, self.output_dir, settings, inception, str(self.pipeline), i3d)
         print(f"The page: {self.output_dir / PAGE}   the numbers: {self.output_dir / NUMBERS}")
+
+    def measures_fvd(self) -> bool:
+        """Whether FVD is asked for, or else possible; says so if it is left out."""
+        from nfldm_ns.evaluation.weights import fetch_weights, find_weights
+
+        if self.fvd:
+            fetch_weights("i3d-kinetics-400")
+        if self.fvd is not None:
+            return self.fvd
+        try:
+            find_weights("i3d-kinetics-400")
+        except UserInputError as error:
+            print(f"FVD is left out: {error}")
+            return False
+        return True
 
 
 def main(args: list[str] | None = None) -> None:

@@ -25,6 +25,7 @@ from nfldm_ns.judging.numbers import (
     depth_numbers,
     floating_numbers,
     image_numbers,
+    video_numbers,
 )
 from nfldm_ns.judging.page import write_page
 from nfldm_ns.judging.scenes import FIXED_VIEWS, PictureFolder, SceneJudge, judge_generated, judge_real
@@ -46,6 +47,7 @@ def evaluate_pipeline(
     settings: EvaluationSettings,
     inception: nn.Module,
     source: str = "",
+    i3d: nn.Module | None = None,
 ) -> dict[str, Any]:
     """Samples, measures and writes the report; an interrupted run goes on where it stopped.
 
@@ -54,6 +56,7 @@ def evaluate_pipeline(
         collection: what it was trained on; images of its test split are the reference.
         inception: from `weights.load_inception`, on the same device.
         source: where the pipeline is from, for the record.
+        i3d: from `weights.load_i3d`, on the same device; needed if the settings ask for FVD.
 
     Returns:
         the content of `eval.json` (docs/evaluation.md).
@@ -63,9 +66,12 @@ def evaluate_pipeline(
             something else.
     """
     _check_fit(pipeline, collection, settings)
+    if settings.fvd and i3d is None:
+        raise ValueError("the settings ask for FVD, but no I3D was given")
     real = {split: choose_real_scenes(collection, split, settings) for split in ("test", "train")}
     claim_folder(output_dir, pipeline, collection, settings)
     folder = PictureFolder(output_dir)
+    filmed = _filmed_scenes(real, settings)
     with _progress() as show:
         names = judge_generated(
             pipeline,
@@ -76,11 +82,25 @@ def evaluate_pipeline(
             settings.num_inference_steps,
             settings.batch_size,
             show(f"Sampling {settings.num_scenes} scenes"),
+            i3d,
+            len(filmed["test"]),
         )
         for split, scenes in real.items():
             title = show(f"Encoding {len(scenes.scene_ids)} {split} scenes")
             ids, views = scenes.scene_ids, scenes.num_views
-            judge_real(pipeline, collection, folder, split, ids, scenes.shown, views, settings.with_source_views, title)
+            judge_real(
+                pipeline,
+                collection,
+                folder,
+                split,
+                ids,
+                scenes.shown,
+                views,
+                settings.with_source_views,
+                title,
+                i3d,
+                filmed[split],
+            )
         features = _set_features(folder, real, names, settings, inception, collection, show)
         scene_names = {"generated": names, **{split: scenes.scene_ids for split, scenes in real.items()}}
         fixed = _fixed_features(folder, scene_names, inception, show)
@@ -96,6 +116,7 @@ def evaluate_pipeline(
             "source": source,
             "views_of_real_scenes": {split: scenes.num_views for split, scenes in real.items()},
             **images,
+            "distances": {**images["distances"], **video_numbers(records)},
             "depth": depth_numbers(histograms),
             "floating": floating_numbers(records),
             "copies": copies.numbers(),
@@ -106,6 +127,14 @@ def evaluate_pipeline(
         write_page(output_dir / PAGE, folder, numbers, histograms, copies, collection)
         done(1.0)
     return numbers
+
+
+def _filmed_scenes(real: dict[str, RealScenes], settings: EvaluationSettings) -> dict[str, list[str]]:
+    """Real scenes with fly-throughs: as many of each split, and of generated scenes, as there are of all."""
+    if not settings.fvd:
+        return {split: [] for split in real}
+    count = min(settings.num_scenes, *(len(scenes.scene_ids) for scenes in real.values()))
+    return {split: evenly(scenes.scene_ids, count) for split, scenes in real.items()}
 
 
 def _check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: EvaluationSettings) -> None:
@@ -121,6 +150,8 @@ def _check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: E
             f"--views-per-scene is {settings.views_per_scene}, but sampled trajectories have {cameras} cameras: "
             "give no more than that."
         )
+    if settings.fvd and cameras < 2:
+        raise UserInputError("Sampled trajectories have one camera, which is no path for FVD: add --no-fvd.")
     size = tuple(pipeline.global_denoiser.config.image_size)
     width, height = collection.image_size
     if size != (height, width):

@@ -14,6 +14,7 @@ from torch import Tensor
 from nfldm_ns.evaluation.geometry import BINS, DepthHistogram
 from nfldm_ns.evaluation.image_sets import REFERENCE, set_distances
 from nfldm_ns.evaluation.inception import NUM_FEATURES
+from nfldm_ns.evaluation.metrics import frechet_distance
 from nfldm_ns.evaluation.neighbours import (
     Nearest,
     compare_nearest,
@@ -35,6 +36,13 @@ DEPTH_SETS = {
     "stage2": ("test", "depth_stage2"),
 }
 """Where the records hold the depth of each set: the record's set and key."""
+VIDEO_SETS = {
+    "test": ("test", "video"),
+    "samples": ("generated", "video"),
+    "stage2": ("test", "video_stage2"),
+    "train": ("train", "video"),
+}
+"""Where the records hold what I3D says of fly-throughs."""
 FLOATING_SETS = {
     "generated": ("generated", "floating"),
     "test_stage1": ("test", "floating_stage1"),
@@ -90,6 +98,23 @@ def image_numbers(features: Mapping[str, Tensor], settings: EvaluationSettings) 
     }
     ks = {"precision_k": settings.precision_k, "density_k": settings.density_k}
     return {"distances": {**basis, **set_distances(features)}, "neighbours": {**basis, **ks, "sets": neighbours}}
+
+
+def video_numbers(records: Records) -> dict[str, Any]:
+    """FVD by set to fly-throughs of real test scenes, as stage 1 renders them; empty where no videos were made.
+
+    Returns:
+        `fvd` by set (`samples`, `stage2`, `train`), `samples_to_train` with that of these two, and `num_videos`.
+    """
+    videos = {name: records.values(*place) for name, place in VIDEO_SETS.items()}
+    if not videos[REFERENCE]:
+        return {}
+    features = {name: torch.stack(values) for name, values in videos.items()}
+    assert len({len(values) for values in features.values()}) == 1, "sets of unequal sizes"
+    pairs = {name: (features[REFERENCE], values) for name, values in features.items() if name != REFERENCE}
+    pairs["samples_to_train"] = (features["train"], features["samples"])
+    fvd = {name: frechet_distance(*pair) for name, pair in pairs.items()}
+    return {"fvd": fvd, "num_videos": len(features[REFERENCE])}
 
 
 def depth_histograms(records: Records) -> dict[str, DepthHistogram]:

@@ -142,11 +142,17 @@ def distances(numbers: Mapping[str, Any]) -> Section:
         ["generated scenes to real training images"]
         + [_scaled(found[key].get("samples_to_train"), scale) for key, _, scale, _ in kinds]
     )
+    videos = ""
+    if "fvd" in found:
+        videos = (
+            f" FVD: fly-throughs of {found['num_videos']} scenes of each set, of real ones as stage 1 renders them "
+            "along the path of their source cameras; features: I3D's logits."
+        )
     table = Table(
         ["set of images", *(title for _, title, _, _ in kinds)],
         rows,
         caption=f"Distance to {found['num_images']} real test images; every set has {found['num_images']} images. "
-        f"Lower is better. Features: {found['features']}.",
+        f"Lower is better. Features: {found['features']}.{videos}",
         emphasis=(0,),
         digits=(0, *(digits for *_, digits in kinds)),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.lifting import box_exit_depth
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews
@@ -18,7 +18,9 @@ from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, NFLDMPipelineOutput, scene_generators
 from nfldm_ns.evaluation.geometry import DepthHistogram, floating_density
 from nfldm_ns.evaluation.image_sets import write_pictures
+from nfldm_ns.evaluation.video_distance import STANDARD_FRAMES, extract_video_features
 from nfldm_ns.generated.cameras import surround_cameras
+from nfldm_ns.generated.fly_throughs import flythrough_clips
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.scenes.collection import Scene, SceneCollection
 from nfldm_ns.scenes.views import Views, camera_rays, index_cameras
@@ -26,6 +28,7 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 
 FIXED_VIEWS = 4
+STEPS_BETWEEN_CAMERAS = 8  # of fly-throughs; more where a path would be shorter than a video
 SURFACE = 0.5  # accumulation from which on a ray is said to end at a surface
 
 Record = dict[str, Tensor]
@@ -95,10 +98,12 @@ class SceneJudge:
 
     Args:
         pipeline: on the device to work on.
+        i3d: the network of FVD, on the same device; None makes no videos.
     """
 
-    def __init__(self, pipeline: NFLDMPipeline) -> None:
+    def __init__(self, pipeline: NFLDMPipeline, i3d: nn.Module | None = None) -> None:
         self.pipeline = pipeline
+        self.i3d = i3d
         self.device = pipeline.scene_autoencoder.device
         size, config = pipeline.scene_autoencoder.image_size, pipeline.scene_autoencoder.config
         self.cameras = surround_cameras(FIXED_VIEWS, size, float(config.focal_length)).to(self.device)
@@ -113,9 +118,9 @@ class SceneJudge:
     def latent_vectors(self, grid: VoxelGrid, turns: int) -> Float[Tensor, "turns size"]:
         """The latents of a scene (batch size 1) in its first quarter turns, as vectors that can be compared.
 
-        Each of g, c and f is in the units of its denoiser (standard deviations over the training scenes) and weighs the
-        same, so that the Euclidean distance of two vectors is the root of the mean over the three of their mean squared
-        differences.
+        Each of g, c and f, as far as there are such, is in the units of its denoiser (standard deviations over the
+        training scenes) and weighs the same, so that the Euclidean distance of two vectors is the root of the mean over
+        the latents of their mean squared differences.
         """
         encode = self.pipeline.latent_autoencoder.encode
         return torch.cat([self._vector(encode(grid.rotate90(turn) if turn else grid)) for turn in range(turns)])
@@ -127,13 +132,23 @@ class SceneJudge:
         parts = [
             code(torch.cat([g, trajectory], dim=1))[:, : g.shape[1]],
             self.pipeline.coarse_denoiser.latent(latents.coarse.flatten(1, 2)).flatten(1),
-            self.pipeline.fine_denoiser.latent(latents.fine).flatten(1),
         ]
+        if self.pipeline.fine_denoiser is not None:
+            parts.append(self.pipeline.fine_denoiser.latent(latents.fine).flatten(1))
+        parts = [part for part in parts if part.shape[1]]
         return torch.cat([part / (len(parts) * part.shape[1]) ** 0.5 for part in parts], dim=1)
 
     def record(self, grid: VoxelGrid, turns: int) -> Record:
         """`latents` `[turns, D]` in half precision and `floating` `[2]` (see `floating_density`) of one scene."""
         return {"latents": self.latent_vectors(grid, turns).half(), "floating": floating_density(grid)[0]}
+
+    def video(self, grid: VoxelGrid, cameras: Cameras) -> Record:
+        """`video` `[400]`: what I3D says of the fly-through of a scene (batch size 1) along cameras `[N]`."""
+        if self.i3d is None:
+            return {}
+        steps = max(STEPS_BETWEEN_CAMERAS, -(-STANDARD_FRAMES // (cameras.shape[0] - 1)))
+        clips = flythrough_clips(self.pipeline.scene_autoencoder, [(grid, cameras)], STANDARD_FRAMES, 1, steps)
+        return {"video": extract_video_features(self.i3d, clips)[0]}
 
     def rendered_depth(self, rendered: RenderedViews) -> Tensor:
         """Counts of the depths of rendered views, where rays end at a surface."""
@@ -179,13 +194,19 @@ def judge_generated(
     num_inference_steps: int,
     batch_size: int,
     on_progress: Progress,
+    i3d: nn.Module | None = None,
+    num_videos: int = 0,
 ) -> list[str]:
     """Samples the scenes of the seeds `seed`, `seed + 1`, ... that are not there yet.
+
+    Args:
+        i3d: the network of FVD.
+        num_videos: how many scenes, the first, it sees fly-throughs of.
 
     Returns:
         names of all of them.
     """
-    judge = SceneJudge(pipeline)
+    judge = SceneJudge(pipeline, i3d)
     pipeline.set_progress_bar_config(disable=True)
     names = [f"{seed + i:06d}" for i in range(num_scenes)]
     for first in range(0, num_scenes, batch_size):
@@ -197,6 +218,8 @@ def judge_generated(
             for i, rendered in enumerate(render_sampled_views(pipeline, output, views)):
                 grid = output.grids[i]
                 record = {**judge.record(grid, judge.turns), "depth": judge.rendered_depth(rendered)}
+                if first + i < num_videos:
+                    record.update(judge.video(grid, index_cameras(output.cameras, i)))
                 folder.write("generated", {"samples": rendered.rgb[0]}, judge.fixed_views(grid), record, batch[i])
         on_progress((first + len(batch)) / num_scenes)
     return names
@@ -216,6 +239,8 @@ def judge_real(
     num_views: int,
     with_source: bool,
     on_progress: Progress,
+    i3d: nn.Module | None = None,
+    filmed: Container[str] = (),
 ) -> None:
     """Encodes real scenes and looks at them as at generated ones, after the latents, so that a copy would be equal.
 
@@ -225,8 +250,11 @@ def judge_real(
             and `stage2`, rendered by the same cameras.
         num_views: pictures of each of them.
         with_source: take the views that the encoder sees after the target views.
+        i3d: the network of FVD.
+        filmed: scenes that it sees fly-throughs of, along the path of their source cameras: of the voxels of stage 1,
+            and for "test" also after the latents.
     """
-    judge = SceneJudge(pipeline)
+    judge = SceneJudge(pipeline, i3d)
     for i, scene_id in enumerate(scene_ids):
         if not folder.record(split, scene_id).is_file():
             scene = collection.load_scene(scene_id)
@@ -241,6 +269,11 @@ def judge_real(
                 views = Views.stack([shown_views(scene, num_views, with_source)]).to(judge.device)
                 images, depths = _look(judge, split, views, before, after)
                 record.update(depths)
+            if scene_id in filmed:
+                path = index_cameras(source.cameras, 0)
+                record.update(judge.video(before, path))
+                if split == "test":
+                    record.update({f"{key}_stage2": value for key, value in judge.video(after, path).items()})
             folder.write(split, images, judge.fixed_views(after), record, scene_id)
         on_progress((i + 1) / len(scene_ids))
 

@@ -33,6 +33,7 @@ class EvaluationSettings:
         num_train_scenes: training scenes that are searched for copies (those of the images besides); None takes all.
         precision_k: neighbours that span the manifolds of precision and recall.
         density_k: likewise of density and coverage.
+        fvd: whether the Frechet video distance is measured, of one fly-through of each scene.
     """
 
     num_images: int = 5000
@@ -44,6 +45,7 @@ class EvaluationSettings:
     num_train_scenes: int | None = None
     precision_k: int = 3
     density_k: int = 5
+    fvd: bool = False
 
     def __post_init__(self) -> None:
         counts = ("num_images", "views_per_scene", "num_inference_steps", "batch_size", "precision_k", "density_k")
@@ -146,7 +148,7 @@ def _identity(pipeline: NFLDMPipeline, collection: SceneCollection, settings: Ev
         "format": FORMAT,
         "version": 1,
         "pipeline": {
-            **{name: model_hash(getattr(pipeline, name)) for name in COMPONENTS},
+            **{name: model_hash(model) if (model := getattr(pipeline, name)) else None for name in COMPONENTS},
             "temperatures": list(pipeline.config.temperatures),
             "scheduler": type(pipeline.scheduler).__name__,
             "prediction_type": pipeline.scheduler.config.prediction_type,
