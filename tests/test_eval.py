@@ -466,7 +466,7 @@ def test_command_makes_a_report_and_refuses_bad_options(
     require_weights("fid-inception")
     small_pipeline().save_pretrained(tmp_path / "pipeline")
     options = [str(tmp_path / "pipeline"), "--data", str(rooms.root), "--output-dir", str(tmp_path / "out")]
-    options += ["--views-per-scene", "2", "--num-inference-steps", "1", "--device", "cpu"]
+    options += ["--views-per-scene", "2", "--num-inference-steps", "1", "--device", "cpu", "--fvd", "no"]
     command.main([*options, "--num-images", "6", "--num-train-scenes", "2"])
     assert "index.html" in capfd.readouterr().out
     numbers = json.loads((tmp_path / "out" / "eval.json").read_text())
@@ -478,6 +478,17 @@ def test_command_makes_a_report_and_refuses_bad_options(
         assert exit_info.value.code == 2
         error = capfd.readouterr().err.strip().splitlines()[-1]
         assert error.startswith("error: ")
+
+
+def test_command_says_that_fvd_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("NFLDM_WEIGHTS", raising=False)
+    options = command.Eval(tmp_path, tmp_path, tmp_path)
+    assert not options.measures_fvd()
+    assert "FVD is left out" in (printed := capsys.readouterr().out) and "nfldm-weights get i3d" in printed
+    assert not replace(options, fvd="no").measures_fvd()
 
 
 def test_evenly_takes_all_there_is() -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -43,8 +44,8 @@ class Eval:
     """Neighbours for precision and recall."""
     density_k: int = 5
     """Neighbours for density and coverage."""
-    fvd: bool | None = None
-    """FVD of fly-throughs; by default where the weights of I3D are (nfldm-weights get i3d-kinetics-400)."""
+    fvd: Literal["auto", "yes", "no"] = "auto"
+    """FVD of fly-throughs; auto: where the weights of I3D are (nfldm-weights get i3d-kinetics-400)."""
     device: str | None = None
     """cpu or cuda; by default what is there."""
 
@@ -84,10 +85,10 @@ class Eval:
         """Whether FVD is asked for, or else possible; says so if it is left out."""
         from nfldm_ns.evaluation.weights import fetch_weights, find_weights
 
-        if self.fvd:
+        if self.fvd == "yes":
             fetch_weights("i3d-kinetics-400")
-        if self.fvd is not None:
-            return self.fvd
+        if self.fvd != "auto":
+            return self.fvd == "yes"
         try:
             find_weights("i3d-kinetics-400")
         except UserInputError as error:

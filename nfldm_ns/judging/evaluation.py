@@ -151,7 +151,7 @@ def _check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: E
             "give no more than that."
         )
     if settings.fvd and cameras < 2:
-        raise UserInputError("Sampled trajectories have one camera, which is no path for FVD: add --no-fvd.")
+        raise UserInputError("Sampled trajectories have one camera, which is no path for FVD: add --fvd no.")
     size = tuple(pipeline.global_denoiser.config.image_size)
     width, height = collection.image_size
     if size != (height, width):

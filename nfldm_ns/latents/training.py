@@ -307,5 +307,5 @@ def _require_turnable(store: VoxelStore, config: LatentTrainingConfig) -> None:
     if not square or abs(float(high[0] - high[1])) > 1e-4:
         raise UserInputError(
             f"The box of {store.root} is not square around the origin, so its scenes cannot be turned: "
-            "add --no-quarter-turns."
+            "add --quarter-turns False."
         )
