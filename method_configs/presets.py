@@ -51,7 +51,7 @@ SCENE_AUTOENCODER = {
             "adversarial_start": 400,
             "depth_mult": 0.1,
             "depth_norm": "l1",
-            "opacity_mult": 0.2,
+            "opacity_mult": 1.0,
         },
         sampling={"scenes_per_batch": 1, "num_target_views": 4},
         max_num_iterations=1000,
@@ -72,7 +72,7 @@ SCENE_AUTOENCODER = {
             "adversarial_start": 2500,
             "depth_mult": 0.1,
             "depth_norm": "l1",
-            "opacity_mult": 0.2,
+            "opacity_mult": 1.0,
         },
         sampling={
             "scenes_per_batch": 1,
@@ -102,7 +102,7 @@ SCENE_AUTOENCODER = {
             "discriminator_channel_max": 256,
             "r1_gamma": 0.2,
             "augment": ("color", "translation", "cutout"),
-            "opacity_mult": 0.2,
+            "opacity_mult": 1.0,
         },
         sampling={
             "scenes_per_batch": 4,
@@ -135,7 +135,7 @@ SCENE_AUTOENCODER = {
             "discriminator": "stylegan2",
             "r1_gamma": 0.5,
             "augment": ("color", "translation", "cutout"),
-            "opacity_mult": 0.2,
+            "opacity_mult": 1.0,
         },
         sampling={
             "scenes_per_batch": 1,

@@ -419,10 +419,11 @@ def test_opacity_loss_clears_the_sky_and_leaves_walls():
             sum(losses.values()).backward()
             optimiser.step()
         if opacity_mult:
-            torch.testing.assert_close(losses["opacity_loss"], opacity_mult * maps.accumulation[..., :8, :].mean() / 2)
+            # half of the rays, in a view of which half was measured
+            torch.testing.assert_close(losses["opacity_loss"], opacity_mult * maps.accumulation[..., :8, :].mean() / 4)
         return maps
 
-    without, cleared = fitted(0.0), fitted(0.1)
+    without, cleared = fitted(0.0), fitted(0.2)
     assert float(without.accumulation[..., :6, :].mean().detach()) > 0.5
     assert float(cleared.accumulation[..., :6, :].mean().detach()) < 0.05
     for maps in (without, cleared):

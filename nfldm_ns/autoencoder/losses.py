@@ -198,9 +198,11 @@ def opacity_loss(maps: FeatureMaps, target: Views) -> Float[Tensor, ""]:
     """Accumulation of the rays on which no surface was measured, as a mean over all rays.
 
     A prior, no measurement: images look the same whether a sky is painted on the box's border or lies behind it, and
-    of the two this prefers an empty box. Surfaces that images need stay, as the background shows no detail.
+    of the two this prefers an empty box. The lack of a reading says the more the more of the view was measured, so a
+    view's rays weigh as much as that share: next to nothing with depth at a few points, and nothing without depth.
     """
-    accumulation = maps.accumulation
-    if target.depths is not None:
-        accumulation = accumulation * (downsample_depth(target.depths, *accumulation.shape[-2:]) == 0)
-    return accumulation.mean()
+    if target.depths is None:
+        return maps.accumulation.new_zeros(())
+    unmeasured = downsample_depth(target.depths, *maps.accumulation.shape[-2:]) == 0
+    measured = (target.depths > 0).to(maps.accumulation).mean((-2, -1), keepdim=True)
+    return (measured * unmeasured * maps.accumulation).mean()
