@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Demo:
-    """Collect scenes, train all three stages, sample new scenes, judge them: under 20 minutes on two CPU cores.
+    """Collect scenes, train all three stages, sample new scenes, judge them: about 20 minutes on two CPU cores.
 
     On slow machines the trainings are shortened to end in time; it says so, and --length 1 prevents it. Ends with
     <output-dir>/index.html (pictures, videos, numbers) and <output-dir>/report.json. Interrupted and run again it
