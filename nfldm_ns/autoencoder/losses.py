@@ -20,7 +20,7 @@ from nfldm_ns.autoencoder.discriminator import (
 )
 from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import FeatureMaps
-from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, downsample_depth
+from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, downsample_depth, measured_share
 from nfldm_ns.autoencoder.stylegan2_discriminator import StyleGAN2Discriminator
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.views import Views
@@ -204,5 +204,4 @@ def opacity_loss(maps: FeatureMaps, target: Views) -> Float[Tensor, ""]:
     if target.depths is None:
         return maps.accumulation.new_zeros(())
     unmeasured = downsample_depth(target.depths, *maps.accumulation.shape[-2:]) == 0
-    measured = (target.depths > 0).to(maps.accumulation).mean((-2, -1), keepdim=True)
-    return (measured * unmeasured * maps.accumulation).mean()
+    return (measured_share(target.depths) * unmeasured * maps.accumulation).mean()

@@ -218,9 +218,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         distance = (centres - surface) / self.bin_widths.view(-1, 1, 1)
         at_surface = (1 - distance.abs()).clamp(min=0)
         before = (-distance).clamp(min=0, max=1)
-        measured = (views.depths > 0).to(depth).mean((-2, -1), keepdim=True)
         surface_logits = self.prior_surface * at_surface - self.prior_empty * before
-        return torch.where(known, surface_logits, -self.prior_unknown * measured)
+        return torch.where(known, surface_logits, -self.prior_unknown * measured_share(views.depths))
 
     def render(
         self, grid: VoxelGrid, cameras: Cameras, height: int | None = None, width: int | None = None
@@ -273,6 +272,11 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             )
 
         return RenderedViews(rgb, resize(maps.depth), resize(maps.accumulation), maps)
+
+
+def measured_share(depths: Float[Tensor, "*batch 1 height width"]) -> Float[Tensor, "*batch 1 1 1"]:
+    """Share of each view's pixels whose depth is known."""
+    return (depths > 0).to(depths).mean((-2, -1), keepdim=True)
 
 
 def downsample_depth(depths: Float[Tensor, "*batch 1 height width"], h: int, w: int) -> Float[Tensor, "*batch 1 h w"]:

@@ -1,14 +1,13 @@
 """`nfldm-demo`: from nothing to generated scenes, on one page of pictures and numbers."""
 
-import os
-import signal
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.commands.resumable import run_resumable, sleep_idle_threads
+from nfldm_ns.errors import UserInputError
 
 if TYPE_CHECKING:
     from nfldm_ns.demo.settings import DemoSettings
@@ -86,18 +85,8 @@ class Demo:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: idle ones must not spin
-    command = tyro.cli(Demo, prog="nfldm-demo", args=args)
-    # A terminated demo ends like an interrupted one: with its subprocesses.
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with exit_on_bad_input():
-            command.run()
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command continues where this one stopped.")
-        raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    sleep_idle_threads()
+    run_resumable(tyro.cli(Demo, prog="nfldm-demo", args=args).run)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """`nfldm-eval`: how good a trained generator is."""
 
-import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.commands.resumable import run_resumable, sleep_idle_threads
+from nfldm_ns.errors import UserInputError
 
 
 @dataclass
@@ -99,17 +98,8 @@ class Eval:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch starts its threads: idle ones must not spin
-    command = tyro.cli(Eval, prog="nfldm-eval", args=args)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with exit_on_bad_input():
-            command.run()
-    except KeyboardInterrupt:
-        print("\nInterrupted: the same command continues where this one stopped.")
-        raise SystemExit(130) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    sleep_idle_threads()
+    run_resumable(tyro.cli(Eval, prog="nfldm-eval", args=args).run)
 
 
 if __name__ == "__main__":

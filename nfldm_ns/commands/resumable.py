@@ -1,0 +1,29 @@
+"""What long commands share that go on where they were interrupted."""
+
+import os
+import signal
+from collections.abc import Callable
+
+from nfldm_ns.errors import exit_on_bad_input
+
+
+def sleep_idle_threads() -> None:
+    """Idle threads must not spin; to be called before torch starts them."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def run_resumable(run: Callable[[], None]) -> None:
+    """Runs a command; terminated it ends like an interrupted one, with its subprocesses, and says how to go on.
+
+    Raises:
+        SystemExit: with code 130 if it was interrupted, 2 for bad input.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with exit_on_bad_input():
+            run()
+    except KeyboardInterrupt:
+        print("\nInterrupted: the same command continues where this one stopped.")
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
