@@ -3,6 +3,7 @@
 | preset | for | latents |
 |---|---|---|
 | tiny | two CPU cores, minutes | c 12 x 4 x 8 x 8, f 16 x 32 x 32 |
+| rooms | the model that comes with this package: two CPU cores, hours | c 12 x 4 x 12 x 12, f 16 x 48 x 48 |
 | base | one GPU, hours | c 8 x 8 x 16 x 16, f 8 x 64 x 64 |
 | paper | the paper's sizes | c 4 x 8 x 32 x 32, f 4 x 128 x 128 |
 """
@@ -16,7 +17,7 @@ from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig
 from nfldm_ns.training import Schedule
 
-PresetName = Literal["tiny", "base", "paper"]
+PresetName = Literal["tiny", "rooms", "base", "paper"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,21 @@ LATENT_PRESETS: dict[str, LatentPreset] = {
         model={"coarse_channels": 12},
         training=LatentTrainingConfig(
             schedule=Schedule(max_steps=250, batch_size=2, learning_rate=1e-3),
+            losses=LatentLossConfig(lpips_mult=1.0),
+            num_views=2,
+            fine_dropout=0.0,
+        ),
+    ),
+    "rooms": LatentPreset(
+        model={
+            "coarse_channels": 12,
+            "encoder_channels": (32, 48, 64),
+            "fine_encoder_channels": 32,
+            "decoder_channels": (80, 64, 48),
+            "fusion_channels": 48,
+        },
+        training=LatentTrainingConfig(
+            schedule=Schedule(max_steps=1800, batch_size=2, learning_rate=1e-3, checkpoint_every=200),
             losses=LatentLossConfig(lpips_mult=1.0),
             num_views=2,
             fine_dropout=0.0,
@@ -140,6 +156,18 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
         },
         quarter_turns=False,  # four times as much to learn, without a longer training
         temperatures=(1.0, 0.8, 0.5),
+    ),
+    "rooms": DiffusionPreset(
+        models={
+            "global": {"width": 160, "num_layers": 4},
+            "coarse": {"channels": (80, 112), "attention": (False, False), "layers": 1},
+            "fine": {"channels": (48, 64, 80), "attention": (False, False, True), "layers": 1},
+        },
+        training={
+            "global": DiffusionTrainingConfig(schedule=Schedule(max_steps=10_000, batch_size=64, learning_rate=1e-3)),
+            "coarse": DiffusionTrainingConfig(schedule=Schedule(max_steps=8000, batch_size=16, learning_rate=1e-3)),
+            "fine": DiffusionTrainingConfig(schedule=Schedule(max_steps=4500, batch_size=8, learning_rate=1e-3)),
+        },
     ),
     "base": DiffusionPreset(
         models={

@@ -52,6 +52,7 @@ SCENE_AUTOENCODER = {
             "depth_mult": 0.1,
             "depth_norm": "l1",
             "opacity_mult": 1.0,
+            "hidden_background_mult": 0.05,
         },
         sampling={"scenes_per_batch": 1, "num_target_views": 4},
         max_num_iterations=1000,
@@ -83,6 +84,28 @@ SCENE_AUTOENCODER = {
         },
         max_num_iterations=5000,
         learning_rate=1.5e-3,
+    ),
+    "rooms": SceneAutoencoderPreset(
+        network={
+            "grid_shape": (16, 48, 48),
+            "feature_channels": 16,
+            "num_depth_bins": 64,
+            "num_samples": 64,
+            "encoder_channels": (32, 64, 128),
+            "decoder_channels": (64, 32),
+        },
+        loss={
+            "lpips_views": 2,
+            "adversarial_mult": 0.05,
+            "adversarial_start": 400,
+            "depth_mult": 0.1,
+            "depth_norm": "l1",
+            "opacity_mult": 1.0,
+            "hidden_background_mult": 0.05,
+        },
+        sampling={"scenes_per_batch": 1, "num_target_views": 4},
+        max_num_iterations=2000,
+        learning_rate=1e-3,
     ),
     "base": SceneAutoencoderPreset(
         network={

@@ -1,4 +1,4 @@
-"""nerfstudio methods of stage 1: `nfldm-scene-ae-tiny`, `-small`, `nfldm-scene-ae` and `nfldm-scene-ae-paper`."""
+"""nerfstudio methods of stage 1: `nfldm-scene-ae`, and those with `-tiny`, `-small`, `-rooms` and `-paper` after it."""
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ nfldm_scene_ae_tiny = MethodSpecification(
 nfldm_scene_ae_small = MethodSpecification(
     config=scene_autoencoder_config("nfldm-scene-ae-small", SCENE_AUTOENCODER["small"]),
     description="NeuralField-LDM stage 1: scene auto-encoder, an hour on a CPU.",
+)
+
+nfldm_scene_ae_rooms = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae-rooms", SCENE_AUTOENCODER["rooms"]),
+    description="NeuralField-LDM stage 1 of the model that comes with this package.",
 )
 
 nfldm_scene_ae = MethodSpecification(

@@ -43,6 +43,7 @@ def test_an_empty_scene_shows_the_background_of_its_code():
     rendered = model.render(grid, cameras)
     background = model.background(rendered.maps.directions, grid.background)
     torch.testing.assert_close(rendered.maps.features, background)
+    torch.testing.assert_close(rendered.maps.background, background)
     other = model.render(replace(grid, background=-grid.background), cameras)
     assert float((other.rgb - rendered.rgb).abs().max()) > 1e-2
     without = model.render(replace(grid, background=None), cameras)

@@ -9,6 +9,7 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -253,6 +254,33 @@ def test_resumed_run_has_equal_weights(run, box_room_collection, tmp_path):
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
     assert not all(torch.equal(value, checkpoint(run, 3)[key]) for key, value in straight.items())
+
+
+def test_training_begins_from_given_weights_with_voxels_of_another_shape(run, box_room_collection, tmp_path):
+    config = small_config(box_room_collection.root, tmp_path, 1)
+    config.pipeline.model.initial_weights = run / "config.yml"
+    config.pipeline.model.network = replace(SMALL_NETWORK, grid_shape=(8, 12, 12))
+    config.optimizers["autoencoder"]["optimizer"].lr = 0.0
+    begun, given = load_scene_autoencoder(train(config)), load_scene_autoencoder(run)
+    assert begun.grid_shape == (8, 12, 12) != given.grid_shape
+    assert all(torch.equal(value, begun.state_dict()[key]) for key, value in given.state_dict().items())
+
+
+def test_initial_weights_do_not_replace_those_of_a_resumed_run(run, box_room_collection, tmp_path):
+    config = small_config(box_room_collection.root, tmp_path, 2)
+    config.load_dir, config.load_step = run / "nerfstudio_models", 3
+    config.pipeline.model.initial_weights = run
+    resumed, straight = checkpoint(train(config), 5), checkpoint(run, 5)
+    assert all(torch.equal(value, resumed[key]) for key, value in straight.items())
+
+
+def test_initial_weights_of_other_networks(run, box_room_collection, tmp_path, capfd):
+    config = small_config(box_room_collection.root, tmp_path, 1)
+    config.pipeline.model.initial_weights = run
+    config.pipeline.model.network = replace(SMALL_NETWORK, feature_channels=6)
+    with pytest.raises(SystemExit) as ending:
+        train(config)
+    assert "of another preset" in ended_with(capfd, ending)
 
 
 PROJECTED = StageOneLossConfig(lpips_views=1, adversarial_mult=0.1, adversarial_start=3)

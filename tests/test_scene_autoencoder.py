@@ -21,7 +21,7 @@ from nfldm_ns.autoencoder.lifting import (
     fuse_frustums,
     occupancy_along_rays,
 )
-from nfldm_ns.autoencoder.losses import StageOneLossConfig, depth_loss, stage_one_losses
+from nfldm_ns.autoencoder.losses import StageOneLossConfig, depth_loss, hidden_background_loss, stage_one_losses
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder, downsample_depth
 from nfldm_ns.scenes.collection import SceneCollection
@@ -432,6 +432,20 @@ def test_opacity_loss_clears_the_sky_and_leaves_walls():
         )
     walls = [float(maps.accumulation[..., 11:, :].mean().detach()) for maps in (without, cleared)]
     assert walls[1] > walls[0] - 0.05
+
+
+def test_the_background_learns_from_what_hides_it():
+    """And nothing else does: each ray pulls by the share of it that is hidden."""
+    features, background = torch.rand(1, 2, 3, 4, 4, requires_grad=True), torch.rand(1, 2, 3, 4, 4, requires_grad=True)
+    opacity = torch.rand(1, 2, 1, 4, 4, requires_grad=True)
+    maps = FeatureMaps(features, opacity, opacity, opacity, torch.rand(1, 2, 3, 4, 4), background)
+    loss = hidden_background_loss(maps)
+    loss.backward()
+    torch.testing.assert_close(loss, (opacity * (background - features).abs()).mean())
+    torch.testing.assert_close(
+        background.grad, (opacity * (background - features).sign()).detach() / background.numel()
+    )
+    assert features.grad is None and opacity.grad is None
 
 
 def test_depth_is_never_averaged_across_edges():

@@ -54,6 +54,7 @@ class StageOneLossConfig:
             dominate less.
         feature_mult: mean square of voxel features: keeps V simple for the later stages.
         opacity_mult: of `opacity_loss`, which keeps the sky out of the box.
+        hidden_background_mult: of `hidden_background_loss`, which makes the background look like what hides it.
     """
 
     lpips_mult: float = 1.0
@@ -72,6 +73,7 @@ class StageOneLossConfig:
     depth_norm: Literal["l1", "l2"] = "l2"
     feature_mult: float = 0.0
     opacity_mult: float = 0.0
+    hidden_background_mult: float = 0.0
 
     @property
     def needs_perceptual_network(self) -> bool:
@@ -133,6 +135,8 @@ def stage_one_losses(
         losses["feature_loss"] = config.feature_mult * grid.features.square().mean()
     if config.opacity_mult:
         losses["opacity_loss"] = config.opacity_mult * opacity_loss(rendered.maps, target)
+    if config.hidden_background_mult:
+        losses["hidden_background_loss"] = config.hidden_background_mult * hidden_background_loss(rendered.maps)
     return losses
 
 
@@ -205,3 +209,14 @@ def opacity_loss(maps: FeatureMaps, target: Views) -> Float[Tensor, ""]:
         return maps.accumulation.new_zeros(())
     unmeasured = downsample_depth(target.depths, *maps.accumulation.shape[-2:]) == 0
     return (measured_share(target.depths) * unmeasured * maps.accumulation).mean()
+
+
+def hidden_background_loss(maps: FeatureMaps) -> Float[Tensor, ""]:
+    """Mean absolute difference of the background's features from what hides them, by the share that is hidden.
+
+    Where surfaces fill the view, say below the horizon, images never teach the background anything, and it would show
+    through the smallest hole of a sampled scene in a colour of chance. Only the background learns from this.
+    """
+    assert maps.background is not None
+    difference = (maps.background - maps.features.detach()).abs()
+    return (maps.accumulation.detach() * difference).mean()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.models.base_model import ModelConfig
 from torch import Tensor, nn
 
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors, scene_autoencoder_folder
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
@@ -74,6 +76,9 @@ class SceneAutoencoderModelConfig(ModelConfig):
     """weights of the losses"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """arithmetic of the convolutions in training"""
+    initial_weights: Path | None = None
+    """a trained scene auto-encoder to start from: the config.yml of its run, its folder, or its scene_autoencoder
+    folder; the networks' sizes must be its own, but box, voxels and image size may be others"""
 
 
 class SceneAutoencoderModel(VoxelModel):
@@ -96,7 +101,14 @@ class SceneAutoencoderModel(VoxelModel):
         self._shown_grid: VoxelGrid | None = None
 
     def prepare_training(self) -> None:
-        """Loads the perceptual network where a loss needs it; `UserInputError` if its weights are missing."""
+        """Loads the initial weights, and the perceptual network where a loss needs it.
+
+        Raises:
+            UserInputError: if weights are missing or do not fit.
+        """
+        if self.config.initial_weights is not None:
+            path = scene_autoencoder_folder(self.config.initial_weights) / WEIGHTS
+            load_exactly(self.autoencoder, read_safetensors(path), path)
         if self.config.loss.needs_perceptual_network:
             from nfldm_ns.evaluation.weights import load_lpips
 

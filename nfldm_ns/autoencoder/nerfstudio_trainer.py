@@ -114,6 +114,8 @@ class SceneAutoencoderTrainerConfig(MovableTrainerConfig):
         """Writes `config.yml` with absolute paths, so that it can be used from any folder."""
         saved = copy.deepcopy(self)
         saved.output_dir = self.output_dir.resolve()
+        if saved.pipeline.model.initial_weights is not None:
+            saved.pipeline.model.initial_weights = saved.pipeline.model.initial_weights.resolve()
         manager = saved.pipeline.datamanager
         for holder in (saved, manager, manager.dataparser):
             if holder.data is not None:

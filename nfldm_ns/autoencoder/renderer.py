@@ -24,6 +24,7 @@ class FeatureMaps:
         accumulation: `[*B, 1, h, w]` in [0, 1].
         exit_depth: `[*B, 1, h, w]`, planar depth at which the rays leave the box.
         directions: `[*B, 3, h, w]`, world-space ray directions of unit planar depth.
+        background: `[*B, C, h, w]`, features of what lies beyond the box in these directions; None without one.
     """
 
     features: Float[Tensor, "batch views channels h w"]
@@ -31,6 +32,7 @@ class FeatureMaps:
     accumulation: Float[Tensor, "batch views 1 h w"]
     exit_depth: Float[Tensor, "batch views 1 h w"]
     directions: Float[Tensor, "batch views 3 h w"]
+    background: Float[Tensor, "batch views channels h w"] | None = None
 
 
 def render_feature_maps(

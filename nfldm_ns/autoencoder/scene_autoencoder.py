@@ -244,7 +244,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             grid, cameras, rows, columns, self.config.near, self.config.num_samples, num_feature_samples
         )
         beyond = self.background(maps.directions, grid.background)
-        return replace(maps, features=maps.features + (1 - maps.accumulation) * beyond)
+        return replace(maps, features=maps.features + (1 - maps.accumulation) * beyond, background=beyond)
 
     def _ray_grid(self, cameras: Cameras) -> tuple[int, int]:
         """Rows and columns of rays, so that a ray covers the same angle as in training."""

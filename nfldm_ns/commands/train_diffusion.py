@@ -30,7 +30,7 @@ class TrainDiffusion:
     """The run of nfldm-train-latent-ae."""
     output_dir: Path
     """One run folder per denoiser, and pipeline/ when all are trained."""
-    preset: Literal["tiny", "base", "paper"] = "tiny"
+    preset: Literal["tiny", "rooms", "base", "paper"] = "tiny"
     max_steps: int | None = None
     """Optimiser steps of each denoiser; by default the preset's, as all below."""
     time_budget_s: float | None = None

@@ -28,7 +28,7 @@ class TrainLatentAutoencoder:
     """Encoded scenes, from nfldm-encode."""
     output_dir: Path
     """Folder of the run; the model goes to its latent_autoencoder folder."""
-    preset: Literal["tiny", "base", "paper"] = "tiny"
+    preset: Literal["tiny", "rooms", "base", "paper"] = "tiny"
     max_steps: int | None = None
     """Optimiser steps; by default the preset's, as all below."""
     time_budget_s: float | None = None
