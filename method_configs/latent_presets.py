@@ -3,7 +3,7 @@
 | preset | for | latents |
 |---|---|---|
 | tiny | two CPU cores, minutes | c 12 x 4 x 8 x 8, f 16 x 32 x 32 |
-| rooms | the model that comes with this package: two CPU cores, hours | c 12 x 4 x 12 x 12, f 16 x 48 x 48 |
+| rooms | the model that comes with this package: two CPU cores, hours | c 12 x 4 x 12 x 12, f 20 x 48 x 48 |
 | base | one GPU, hours | c 8 x 8 x 16 x 16, f 8 x 64 x 64 |
 | paper | the paper's sizes | c 4 x 8 x 32 x 32, f 4 x 128 x 128 |
 """
@@ -51,13 +51,16 @@ LATENT_PRESETS: dict[str, LatentPreset] = {
     "rooms": LatentPreset(
         model={
             "coarse_channels": 12,
+            "fine_channels": 20,
             "encoder_channels": (32, 48, 64),
             "fine_encoder_channels": 32,
             "decoder_channels": (80, 64, 48),
             "fusion_channels": 48,
         },
         training=LatentTrainingConfig(
-            schedule=Schedule(max_steps=1800, batch_size=2, learning_rate=1e-3, checkpoint_every=200),
+            schedule=Schedule(
+                max_steps=2400, batch_size=2, learning_rate=1e-3, mixed_precision="bf16", checkpoint_every=200
+            ),
             losses=LatentLossConfig(lpips_mult=1.0),
             num_views=2,
             fine_dropout=0.0,
@@ -142,6 +145,19 @@ def _on_gpu(max_steps: int, batch_size: int, learning_rate: float = 1e-4) -> Dif
     )
 
 
+def _on_cpu(max_steps: int, batch_size: int) -> DiffusionTrainingConfig:
+    return DiffusionTrainingConfig(
+        schedule=Schedule(
+            max_steps=max_steps,
+            batch_size=batch_size,
+            learning_rate=1e-3,
+            mixed_precision="bf16",
+            checkpoint_every=500,
+        ),
+        condition_dropout=0.1,
+    )
+
+
 DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
     "tiny": DiffusionPreset(
         models={
@@ -165,8 +181,8 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
         },
         training={
             "global": DiffusionTrainingConfig(schedule=Schedule(max_steps=10_000, batch_size=64, learning_rate=1e-3)),
-            "coarse": DiffusionTrainingConfig(schedule=Schedule(max_steps=8000, batch_size=16, learning_rate=1e-3)),
-            "fine": DiffusionTrainingConfig(schedule=Schedule(max_steps=4500, batch_size=8, learning_rate=1e-3)),
+            "coarse": _on_cpu(10_000, 16),
+            "fine": _on_cpu(5000, 8),
         },
     ),
     "base": DiffusionPreset(

@@ -388,7 +388,7 @@ def test_demo_is_interrupted_continues_and_ends_with_a_page(tmp_path: Path) -> N
     second = start(tmp_path)
     output, _ = second.communicate(timeout=900)
     assert second.returncode == 0, output
-    assert "[1/8] Collecting scenes from VizDoom: done before" in output
+    assert "[1/9] Collecting scenes from VizDoom: done before" in output
     assert "(continued)" in output
     assert scenes == {path: path.stat().st_mtime_ns for path in root.glob("data/scenes/*/transforms.json")}
     check_report(root)
@@ -399,7 +399,7 @@ def test_demo_is_interrupted_continues_and_ends_with_a_page(tmp_path: Path) -> N
     third = start(tmp_path)
     output, _ = third.communicate(timeout=120)
     assert third.returncode == 0
-    assert output.count("done before") == 8
+    assert output.count("done before") == 9
     assert (root / "index.html").stat().st_mtime_ns == page
 
 
@@ -421,15 +421,17 @@ def check_page(root: Path) -> None:
     page = References()
     page.feed((root / "index.html").read_text())
     assert all(source.startswith(("data:", "#")) for source in page.sources)
-    assert page.counts["video"] == DEMO_PRESETS["smoke"].num_scenes + 2
+    smoke = DEMO_PRESETS["smoke"]
+    assert page.counts["video"] == smoke.num_scenes + smoke.num_shipped_scenes + 2
     assert page.counts["table"] == 3
     assert page.counts["img"] >= 6
 
 
 def check_generated_scenes(root: Path) -> None:
-    folders = sorted((root / "generated").iterdir())
+    folders, shipped = (sorted((root / name).iterdir()) for name in ("generated", "shipped"))
     assert [folder.name for folder in folders] == ["scene_000000", "scene_000001"]
-    for folder in folders:
+    assert [folder.name for folder in shipped] == ["scene_000000"]
+    for folder in (*folders, *shipped):
         assert (folder / "config.yml").is_file()
         scene = load_generated_scene(folder)
         assert scene.grid.density.isfinite().all()

@@ -19,10 +19,12 @@ import yaml
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
+from PIL import Image
 
 from nfldm_ns.autoencoder.voxel_model import crop_grid
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import fly_through, look_along, surround_cameras
+from nfldm_ns.generated.contact_sheet import contact_sheet
 from nfldm_ns.generated.scene_files import load_generated_scene
 from nfldm_ns.generated.writing import render_views, write_generated_scene
 from nfldm_ns.scenes.collection import read_depth, read_image
@@ -314,3 +316,22 @@ def test_ns_render_makes_panoramas_of_it(folder, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert read_image(tmp_path / "frames" / "00000.png", (48, 24)).max() > 0
+
+
+def test_the_contact_sheet_shows_every_scene_once_down_the_columns(tmp_path):
+    """Five scenes of one colour each: three in the first column, two in the second, each as a strip of four views."""
+    colors = [(0, 0, 250), (0, 250, 0), (250, 0, 0), (250, 250, 0), (0, 250, 250)]
+    folders = [tmp_path / f"scene_{i:06d}" for i in range(5)]
+    for folder, color in zip(folders, colors, strict=True):
+        (folder / "images").mkdir(parents=True)
+        for view in range(6):
+            Image.new("RGB", (96, 96), color).save(folder / "images" / f"source_{view:02d}.png")
+    sheet = np.asarray(contact_sheet(folders)).astype(int)
+    centres = {}
+    for color in colors:
+        rows, columns = np.nonzero((sheet == color).all(-1))
+        assert len(rows) == 4 * 96 * 96
+        centres[color] = (rows.mean(), columns.mean())
+    ordered = sorted(colors, key=lambda color: (centres[color][1] // 100, centres[color][0]))
+    assert ordered == colors
+    assert centres[colors[3]][0] == centres[colors[0]][0] and centres[colors[3]][1] > centres[colors[0]][1] + 4 * 96

@@ -509,6 +509,41 @@ def test_resumed_training_is_equal_to_the_bit(store, tmp_path):
     assert model_hash(finished) == model_hash(resumed), "a finished run is only read"
 
 
+@pytest.mark.parametrize(("use_fine", "use_global"), [*LEVELS, (True, True)])
+def test_a_decoder_trained_alone_leaves_latents_and_codes(store, tmp_path, use_fine, use_global):
+    sizes = {**LATENT_SIZES, "use_fine": use_fine, "use_global": use_global}
+    first = train(store, tmp_path / "first", sizes=sizes)
+    alone = replace(TRAINING, decoder_only=True)
+    tuned = train_latent_autoencoder(store, tmp_path / "tuned", sizes, alone, initial=first)
+    grid = store.grid(store.splits["test"])
+    with torch.no_grad():
+        before, after = first.encode(grid).state_dict(), tuned.encode(grid).state_dict()
+        assert all(torch.equal(value, after[name]) for name, value in before.items())
+        assert not torch.equal(first.decode(first.encode(grid)).density, tuned.decode(tuned.encode(grid)).density)
+    assert all(torch.equal(book.codes, tuned.codebooks[name].codes) for name, book in first.codebooks.items())
+    assert model_hash(first, first.encoding) == model_hash(tuned, tuned.encoding)
+    assert model_hash(first) != model_hash(tuned)
+
+
+def test_training_begins_from_a_given_model(store, tmp_path):
+    first = train(store, tmp_path / "first")
+    still = replace(TRAINING, schedule=replace(TRAINING.schedule, learning_rate=0.0), decoder_only=True)
+    again = train_latent_autoencoder(store, tmp_path / "again", LATENT_SIZES, still, initial=first)
+    assert model_hash(again) == model_hash(first)
+    onwards = train_latent_autoencoder(store, tmp_path / "onwards", LATENT_SIZES, TRAINING, initial=first)
+    assert model_hash(onwards, onwards.encoding) != model_hash(first, first.encoding)
+
+
+def test_a_model_to_begin_from_must_fit(store, tmp_path):
+    alone = replace(TRAINING, decoder_only=True)
+    with pytest.raises(UserInputError, match="can be trained alone"):
+        train_latent_autoencoder(store, tmp_path, LATENT_SIZES, alone)
+    other = small_latent_autoencoder(density_transform="alpha")
+    with pytest.raises(UserInputError, match="does not fit"):
+        train_latent_autoencoder(store, tmp_path, LATENT_SIZES, alone, initial=other)
+    assert not list(tmp_path.glob("*/"))
+
+
 def test_training_of_another_preset_in_the_same_folder_is_refused(store, tmp_path):
     train(store, tmp_path)
     with pytest.raises(UserInputError, match="fine_channels"):

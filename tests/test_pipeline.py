@@ -15,7 +15,7 @@ from diffusers.utils import PushToHubMixin
 from safetensors.torch import load_file
 
 from nfldm_ns.commands import encode, sample, train_diffusion, train_latent_ae
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, save_in_half_precision, scene_generators
 from nfldm_ns.diffusion.sampling import sample_scenes
 from nfldm_ns.errors import UserInputError
 from tests.small_models import small_latent_autoencoder, small_pipeline, small_scene_autoencoder
@@ -300,6 +300,17 @@ def test_another_kind_of_pipeline(broken):
         load_pipeline(broken)
 
 
+def test_half_precision_on_disk_is_single_precision_in_use(folder, tmp_path):
+    save_in_half_precision(folder, tmp_path / "half")
+    whole, half = load_pipeline(folder), load_pipeline(tmp_path / "half")
+    for name in ("scene_autoencoder", "latent_autoencoder", "global_denoiser", "coarse_denoiser", "fine_denoiser"):
+        expected, found = getattr(whole, name).state_dict(), getattr(half, name).state_dict()
+        parameters = {key for key, _ in getattr(whole, name).named_parameters()}
+        for key, value in expected.items():
+            assert found[key].dtype == value.dtype
+            assert torch.equal(found[key], value.half().float() if key in parameters else value)
+
+
 def test_pipeline_is_a_diffusers_pipeline(folder):
     assert issubclass(NFLDMPipeline, DiffusionPipeline)
     index = json.loads((folder / "model_index.json").read_text())
@@ -313,7 +324,11 @@ def test_same_seed_gives_the_same_files_whatever_the_number(folder, tmp_path):
     for name, num_scenes, seed in (("a", 2, 7), ("b", 1, 8)):
         command = f"--num-scenes {num_scenes} --seed {seed} --num-inference-steps 2 --device cpu --output-dir"
         sample.main([str(folder), *command.split(), str(tmp_path / name)])
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["scene_000007", "scene_000008"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "contact_sheet.png",
+        "scene_000007",
+        "scene_000008",
+    ]
     a, b = (tmp_path / name / "scene_000008" for name in ("a", "b"))
     first, second = (load_file(scene / "scene.safetensors") for scene in (a, b))
     assert all(torch.equal(value, second[name]) for name, value in first.items())

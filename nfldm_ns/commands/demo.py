@@ -31,7 +31,9 @@ class Demo:
     """How many scenes to sample into folders; by default the preset's (8)."""
     length: float | None = None
     """Share of the preset's training steps; by default as many as end in time on this machine."""
-    redo: Literal["collect", "stage1", "encode", "stage2", "stage3", "sample", "evaluate", "report"] | None = None
+    redo: (
+        Literal["collect", "stage1", "encode", "stage2", "stage3", "sample", "shipped", "evaluate", "report"] | None
+    ) = None
     """Repeat this stage and all later ones."""
 
     def run(self) -> None:

@@ -20,7 +20,8 @@ class Eval:
     """
 
     pipeline: tyro.conf.Positional[Path]
-    """A trained generator: the pipeline folder of nfldm-train-diffusion."""
+    """A trained generator: the pipeline folder of nfldm-train-diffusion, or vizdoom-rooms, which comes with this
+    package."""
     data: Path
     """The scene collection it was trained on; its test split is the reference."""
     output_dir: Path

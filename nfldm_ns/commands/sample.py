@@ -6,6 +6,7 @@ from pathlib import Path
 import tyro
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.models import GENERATOR
 
 
 @dataclass
@@ -15,12 +16,12 @@ class Sample:
     Scene i has the seed `--seed` + i and does not depend on how many are sampled.
     """
 
-    pipeline: tyro.conf.Positional[Path]
-    """A trained generator: the pipeline folder of nfldm-train-diffusion."""
+    pipeline: tyro.conf.Positional[Path] = Path(GENERATOR)
+    """A trained generator: the pipeline folder of nfldm-train-diffusion, or the model that comes with this package."""
     num_scenes: int = 8
     seed: int = 0
     output_dir: Path = Path("outputs/generated")
-    """Scenes go to scene_<seed>/ in here."""
+    """Scenes go to scene_<seed>/ in here, and pictures of all of them to contact_sheet.png."""
     num_inference_steps: int = 30
     """Denoising steps of each of the three latents."""
     batch_size: int = 1
@@ -35,6 +36,8 @@ class Sample:
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
         from nfldm_ns.diffusion.sampling import sample_scenes
+        from nfldm_ns.evaluation.galleries import write_png
+        from nfldm_ns.generated.contact_sheet import contact_sheet
         from nfldm_ns.scenes.writing import require_writable
 
         if self.num_scenes < 1 or self.batch_size < 1 or self.num_inference_steps < 1:
@@ -54,8 +57,14 @@ class Sample:
             batch_size=self.batch_size,
             source=str(self.pipeline),
         )
+        folders = []
         for folder in track(scenes, "Sampling scenes", total=self.num_scenes):
             print(folder)
+            folders.append(folder)
+        sheet = self.output_dir / "contact_sheet.png"
+        write_png(sheet, contact_sheet(folders))
+        print(f"Pictures of all: {sheet}")
+        print(f"Walk through the first: ns-viewer --load-config {folders[0] / 'config.yml'}")
 
 
 def main(args: list[str] | None = None) -> None:

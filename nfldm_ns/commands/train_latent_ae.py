@@ -53,12 +53,19 @@ class TrainLatentAutoencoder:
     """Off for the paper's ablation without g; all scenes then have one mean background."""
     quarter_turns: bool | None = None
     """Turn scenes by random multiples of 90 degrees."""
+    initial_weights: Path | None = None
+    """The run of a trained latent auto-encoder to begin from; sizes, latents and codebooks are then its own."""
+    decoder_only: bool = False
+    """With `--initial-weights`: leave latents and codes as they are; denoisers that were trained on them still fit."""
+    lpips_mult: float | None = None
+    """Weight of the perceptual distance of rendered images."""
     evaluate: bool = True
     """At the end render novel views of held-out scenes, before and after the latents."""
 
     def run(self) -> None:
         from nfldm_ns.evaluation.weights import load_lpips
-        from nfldm_ns.latents.training import train_latent_autoencoder
+        from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
+        from nfldm_ns.latents.training import public_config, train_latent_autoencoder
         from nfldm_ns.latents.voxel_store import VoxelStore
         from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
 
@@ -68,6 +75,10 @@ class TrainLatentAutoencoder:
         training = replace(preset.training, schedule=replace(preset.training.schedule, **given))
         if self.quarter_turns is not None:
             training = replace(training, quarter_turns=self.quarter_turns)
+        if self.lpips_mult is not None:
+            training = replace(training, losses=replace(training.losses, lpips_mult=self.lpips_mult))
+        training = replace(training, decoder_only=self.decoder_only)
+        initial = load_latent_autoencoder(self.initial_weights) if self.initial_weights is not None else None
         lpips = load_lpips("vgg") if training.losses.lpips_mult else None
         model_config = {
             **preset.model,
@@ -75,7 +86,9 @@ class TrainLatentAutoencoder:
             "use_fine": self.use_fine,
             "use_global": self.use_global,
         }
-        model = train_latent_autoencoder(store, self.output_dir, model_config, training, lpips=lpips)
+        if initial is not None:
+            model_config = public_config(initial)
+        model = train_latent_autoencoder(store, self.output_dir, model_config, training, lpips=lpips, initial=initial)
         if not is_first_process():
             return
         print(f"The latent auto-encoder is in {self.output_dir / 'latent_autoencoder'}")

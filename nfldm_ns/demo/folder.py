@@ -43,6 +43,11 @@ class DemoFolder:
         return self.root / "generated"
 
     @property
+    def shipped(self) -> Path:
+        """Scenes of the model that comes with the package."""
+        return self.root / "shipped"
+
+    @property
     def evaluation(self) -> Path:
         return self.root / "evaluation"
 

@@ -28,6 +28,7 @@ from nfldm_ns.generated.scene_files import load_generated_scene
 from nfldm_ns.generated.writing import render_views
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_autoencoder
 from nfldm_ns.latents.round_trip import round_trip_variants
+from nfldm_ns.models import GENERATOR
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -53,8 +54,8 @@ def write_page(folder: DemoFolder, sections: Sequence[Section], summary: Mapping
         sections: of pictures, from `picture_sections`.
         summary: the content of `report.json`.
     """
-    generated, data, held_out = sections
-    parts = [generated, numbers(summary), held_out, data, curves(folder), cost(summary), next_steps(folder)]
+    generated, shipped, data, held_out = sections
+    parts = [generated, shipped, numbers(summary), held_out, data, curves(folder), cost(summary), next_steps(folder)]
     page = Report("NeuralField-LDM: scenes that never were", introduction(summary), parts, footer(summary))
     page.write(folder.root / PAGE)
 
@@ -142,7 +143,8 @@ def next_steps(folder: DemoFolder) -> Section:
         (
             f"Every generated scene is a nerfstudio run. Walk through one: `ns-viewer --load-config {scene}`",
             f"Render a video: `ns-render interpolate --load-config {scene} --output-path video.mp4`",
-            f"Sample more: `nfldm-sample {folder.stage3 / 'pipeline'} --num-scenes 16 --seed 100`",
+            f"Sample more: `nfldm-sample {folder.stage3 / 'pipeline'} --num-scenes 16 --seed 100`, or, from the model "
+            "that comes with the package, `nfldm-sample --num-scenes 16`",
             f"See any place as stage 1 does: `ns-viewer --load-config {folder.stage1 / 'config.yml'}`",
             "All numbers are in `report.json` beside this page, with what each of them means.",
         )
@@ -236,7 +238,7 @@ def _positive(series: Series) -> Series:
 
 @torch.inference_mode()
 def picture_sections(folder: DemoFolder, settings: DemoSettings, progress: Progress) -> list[Section]:
-    """Sections of generated scenes, of the data, and of held-out scenes before and after each stage."""
+    """Sections of generated scenes (own, shipped), of the data, and of held-out scenes before and after each stage."""
     collection = SceneCollection.open(folder.data)
     scene_autoencoder = load_scene_autoencoder(folder.stage1)
     latent_autoencoder = load_latent_autoencoder(folder.stage2)
@@ -244,12 +246,12 @@ def picture_sections(folder: DemoFolder, settings: DemoSettings, progress: Progr
     progress(0.1, "pictures of held-out places")
     held_out = held_out_section(collection, scene_autoencoder, latent_autoencoder, settings.video_frames)
     progress(0.4, "fly-throughs of generated scenes")
-    folders = sorted(folder.generated.glob("scene_*"))
+    own, shipped = (sorted(path.glob("scene_*")) for path in (folder.generated, folder.shipped))
     looks = []
-    for i, path in enumerate(folders):
+    for path in (*own, *shipped):
         looks.append(look_at_sample(path, settings.video_frames))
-        progress(0.4 + 0.5 * (i + 1) / len(folders), "fly-throughs of generated scenes")
-    return [generated_section(looks), data, held_out]
+        progress(0.4 + 0.5 * len(looks) / len(own + shipped), "fly-throughs of generated scenes")
+    return [generated_section(looks[: len(own)]), shipped_section(looks[len(own) :]), data, held_out]
 
 
 @dataclass
@@ -282,6 +284,25 @@ def look_at_sample(folder: Path, num_frames: int) -> SampleLook:
 
 
 def generated_section(looks: Sequence[SampleLook]) -> Section:
+    """Scenes of the model that was just trained."""
+    text = (
+        "Sampled from noise: first g with the cameras, then c (coarse structure), then f (detail). Below, each row is "
+        f"one scene: views all around, depth ({NEAREST:g} m blue to {FARTHEST:g} m red), and its voxels from above "
+        "(north up; dark is low, bright is high, white is empty)."
+    )
+    return Section("Generated scenes", text, _pictures_of(looks))
+
+
+def shipped_section(looks: Sequence[SampleLook]) -> Section:
+    """Scenes of the model that comes with the package."""
+    text = (
+        f"`{GENERATOR}` comes with this package: the same method, trained longer on bright rooms of many maps. This "
+        "is what `nfldm-sample` shows without any training; nothing is selected here either."
+    )
+    return Section("From the model that comes with the package", text, _pictures_of(looks))
+
+
+def _pictures_of(looks: Sequence[SampleLook]) -> list[Any]:
     """Videos, then views, depth and a plan of each generated scene."""
     videos = [Video(look.video, f"{look.name}: turning around once; right: depth") for look in looks]
     columns: dict[str, list[Image]] = {}
@@ -289,14 +310,7 @@ def generated_section(looks: Sequence[SampleLook]) -> Section:
         columns[f"{round(360 * i / VIEWS_OF_SAMPLES)}°"] = [look.views[i] for look in looks]
     columns["depth at 0°"] = [look.depths[0] for look in looks]
     columns["from above"] = [look.above for look in looks]
-    text = (
-        "Sampled from noise: first g with the cameras, then c (coarse structure), then f (detail). Below, each row is "
-        f"one scene: views all around, depth ({NEAREST:g} m blue to {FARTHEST:g} m red), and its voxels from above "
-        "(north up; dark is low, bright is high, white is empty)."
-    )
-    return Section(
-        "Generated scenes", text, [Gallery(videos, tile_width=250), _grid(columns, [look.name for look in looks])]
-    )
+    return [Gallery(videos, tile_width=250), _grid(columns, [look.name for look in looks])]
 
 
 def data_section(collection: SceneCollection) -> Section:

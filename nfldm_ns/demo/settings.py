@@ -34,6 +34,7 @@ class DemoSettings:
         denoiser_shares: how long each of them trains, relative to the others.
         denoiser_processes: how many denoisers train side by side (one after the other on a GPU).
         num_scenes: generated scenes that are written as folders.
+        num_shipped_scenes: scenes of the model that comes with the package, to compare with.
         num_inference_steps: denoising steps of each latent.
         num_images: images per set for FID and KID, and held-out views that are judged.
         views_per_scene: how many of them show one scene.
@@ -56,6 +57,7 @@ class DemoSettings:
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0)
     denoiser_processes: int = 2
     num_scenes: int = 8
+    num_shipped_scenes: int = 4
     num_inference_steps: int = 30
     num_images: int = 128
     views_per_scene: int = 4

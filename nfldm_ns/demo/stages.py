@@ -20,11 +20,13 @@ from nfldm_ns.demo.settings import DemoSettings
 from nfldm_ns.demo.summary import write_summary
 from nfldm_ns.diffusion.latent_memory import encode_latents
 from nfldm_ns.diffusion.pipeline import load_pipeline
+from nfldm_ns.diffusion.sampling import sample_scenes
 from nfldm_ns.diffusion.training import STAGES, save_pipeline
 from nfldm_ns.evaluation.weights import load_inception, load_lpips
 from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
 from nfldm_ns.latents.training import train_latent_autoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
+from nfldm_ns.models import GENERATOR
 from nfldm_ns.scenes.collection import SceneCollection
 
 
@@ -81,6 +83,13 @@ class Demo:
                 self.sample,
                 {**sampling, **evaluation},
                 ("generated", "evaluation/samples"),
+            ),
+            Stage(
+                "shipped",
+                "Sampling from the model that comes with the package",
+                self.sample_shipped,
+                {**sampling, "num_scenes": s.num_shipped_scenes, "model": GENERATOR},
+                ("shipped",),
             ),
             Stage(
                 "evaluate",
@@ -177,6 +186,20 @@ class Demo:
             str(self.folder.stage3 / "pipeline"),
             report,
         )
+
+    def sample_shipped(self, report: Report) -> None:
+        settings, pipeline = self.settings, load_pipeline().to(self.device)
+        self.folder.shipped.mkdir(exist_ok=True)
+        folders = sample_scenes(
+            pipeline,
+            self.folder.shipped,
+            settings.num_shipped_scenes,
+            self.seed,
+            num_inference_steps=settings.num_inference_steps,
+            source=GENERATOR,
+        )
+        for done, folder in enumerate(folders, 1):
+            report(done / settings.num_shipped_scenes, folder.name)
 
     def evaluate(self, report: Report) -> None:
         evaluate(

@@ -26,8 +26,10 @@ from nfldm_ns.diffusion.trajectory import trajectory_to_cameras
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
+from nfldm_ns.models import GENERATOR, resolve_model, shipped_models
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.scenes.writing import atomic_path
 
 STAGES = ("global", "coarse", "fine")
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -106,13 +108,14 @@ class NFLDMPipeline(DiffusionPipeline):
         chosen = dtype or (dtypes[0] if dtypes else None)
         if chosen is not None:
             for denoiser in (self.global_denoiser, self.coarse_denoiser, self.fine_denoiser):
-                denoiser.to(chosen)
+                if denoiser is not None:
+                    denoiser.to(chosen)
         return self
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the denoisers."""
-        return self.fine_denoiser.dtype  # type: ignore[return-value]
+        return self.coarse_denoiser.dtype  # type: ignore[return-value]
 
     @torch.no_grad()
     def __call__(
@@ -324,15 +327,22 @@ COMPONENTS = {
 }
 
 
-def load_pipeline(folder: Path | str) -> NFLDMPipeline:
-    """Reads a trained generator from a folder and checks it.
+def load_pipeline(folder: Path | str = GENERATOR) -> NFLDMPipeline:
+    """Reads a trained generator from a folder and checks it; its weights become single precision.
+
+    Args:
+        folder: of an `NFLDMPipeline`, or the name of a model that comes with this package (`nfldm_ns.models`).
 
     Raises:
         UserInputError: if a component is missing, truncated, or does not fit the others.
     """
-    folder = Path(folder)
+    folder = resolve_model(folder)
     if not (folder / "model_index.json").is_file():
-        raise UserInputError(f"{folder} has no model_index.json, so it is not a trained generator: fix the path.")
+        names = ", ".join(shipped_models())
+        raise UserInputError(
+            f"{folder} has no model_index.json, so it is not a trained generator: fix the path, or name one that comes "
+            f"with this package ({names})."
+        )
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict) or index.get("_class_name") != "NFLDMPipeline":
         raise UserInputError(f"{folder} holds another kind of pipeline: give the folder of an NFLDMPipeline.")
@@ -366,6 +376,26 @@ def _load_component(folder: Path, cls: type) -> nn.Module:
         raise UserInputError(f"{folder / 'config.json'} {reason}: restore it.") from None
     load_exactly(component, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
     return component.eval()
+
+
+def save_in_half_precision(pipeline: Path | str, folder: Path | str) -> None:
+    """Saves a trained generator with its parameters in half precision; statistics and codes stay as they are.
+
+    `load_pipeline` and `from_pretrained` make them single precision again, so that only their last digits are lost.
+
+    Args:
+        pipeline: the folder of the generator.
+        folder: what becomes the folder of the copy; whole or not at all.
+
+    Raises:
+        UserInputError: if there is no such generator.
+    """
+    smaller = load_pipeline(pipeline)
+    for name in COMPONENTS:
+        for parameter in () if getattr(smaller, name) is None else getattr(smaller, name).parameters():
+            parameter.data = parameter.data.half()
+    with atomic_path(Path(folder)) as temporary:
+        smaller.save_pretrained(temporary)
 
 
 def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline") -> None:

@@ -297,7 +297,7 @@ def train_denoiser(
     denoiser = new_denoiser(stage, model_config, memory, latent_autoencoder).to(accelerator.device)
     identity = {
         "kind": f"{stage} denoiser",
-        "latent_autoencoder": model_hash(latent_autoencoder),
+        "latent_autoencoder": model_hash(latent_autoencoder, latent_autoencoder.encoding),
         "model": public_config(denoiser),
         "seed": config.schedule.seed,
         "batch_size": joint_batch_size(config.schedule, accelerator),
@@ -400,7 +400,7 @@ def save_pipeline(
     if any(denoiser is None for denoiser in denoisers.values()):
         return None
     runs = {stage: read_json(output_dir / stage / "run.json") for stage in stages}
-    expected = model_hash(latent_autoencoder)
+    expected = model_hash(latent_autoencoder, latent_autoencoder.encoding)
     for stage, run in runs.items():
         if run.get("latent_autoencoder") != expected:
             raise UserInputError(

@@ -96,6 +96,18 @@ def to_uint8(image: Float[Tensor, "3 height width"]) -> UInt8[np.ndarray, "heigh
     return image.detach().float().clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).contiguous().cpu().numpy()
 
 
+def strip(pictures: Sequence[Float[Tensor, "3 height width"]], gap: int = 2) -> Float[Tensor, "3 height total_width"]:
+    """Pictures of one height side by side, white between them."""
+    white = torch.ones(3, pictures[0].shape[1], gap)
+    return torch.cat([part for picture in pictures for part in (white, picture)][1:], dim=2)
+
+
+def stack(pictures: Sequence[Float[Tensor, "3 height width"]], gap: int = 2) -> Float[Tensor, "3 total_height width"]:
+    """Pictures of one width below each other, white between them."""
+    white = torch.ones(3, gap, pictures[0].shape[2])
+    return torch.cat([part for picture in pictures for part in (white, picture)][1:], dim=1)
+
+
 def image_grid(
     columns: Mapping[str, Iterable[Float[Tensor, "3 height width"]]],
     row_labels: Sequence[str] = (),

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nfldm_ns.choice import evenly
+from nfldm_ns.evaluation.galleries import stack, strip
 from nfldm_ns.evaluation.geometry import DepthHistogram
 from nfldm_ns.evaluation.image_sets import read_picture
 from nfldm_ns.evaluation.neighbours import COPY_RATIO
@@ -24,7 +25,6 @@ REAL_SCENES = 8
 VIEWS_SHOWN = 4
 MATCHES = 16
 CLOSEST = 8
-GAP = 2
 TITLES = {
     "samples": "generated scenes",
     "stage2": "stage 2 reconstructions of test scenes",
@@ -89,18 +89,6 @@ def footer(numbers: Mapping[str, Any]) -> str:
 
 
 # Pictures
-
-
-def strip(pictures: Sequence[Float[Tensor, "3 height width"]]) -> Float[Tensor, "3 height total_width"]:
-    """Pictures side by side, white between them."""
-    gap = torch.ones(3, pictures[0].shape[1], GAP)
-    return torch.cat([part for picture in pictures for part in (gap, picture)][1:], dim=2)
-
-
-def stack(strips: Sequence[Float[Tensor, "3 height width"]]) -> Float[Tensor, "3 total_height width"]:
-    """Strips of one width below each other."""
-    gap = torch.ones(3, GAP, strips[0].shape[2])
-    return torch.cat([part for row in strips for part in (gap, row)][1:], dim=1)
 
 
 def _views(folder: Path, scene: str) -> Float[Tensor, "3 height total_width"]:

@@ -218,6 +218,29 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         """Shape of f, (Cf, Y, X); Cf is 0 without one."""
         return (self.config.fine_channels if self.config.use_fine else 0, *self.grid_shape[1:])
 
+    @property
+    def encoding(self) -> dict[str, nn.Module]:
+        """All that latents and their codes depend on, by name; the decoder is the rest.
+
+        The linear path of f encodes what that of c leaves over, so c's linear decoder belongs to it.
+        """
+        parts = {name: getattr(self, name) for name in ("voxel_code", "global_encoder", "coarse_encoder")}
+        parts["fine_encoder"] = self.fine_encoder
+        if self.linear is not None:
+            linear = self.linear
+            parts["linear.coarse_encoder"], parts["linear.fine_encoder"] = linear.coarse_encoder, linear.fine_encoder
+            parts["linear.coarse_decoder"] = linear.coarse_decoder
+        parts["background_path.encoder"] = self.background_path.encoder
+        parts |= {f"{name}_codebook": codebook for name, codebook in self.codebooks.items()}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def freeze_encoding(self) -> None:
+        """Keeps latents and codes as they are: what follows trains the decoder alone."""
+        for part in self.encoding.values():
+            part.requires_grad_(False)
+        for codebook in self.codebooks.values():
+            codebook.frozen = True
+
     def encode(self, grid: VoxelGrid, sample: bool = False) -> SceneLatents:
         """Latents before quantisation.
 

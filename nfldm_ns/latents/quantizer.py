@@ -28,6 +28,9 @@ class VectorQuantizer(nn.Module):
         code_dim: channels per code; with several groups this is product quantisation.
         num_codes: size of the codebook.
         decay: of the moving averages.
+
+    Attributes:
+        frozen: whether the codes stay as they are in training, too.
     """
 
     codes: Float[Tensor, "codes dim"]
@@ -39,6 +42,7 @@ class VectorQuantizer(nn.Module):
         self.code_dim = code_dim
         self.num_codes = num_codes
         self.decay = decay
+        self.frozen = False
         self.register_buffer("codes", torch.randn(num_codes, code_dim))
         self.register_buffer("usage", torch.ones(num_codes))
         self.register_buffer("sums", self.codes.clone())
@@ -61,7 +65,7 @@ class VectorQuantizer(nn.Module):
         indices = self.nearest(vectors.detach())
         quantised = F.embedding(indices, self.codes)
         loss = F.mse_loss(vectors, quantised)
-        if self.training and torch.is_grad_enabled():
+        if self.training and not self.frozen and torch.is_grad_enabled():
             self._update(vectors.detach(), indices)
         passed = vectors + (quantised - vectors).detach()
         passed = passed.reshape(groups.shape).movedim(-1, 2).flatten(1, 2)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nfldm_ns.autoencoder.checkpoints import load_exactly
 from nfldm_ns.autoencoder.losses import depth_loss
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
@@ -23,7 +24,7 @@ from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder,
 from nfldm_ns.latents.quantizer import CodebookUsage
 from nfldm_ns.latents.validation import RoundTripPictures
 from nfldm_ns.latents.voxel_code import VoxelCode
-from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore
+from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore, model_hash
 from nfldm_ns.scenes.views import Views, rotate_cameras90
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
@@ -79,6 +80,8 @@ class LatentTrainingConfig:
     """Share of scenes whose f is zeroed, so that c learns to stand alone."""
     quarter_turns: bool = True
     """Turn scenes by random multiples of 90 degrees."""
+    decoder_only: bool = False
+    """Keep latents and codes as given models make them: denoisers that were trained on them still fit."""
 
 
 def voxel_loss(
@@ -214,6 +217,7 @@ def train_latent_autoencoder(
     config: LatentTrainingConfig,
     *,
     lpips: Callable[[Tensor, Tensor], Tensor] | None = None,
+    initial: LatentAutoencoder | None = None,
     cache_gib: float = 2.0,
     on_progress: ProgressCallback | None = None,
 ) -> LatentAutoencoder:
@@ -224,10 +228,16 @@ def train_latent_autoencoder(
         output_dir: becomes a run folder (see `RunFolder`) with the model in `latent_autoencoder/`.
         model_config: arguments of `LatentAutoencoder`; the scenes' shapes and box come from the store.
         lpips: a perceptual distance of images in [-1, 1], needed if `lpips_mult` is set.
+        initial: a model to begin from, of the same configuration; by default one fitted to the scenes.
 
     Returns:
         the trained model, on the device it was trained on, in evaluation mode.
+
+    Raises:
+        UserInputError: if the store, the sizes, the settings or the initial model do not fit together.
     """
+    if config.decoder_only and initial is None:
+        raise UserInputError("Only a decoder of a trained latent auto-encoder can be trained alone: add its run.")
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     renderer = store.load_autoencoder().to(accelerator.device)
@@ -244,8 +254,18 @@ def train_latent_autoencoder(
         "batch_size": joint_batch_size(config.schedule, accelerator),
         "losses": asdict(config.losses),
     }
+    if initial is not None:
+        identity |= {"initial_weights": model_hash(initial), "decoder_only": config.decoder_only}
+        if public_config(initial) != public_config(model):
+            raise UserInputError(
+                f"The initial latent auto-encoder does not fit the voxels in {store.root} or the sizes that are asked "
+                "for: give the voxels it was trained on, and no other sizes."
+            )
+        load_exactly(model, initial.state_dict(), "the initial latent auto-encoder")
     folder = RunFolder(output_dir, identity, accelerator)
-    if folder.checkpoint is None:
+    if config.decoder_only:
+        model.freeze_encoding()
+    elif folder.checkpoint is None and initial is None:
         fit_memory = VoxelMemory(memory.voxels[:FIT_SCENES], memory.scene_ids[:FIT_SCENES], memory.aabb)
         model.fit(fit_memory.batches(8, accelerator.device))
     cache = SceneCache(store.load_collection(), cache_gib)

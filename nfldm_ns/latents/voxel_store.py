@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,13 +30,20 @@ AUTOENCODER_FOLDER = "scene_autoencoder"
 TENSORS = ("density", "features", "background")
 
 
-def model_hash(model: torch.nn.Module) -> str:
-    """A fingerprint of a model's configuration and weights, in 16 hexadecimal digits."""
+def model_hash(model: torch.nn.Module, parts: Mapping[str, torch.nn.Module] | None = None) -> str:
+    """A fingerprint of a model's configuration and weights, in 16 hexadecimal digits.
+
+    Args:
+        parts: those of its modules whose weights count, by name; by default all.
+    """
     digest = hashlib.sha256()
     config = dict(model.config)  # type: ignore[arg-type]
     own = {name: value for name, value in config.items() if not name.startswith("_")}
     digest.update(json.dumps(own, sort_keys=True).encode())
-    for name, value in sorted(model.state_dict().items()):
+    state = model.state_dict()
+    if parts is not None:
+        state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    for name, value in sorted(state.items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

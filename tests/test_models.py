@@ -1,0 +1,77 @@
+"""The models that come with the package: small, whole, and used where no other is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nfldm_ns.commands import sample
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.models import GENERATOR, resolve_model, shipped_models
+
+SIZE_LIMIT = 20_000_000
+"""Bytes: a clone and a wheel should stay quick."""
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> NFLDMPipeline:
+    return load_pipeline()
+
+
+def test_the_generator_is_small_and_in_half_precision():
+    files = [path for path in resolve_model(GENERATOR).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= SIZE_LIMIT
+    for name, component in load_pipeline().components.items():
+        if isinstance(component, torch.nn.Module):
+            stored = load_file(resolve_model(GENERATOR) / name / "diffusion_pytorch_model.safetensors")
+            assert {stored[key].dtype for key, _ in component.named_parameters()} == {torch.float16}, name
+
+
+@pytest.mark.parametrize("name", shipped_models())
+def test_every_model_has_a_card(name):
+    card = (resolve_model(name) / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "license: apache-2.0" in card
+    for heading in ("Data", "Training", "Numbers", "Limits", "Licence"):
+        assert f"\n## {heading}" in card, heading
+
+
+@torch.inference_mode()
+def test_same_seed_same_room_and_half_precision_is_only_storage(pipeline):
+    first, second = (pipeline(1, scene_generators(3, 1), num_inference_steps=2) for _ in range(2))
+    assert pipeline.coarse_denoiser.dtype == torch.float32
+    assert torch.equal(first.grids.density, second.grids.density)
+    assert first.grids.features.isfinite().all() and first.grids.density.isfinite().all()
+    torch.testing.assert_close(first.grids.aabb, torch.tensor([[-8.0, -8.0, -2.5], [8.0, 8.0, 4.0]]))
+
+
+def test_diffusers_loads_it_too(pipeline):
+    loaded = NFLDMPipeline.from_pretrained(resolve_model(GENERATOR))
+    state = loaded.fine_denoiser.state_dict()
+    assert all(torch.equal(value, state[key].float()) for key, value in pipeline.fine_denoiser.state_dict().items())
+
+
+def test_sampling_without_naming_a_model(tmp_path):
+    sample.main(["--num-scenes", "1", "--num-inference-steps", "2", "--device", "cpu", "--output-dir", str(tmp_path)])
+    scene = json.loads((tmp_path / "scene_000000" / "scene.json").read_text())
+    assert scene["provenance"]["pipeline"] == GENERATOR
+    assert (tmp_path / "contact_sheet.png").is_file()
+
+
+def test_a_folder_wins_over_the_model_of_the_same_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shipped = resolve_model(GENERATOR)
+    assert shipped.is_absolute() and (shipped / "model_index.json").is_file()
+    Path(GENERATOR).mkdir()
+    assert resolve_model(GENERATOR) == Path(GENERATOR)
+    assert resolve_model("elsewhere") == Path("elsewhere")
+    assert resolve_model(tmp_path / GENERATOR) == tmp_path / GENERATOR
+
+
+def test_the_error_names_the_models_that_there_are():
+    with pytest.raises(UserInputError, match=GENERATOR):
+        load_pipeline("no-such-model")
