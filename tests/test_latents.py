@@ -526,7 +526,8 @@ def test_a_decoder_trained_alone_leaves_latents_and_codes(store, tmp_path, use_f
 
 
 def test_training_begins_from_a_given_model(store, tmp_path):
-    first = train(store, tmp_path / "first")
+    train(store, tmp_path / "first")
+    first = load_latent_autoencoder(tmp_path / "first")
     still = replace(TRAINING, schedule=replace(TRAINING.schedule, learning_rate=0.0), decoder_only=True)
     again = train_latent_autoencoder(store, tmp_path / "again", LATENT_SIZES, still, initial=first)
     assert model_hash(again) == model_hash(first)

@@ -13,7 +13,7 @@ from nfldm_ns.choice import evenly
 from nfldm_ns.evaluation.galleries import image_grid, strip
 from nfldm_ns.evaluation.image_sets import read_picture
 
-FEW, MANY = 4, 24
+FEW, MANY = 4, 12
 
 
 def contact_sheet(folders: Sequence[Path], views: int = 4) -> Image.Image:

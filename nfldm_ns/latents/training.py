@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -314,9 +315,9 @@ def new_latent_autoencoder(store: VoxelStore, model_config: dict[str, Any]) -> L
 
 
 def public_config(model: nn.Module) -> dict[str, Any]:
-    """A model's configuration without diffusers' own entries."""
+    """A model's configuration without diffusers' own entries, as it comes back from a file: lists, no tuples."""
     config = dict(model.config)  # type: ignore[arg-type]
-    return {name: value for name, value in config.items() if not name.startswith("_")}
+    return json.loads(json.dumps({name: value for name, value in config.items() if not name.startswith("_")}))
 
 
 def _require_turnable(store: VoxelStore, config: LatentTrainingConfig) -> None:
