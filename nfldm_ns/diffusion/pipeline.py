@@ -106,13 +106,14 @@ class NFLDMPipeline(DiffusionPipeline):
         chosen = dtype or (dtypes[0] if dtypes else None)
         if chosen is not None:
             for denoiser in (self.global_denoiser, self.coarse_denoiser, self.fine_denoiser):
-                denoiser.to(chosen)
+                if denoiser is not None:
+                    denoiser.to(chosen)
         return self
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the denoisers."""
-        return self.fine_denoiser.dtype  # type: ignore[return-value]
+        return self.coarse_denoiser.dtype  # type: ignore[return-value]
 
     @torch.no_grad()
     def __call__(

@@ -72,40 +72,18 @@ def evaluate_pipeline(
     claim_folder(output_dir, pipeline, collection, settings)
     folder = PictureFolder(output_dir)
     filmed = _filmed_scenes(real, settings)
-    with _progress() as show:
-        names = judge_generated(
-            pipeline,
-            folder,
-            settings.num_scenes,
-            settings.views_per_scene,
-            settings.seed,
-            settings.num_inference_steps,
-            settings.batch_size,
-            show(f"Sampling {settings.num_scenes} scenes"),
-            i3d,
-            len(filmed["test"]),
-        )
+    judge = SceneJudge(pipeline, i3d)
+    with progress_bars() as show:
+        title = show(f"Sampling {settings.num_scenes} scenes")
+        names = judge_generated(judge, folder, settings, title, len(filmed["test"]))
         for split, scenes in real.items():
             title = show(f"Encoding {len(scenes.scene_ids)} {split} scenes")
-            ids, views = scenes.scene_ids, scenes.num_views
-            judge_real(
-                pipeline,
-                collection,
-                folder,
-                split,
-                ids,
-                scenes.shown,
-                views,
-                settings.with_source_views,
-                title,
-                i3d,
-                filmed[split],
-            )
+            judge_real(judge, collection, folder, split, scenes, settings.with_source_views, title, filmed[split])
         features = _set_features(folder, real, names, settings, inception, collection, show)
         scene_names = {"generated": names, **{split: scenes.scene_ids for split, scenes in real.items()}}
         fixed = _fixed_features(folder, scene_names, inception, show)
         done = show("Comparing")
-        records = Records(folder, scene_names, SceneJudge(pipeline).far)
+        records = Records(folder, scene_names, judge.far)
         images = image_numbers(features, settings)
         done(0.5)
         histograms, copies = depth_histograms(records), check_copies(records, fixed)
@@ -163,7 +141,7 @@ def _check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: E
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[float], None]]]:
+def progress_bars() -> Iterator[Callable[[str], Callable[[float], None]]]:
     """Bars below each other; `show(title)` begins one and returns what tells its share."""
     columns = (
         TextColumn("{task.description}"),
