@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -65,7 +66,7 @@ def evaluate_pipeline(
         UserInputError: if the collection and the pipeline do not fit, a split has too few views, or the folder holds
             something else.
     """
-    _check_fit(pipeline, collection, settings)
+    check_fit(pipeline, collection, settings)
     if settings.fvd and i3d is None:
         raise ValueError("the settings ask for FVD, but no I3D was given")
     real = {split: choose_real_scenes(collection, split, settings) for split in ("test", "train")}
@@ -115,7 +116,8 @@ def _filmed_scenes(real: dict[str, RealScenes], settings: EvaluationSettings) ->
     return {split: evenly(scenes.scene_ids, count) for split, scenes in real.items()}
 
 
-def _check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: EvaluationSettings) -> None:
+def check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: EvaluationSettings) -> None:
+    """Raises `UserInputError` unless a pipeline, a collection and what is to be measured fit together."""
     autoencoder = pipeline.scene_autoencoder
     if not torch.allclose(collection.aabb, autoencoder.aabb.cpu(), atol=1e-4):
         raise UserInputError(
@@ -174,12 +176,29 @@ def _set_features(
     features = {}
     for name in IMAGE_SETS:
         chosen, count = scenes.get(name, sorted(real["test"].shown)), views.get(name, real["test"].num_views)
-        paths = [folder.pictures(name) / f"{scene}_{view}.png" for scene in chosen for view in range(count)]
-        paths = evenly(paths, settings.num_images)
-        title = f"Features of {len(paths)} images: {name}"
-        features[name] = picture_features(inception, paths, folder.root / "features" / name, show(title))
+        title = show(f"Features of {settings.num_images} images: {name}")
+        features[name] = image_features(folder, name, chosen, count, settings.num_images, inception, title)
     mean = _mean_image(folder, collection)
     return {**features, "mean_image": same_picture_features(inception, mean, settings.num_images)}
+
+
+def image_features(
+    folder: PictureFolder,
+    name: str,
+    scenes: Sequence[str],
+    views: int,
+    num_images: int,
+    inception: nn.Module,
+    on_progress: Callable[[float], None] | None = None,
+) -> Float[Tensor, "images features"]:
+    """Inception features, kept in the folder, of evenly chosen pictures of a set.
+
+    Args:
+        views: pictures that there are of each scene.
+        num_images: how many are taken of all.
+    """
+    paths = [folder.pictures(name) / f"{scene}_{view}.png" for scene in scenes for view in range(views)]
+    return picture_features(inception, evenly(paths, num_images), folder.root / "features" / name, on_progress)
 
 
 def _mean_image(folder: PictureFolder, collection: SceneCollection) -> Tensor:
