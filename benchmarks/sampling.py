@@ -105,9 +105,12 @@ class Sampler:
     def folder(self) -> str:
         return f"{self.name.replace('+', 'p')}-{self.steps}"
 
-    def set(self, pipeline: NFLDMPipeline) -> None:
-        """Makes a pipeline sample with it."""
-        pipeline.scheduler = SCHEDULERS[self.name].from_config(pipeline.scheduler.config)
+    def scheduler(self, trained: SchedulerMixin) -> SchedulerMixin:
+        """The same noise and prediction type as in the scheduler that a pipeline was saved with.
+
+        DDIM must not clip, as it does unless told otherwise: latents are no images in [-1, 1].
+        """
+        return SCHEDULERS[self.name].from_config(trained.config, clip_sample=False)
 
 
 # Cost
@@ -220,11 +223,11 @@ def picture_difference(folder: Path, other: Path) -> float:
 def compare_samplers(pipeline: NFLDMPipeline, judge: SampleJudge, folder: Path, options: Options) -> dict[str, Any]:
     """Distances of each sampler's scenes, and their differences from the reference's."""
     samplers = [Sampler.parse(text) for text in dict.fromkeys([options.reference, *options.samplers])]
-    reference = samplers[0]
+    reference, trained = samplers[0], pipeline.scheduler
     features: dict[Sampler, Features] = {}
     results: dict[str, Any] = {}
     for sampler in samplers:
-        sampler.set(pipeline)
+        pipeline.scheduler = sampler.scheduler(trained)
         features[sampler] = judge.samples(pipeline, folder / sampler.folder, sampler.steps)
         distances = judge.distances(samples=features[sampler])
         found = results[str(sampler)] = {metric: values["samples"] for metric, values in distances.items()}

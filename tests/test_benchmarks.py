@@ -13,13 +13,14 @@ from typing import get_args
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig
-from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig
+from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_scheduler
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.metrics import kernel_distance
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
@@ -333,6 +334,17 @@ def test_sampling_is_timed_and_compared(
     small_pipeline(seed=1).save_pretrained(tmp_path / "pipeline")
     with pytest.raises(UserInputError, match="other settings"):
         sampling.main(options)
+
+
+def test_samplers_have_the_noise_of_the_training_and_do_not_clip(tmp_path: Path) -> None:
+    sampling = script("sampling")
+    make_scheduler().save_pretrained(tmp_path)
+    for trained in (make_scheduler(), DPMSolverMultistepScheduler.from_pretrained(tmp_path)):
+        for name in sampling.SCHEDULERS:
+            config = sampling.Sampler(name, 5).scheduler(trained).config
+            assert config.prediction_type == "v_prediction" and config.timestep_spacing == "trailing"
+            assert config.rescale_betas_zero_snr and config.beta_schedule == "squaredcos_cap_v2"
+            assert not config.clip_sample
 
 
 def test_the_difference_of_two_kids_and_its_error() -> None:
