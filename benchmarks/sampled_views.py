@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from comparisons import stored
+from diffusers.utils import logging
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -80,6 +81,7 @@ class SampleJudge:
         self.scenes = {split: self._choose(split) for split in (REFERENCE, "train")}
         stored(self.folder.root / "settings.json", self.protocol, dict)
         fetch_weights("fid-inception")
+        logging.disable_progress_bar()  # of loading pipelines, which takes a moment only
 
     def _choose(self, split: str) -> RealScenes:
         """Only scenes with pictures; as many images as are sampled."""
