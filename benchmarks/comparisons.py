@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ def find_result(folder: Path, made_with: dict[str, Any]) -> dict[str, Any] | Non
         if found.pop("settings", None) == made_with:
             return found
     return None
+
+
+def fingerprint(settings: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that differ where settings do."""
+    return hashlib.sha256(json.dumps(as_json(settings), sort_keys=True).encode()).hexdigest()[:12]
 
 
 def as_json(value: Any) -> Any:

@@ -19,8 +19,6 @@ Needs the weights of FID's Inception and of LPIPS (`nfldm-weights get fid-incept
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -28,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from comparisons import VariantOptions, as_json, find_result, stored
+from comparisons import VariantOptions, find_result, fingerprint, stored
 from latent_ablations import GROUPS as LATENT_GROUPS
 from latent_ablations import Change, model_arguments, open_store, settings
 from sampled_views import SampleJudge, SampleOptions, work_device
@@ -173,9 +171,7 @@ class Trainer:
         return load_lpips("vgg").to(work_device())
 
     def _run(self, kind: str, made_with: dict[str, Any]) -> Path:
-        made_with = as_json(made_with)
-        digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()[:12]
-        run = self.folder / f"{kind}-{digest}"
+        run = self.folder / f"{kind}-{fingerprint(made_with)}"
         stored(run / "settings.json", made_with, dict)
         return run
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparisons import stored
+from comparisons import fingerprint
 from diffusers.utils import logging
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -67,19 +67,18 @@ class SampleJudge:
 
     Args:
         collection: what the generators were trained on.
-        folder: for the real pictures, which all share, in `real/`.
+        folder: for the real pictures, which all share, in `real-<fingerprint of the protocol>`.
         settings: how much is sampled.
 
     Raises:
-        UserInputError: if a split has too few views, or the folder was made with other settings.
+        UserInputError: if a split has too few views.
     """
 
     def __init__(self, collection: SceneCollection, folder: Path, settings: EvaluationSettings) -> None:
         self.collection, self.settings = collection, settings
-        self.folder = PictureFolder(folder / "real")
         collection.require_train_and_test()
         self.scenes = {split: self._choose(split) for split in (REFERENCE, "train")}
-        stored(self.folder.root / "settings.json", self.protocol, dict)
+        self.folder = PictureFolder(folder / f"real-{fingerprint(self.protocol)}")
         fetch_weights("fid-inception")
         logging.disable_progress_bar()  # of loading pipelines, which takes a moment only
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from comparisons import require_choice, stored, use_threads
+from comparisons import require_choice, use_threads
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -300,10 +300,10 @@ def main(options: Options) -> None:
     pipeline = load_pipeline(options.pipeline).to(work_device())
     pipeline.set_progress_bar_config(disable=True)
     require_writable(options.output_dir)
-    stored(options.output_dir / "pipeline.json", fingerprints(pipeline), dict)
+    judged = {"pipeline": str(options.pipeline), "components": fingerprints(pipeline)}
     if "cost" in options.what:
         cost = measure_cost(pipeline, options.num_inference_steps, options.repeats)
-        write_json(options.output_dir / "cost.json", cost)
+        write_json(options.output_dir / "cost.json", {**judged, **cost})
         print(cost_table(cost).markdown())
     if options.data is None:
         return
@@ -321,7 +321,7 @@ def main(options: Options) -> None:
         if name in options.what:
             folder = options.output_dir / name
             found = compare(load_pipeline(options.pipeline), judge, folder, options)
-            write_json(folder.with_suffix(".json"), {"judged": judge.protocol, "floor": floor, **found})
+            write_json(folder.with_suffix(".json"), {**judged, "protocol": judge.protocol, "floor": floor, **found})
             print("\n" + table(found, caption).markdown())
 
 
