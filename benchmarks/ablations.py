@@ -13,7 +13,6 @@ Needs the weights of LPIPS (`nfldm-weights get lpips-vgg`).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 import tyro
+from comparisons import VariantOptions, stored
 from rich.progress import track
 from short_training import ShortTraining, make_autoencoder
 
@@ -38,7 +38,7 @@ from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
 from nfldm_ns.choice import evenly
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import exit_on_bad_input
 from nfldm_ns.evaluation.metrics import nearest_source_view
 from nfldm_ns.evaluation.report import Table
 from nfldm_ns.evaluation.weights import load_lpips
@@ -46,7 +46,6 @@ from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderP
 from nfldm_ns.method_configs.scene_ae import scene_autoencoder_config
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
-from nfldm_ns.scenes.writing import require_writable, write_json
 
 
 @dataclass(frozen=True)
@@ -106,26 +105,16 @@ GROUPS: dict[str, dict[str, Variant]] = {
 }
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(VariantOptions):
     """Train and compare variants of stage 1."""
 
     data: Path
     """the scene collection"""
-    output_dir: Path
-    """folder for one JSON per variant"""
-    group: str
-    """which variants: one of GROUPS"""
     steps: int = 1000
     """training steps of each"""
-    base: str = "tiny"
-    """preset that they change"""
-    seeds: tuple[int, ...] = (0,)
-    """trainings of each variant"""
     num_eval_scenes: int | None = None
     """test scenes, evenly chosen; by default all"""
-    threads: int = 2
-    """CPU threads"""
 
 
 def train(
@@ -207,29 +196,8 @@ def score_baselines(
 # All variants
 
 
-def stored(path: Path, settings: dict[str, Any], make: Any) -> dict[str, Any]:
-    """What lies at `path`, or what `make()` gives, which is written there with the settings.
-
-    Raises:
-        UserInputError: if the file was made with other settings.
-    """
-    settings = json.loads(json.dumps(settings))
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["settings"] != settings:
-            raise UserInputError(f"{path} was made with other settings: choose another --output-dir or delete it.")
-        return found
-    write_json(path, {"settings": settings, **make()})
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def main(options: Options) -> None:
-    if options.group not in GROUPS:
-        raise UserInputError(f"There is no group {options.group}: choose one of {', '.join(GROUPS)}.")
-    if options.base not in SCENE_AUTOENCODER:
-        raise UserInputError(f"There is no preset {options.base}: choose one of {', '.join(SCENE_AUTOENCODER)}.")
-    torch.set_num_threads(options.threads)
-    require_writable(options.output_dir)
+    options.begin(GROUPS, SCENE_AUTOENCODER)
     collection = SceneCollection.open(options.data)
     collection.require_train_and_test()
     perceptual = PerceptualNetwork(load_lpips("vgg")).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -250,7 +218,7 @@ def main(options: Options) -> None:
     for name, variant in GROUPS[options.group].items():
         for seed in options.seeds:
             settings = {**judged, "preset": asdict(preset), "steps": options.steps, "seed": seed, **asdict(variant)}
-            path = options.output_dir / f"{options.group}-{name.replace(' ', '-')}-seed{seed}.json"
+            path = options.result(name, seed)
             result = stored(path, settings, partial(run, variant, seed))
             time_per_step = 1000 * result["training"]["seconds"] / options.steps
             rows.append([name, seed, *cells(result["scores"]), time_per_step, result["training"]["parameters"]])

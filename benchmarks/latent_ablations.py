@@ -12,7 +12,6 @@ Needs the weights of LPIPS (`nfldm-weights get lpips-vgg`).
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from typing import Any
 
 import torch
 import tyro
-from ablations import stored
+from comparisons import VariantOptions, find_result, stored
 from torch import nn
 
 from nfldm_ns.choice import evenly
@@ -34,7 +33,6 @@ from nfldm_ns.latents.round_trip import evaluate_round_trip
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig, train_latent_autoencoder, voxel_loss
 from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS, LatentPreset
-from nfldm_ns.scenes.writing import require_writable
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -72,26 +70,16 @@ GROUPS: dict[str, dict[str, Change]] = {
 }
 
 
-@dataclass
-class Options:
+@dataclass(kw_only=True)
+class Options(VariantOptions):
     """Train and compare variants of stage 2."""
 
     voxels: Path
     """encoded scenes, from nfldm-encode"""
-    output_dir: Path
-    """folder for one JSON and one run per variant"""
-    group: str
-    """which variants: one of GROUPS"""
     steps: int = 250
     """training steps of each"""
-    base: str = "tiny"
-    """preset that they change"""
-    seeds: tuple[int, ...] = (0,)
-    """trainings of each variant"""
     num_eval_scenes: int | None = None
     """test scenes, evenly chosen; by default all"""
-    threads: int = 2
-    """CPU threads"""
 
 
 def model_arguments(preset: LatentPreset, change: Change) -> dict[str, Any]:
@@ -132,26 +120,17 @@ def voxel_errors(model: LatentAutoencoder, store: VoxelStore, scene_ids: list[st
     return sums
 
 
-def find_result(folder: Path, made_with: dict[str, Any]) -> dict[str, Any] | None:
-    """What another group left that was made with the same settings."""
-    made_with = json.loads(json.dumps(made_with))
-    for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found.pop("settings", None) == made_with:
-            return found
-    return None
+def open_store(folder: Path) -> VoxelStore:
+    """Encoded scenes; raises `UserInputError` if none are held out."""
+    store = VoxelStore.open(folder)
+    if not store.splits["test"]:
+        raise UserInputError(f"{store.root} has no held-out scenes: encode a collection that has a test split.")
+    return store
 
 
 def main(options: Options) -> None:
-    if options.group not in GROUPS:
-        raise UserInputError(f"There is no group {options.group}: choose one of {', '.join(GROUPS)}.")
-    if options.base not in LATENT_PRESETS:
-        raise UserInputError(f"There is no preset {options.base}: choose one of {', '.join(LATENT_PRESETS)}.")
-    torch.set_num_threads(options.threads)
-    require_writable(options.output_dir)
-    store = VoxelStore.open(options.voxels)
-    if not store.splits["test"]:
-        raise UserInputError(f"{store.root} has no held-out scenes: encode a collection that has a test split.")
+    options.begin(GROUPS, LATENT_PRESETS)
+    store = open_store(options.voxels)
     scene_ids = evenly(store.splits["test"], options.num_eval_scenes or len(store.splits["test"]))
     scene_autoencoder, collection = store.load_autoencoder(), store.load_collection()
     lpips = load_lpips("vgg").to("cuda" if torch.cuda.is_available() else "cpu")
@@ -174,10 +153,9 @@ def main(options: Options) -> None:
         for seed in options.seeds:
             schedule = replace(preset.training.schedule, max_steps=options.steps, seed=seed)
             training = replace(preset.training, schedule=schedule)
-            file = "-".join([options.group, *name.replace("/", " ").replace("+", " ").split(), f"seed{seed}"])
-            path = options.output_dir / f"{file}.json"
+            path = options.result(name, seed)
             made_with = {**judged, "model": model_config, "training": asdict(training)}
-            result = stored(path, made_with, partial(run, options.output_dir / "runs" / file, made_with, training))
+            result = stored(path, made_with, partial(run, options.output_dir / "runs" / path.stem, made_with, training))
             if not rows:
                 rows.append(["V of stage 1", None, *cells(result["stage1"]), *[None] * 6])
             rows.append([name, seed, *cells(result["stage2"]), *other_cells(result)])

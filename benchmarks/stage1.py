@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 import tyro
+from comparisons import require_choice, use_threads
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
@@ -35,7 +36,7 @@ from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, 
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import exit_on_bad_input
 from nfldm_ns.evaluation.resources import GIB, ResourceMeter, resident_bytes
 from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
@@ -258,9 +259,8 @@ def time_forward_parts(step: Step, repeats: int) -> dict[str, float]:
 
 
 def main(options: Options) -> None:
-    if options.preset not in SCENE_AUTOENCODER:
-        raise UserInputError(f"There is no preset {options.preset}: choose one of {', '.join(SCENE_AUTOENCODER)}.")
-    torch.set_num_threads(options.threads)
+    require_choice("preset", options.preset, SCENE_AUTOENCODER)
+    use_threads(options.threads)
     torch.manual_seed(0)
     step = Step(options.preset)
     loss, repeats = step.loss, options.repeats

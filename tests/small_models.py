@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
@@ -89,3 +90,11 @@ def random_grid(
     features = torch.randn(batch, channels, *shape, generator=generator)
     background = torch.randn(batch, background_channels, 4, generator=generator)
     return VoxelGrid(density, features, torch.tensor(AABB), background)
+
+
+class MeanColor(nn.Module):
+    """Stands for the Inception network: two moments of each channel, on a grid of cells."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        cells = nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
+        return torch.cat([cells, images.std(dim=(-2, -1))], dim=-1)

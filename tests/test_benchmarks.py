@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,22 +13,25 @@ from typing import get_args
 
 import pytest
 import torch
+from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig
+from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_scheduler
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.evaluation.metrics import kernel_distance
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.training import LatentTrainingConfig
 from nfldm_ns.latents.voxel_store import encode_collection
-from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS, LatentPreset
+from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS, DiffusionPreset, LatentPreset
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.training import Schedule
 from tests.pretrained import require_weights
-from tests.small_models import LATENT_SIZES, small_scene_autoencoder
+from tests.small_models import DENOISER_SIZES, LATENT_SIZES, MeanColor, small_pipeline, small_scene_autoencoder
 from tests.synthetic import AABB
 
 SMALL_NETWORK = {
@@ -114,7 +118,12 @@ def test_ablations_continue_where_they_stopped(
     require_weights("lpips-vgg")
     ablations = script("ablations")
     options = ablations.Options(
-        box_room_collection.root, tmp_path, "adversarial", steps=4, base="small", threads=torch.get_num_threads()
+        data=box_room_collection.root,
+        output_dir=tmp_path,
+        group="adversarial",
+        steps=4,
+        base="small",
+        threads=torch.get_num_threads(),
     )
     ablations.main(options)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -149,7 +158,13 @@ def test_latent_ablations_continue_and_share_what_is_equal(
     training = LatentTrainingConfig(schedule=Schedule(batch_size=1), num_views=1)
     monkeypatch.setitem(LATENT_PRESETS, "small", LatentPreset(LATENT_SIZES, training))
     options = ablations.Options(
-        store.root, tmp_path / "out", "levels", 2, "small", num_eval_scenes=1, threads=torch.get_num_threads()
+        voxels=store.root,
+        output_dir=tmp_path / "out",
+        group="levels",
+        steps=2,
+        base="small",
+        num_eval_scenes=1,
+        threads=torch.get_num_threads(),
     )
     ablations.main(options)
     names = {f"levels-{name}-seed0.json" for name in ("c", "c-f", "c-f-g")}
@@ -178,6 +193,170 @@ def test_latent_ablations_downsample_c(factor: int) -> None:
             assert LatentAutoencoder(**arguments).downsampling == factor
         if factor == 4:
             assert arguments == ablations.model_arguments(preset, ablations.settings())
+
+
+# Generators
+
+
+@pytest.fixture
+def no_inception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small network in its place."""
+    monkeypatch.setattr("sampled_views.fetch_weights", lambda name: None)
+    monkeypatch.setattr("sampled_views.load_inception", MeanColor)
+
+
+def results(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_generator_ablations_train_all_levels_and_continue(
+    box_room_collection: SceneCollection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_inception: None,
+) -> None:
+    ablations = script("generator_ablations")
+    store = encode_collection(box_room_collection, small_scene_autoencoder(), tmp_path / "voxels")
+    training = LatentTrainingConfig(schedule=Schedule(batch_size=1), num_views=1)
+    monkeypatch.setitem(LATENT_PRESETS, "small", LatentPreset(LATENT_SIZES, training))
+    trainings = {stage: DiffusionTrainingConfig(schedule=Schedule(batch_size=2)) for stage in STAGES}
+    monkeypatch.setitem(DIFFUSION_PRESETS, "small", DiffusionPreset(DENOISER_SIZES, trainings))
+    options = ablations.Options(
+        voxels=store.root,
+        output_dir=tmp_path / "out",
+        group="levels",
+        base="small",
+        latent_steps=1,
+        denoiser_steps=(3, 2, 2),
+        num_scenes=3,
+        views_per_scene=2,
+        num_inference_steps=2,
+        threads=torch.get_num_threads(),
+    )
+    for change, said in (
+        ({"group": "nothing"}, "no group nothing: choose one of levels"),
+        ({"base": "huge"}, "no preset huge"),
+        ({"denoiser_steps": (1, 0, 1)}, "at least 1"),
+        ({"latent_autoencoder": tmp_path}, "leave out --latent-autoencoder"),
+        ({"num_scenes": 100}, "fewer than 200 images"),
+    ):
+        with pytest.raises(UserInputError, match=said):
+            ablations.main(replace(options, **change))
+    ablations.main(options)
+    found = results(options.output_dir)
+    assert set(found) == {"floor", *(f"levels-{name}-seed0" for name in ("c", "c-f", "c-f-g"))}
+    coarse, full = found["levels-c-seed0"], found["levels-c-f-g-seed0"]
+    assert set(coarse["held_out"]) == {"global", "coarse"} and set(full["held_out"]) == set(STAGES)
+    assert set(full["distances"]["fid"]) == set(full["distances"]["kid"]) == {"samples", "stage2"}
+    assert full["settings"]["judged"]["num_images"] == 6
+    assert full["settings"]["training"]["global"]["schedule"]["max_steps"] == 3
+    printed = capsys.readouterr().out
+    assert "| 46.43 |" in printed and "| 35.69 |" in printed and "| real training views |" in printed
+    runs = options.output_dir / "runs"
+    kinds = [path.name.split("-")[0] for path in sorted(runs.iterdir())]
+    assert kinds == ["stage2"] * 3 + ["stage3"] * 3
+
+    # What is there is not made again, also where only its result is lost, and what is lost comes out the same.
+    (options.output_dir / "levels-c-seed0.json").unlink()
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    ablations.main(options)
+    assert results(options.output_dir) == found
+    after = {path: path.stat().st_mtime_ns for path in runs.rglob("*") if path.is_file()}
+    assert {path.name for path in before if before[path] != after[path]} <= {"settings.json"}
+    with pytest.raises(UserInputError, match="other settings"):
+        ablations.main(replace(options, latent_steps=2))
+
+    # Denoisers are compared over one latent auto-encoder, and the usual one is that of the levels.
+    ablations.main(replace(options, group="weighting"))
+    weightings = results(options.output_dir)
+    assert weightings["weighting-uniform-seed0"] == full
+    assert weightings["weighting-min_snr-seed0"]["distances"]["fid"]["stage2"] == full["distances"]["fid"]["stage2"]
+    assert weightings["weighting-min_snr-seed0"]["held_out"] != full["held_out"]
+    assert len(list(runs.glob("stage2-*"))) == 3 and len(list(runs.glob("stage3-*"))) == 4
+    monkeypatch.setitem(
+        ablations.GROUPS, "given", {"epsilon": ablations.GROUPS["prediction"]["epsilon, some terminal SNR"]}
+    )
+    given = next(runs.glob("stage2-*"))
+    ablations.main(replace(options, group="given", latent_autoencoder=given, output_dir=tmp_path / "given"))
+    assert not list((tmp_path / "given" / "runs").glob("stage2-*"))
+
+
+@pytest.mark.slow
+def test_sampling_is_timed_and_compared(
+    box_room_collection: SceneCollection, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_inception: None
+) -> None:
+    sampling = script("sampling")
+    small_pipeline().save_pretrained(tmp_path / "pipeline")
+    options = sampling.Options(
+        pipeline=tmp_path / "pipeline",
+        data=box_room_collection.root,
+        output_dir=tmp_path / "out",
+        samplers=("dpm++:2", "dpm++:16"),
+        reference="ddim:64",
+        temperatures=((1.0, 1.0, 1.0), (0.0, 0.0, 0.0)),
+        num_scenes=3,
+        views_per_scene=2,
+        num_inference_steps=3,
+        repeats=1,
+        threads=torch.get_num_threads(),
+    )
+    for change, said in (
+        ({"samplers": ("ddim",)}, "ddim is no sampler with a number of steps"),
+        ({"reference": "magic:3"}, "no sampler magic: choose one of dpm"),
+        ({"data": None}, "give --data, or only --what cost"),
+        ({"temperatures": ((1.0, -1.0, 1.0),)}, "negative number"),
+        ({"num_scenes": 0}, "--num-scenes is 0"),
+        ({"threads": 0}, "--threads is 0"),
+    ):
+        with pytest.raises(UserInputError, match=said):
+            sampling.main(replace(options, **change))
+    assert not options.output_dir.exists()
+    sampling.main(options)
+    found = results(options.output_dir)
+    assert set(found) == {"cost", "samplers", "temperatures"}
+    seconds = found["cost"]["seconds"]
+    levels = ("global", "coarse", "fine")
+    assert set(seconds) == {*levels, *(f"{level} step" for level in levels), "decoding", "view"}
+    assert all(0 < seconds[f"{level} step"] < seconds[level] for level in levels)
+    few, many = (found["samplers"]["samplers"][name]["picture_difference"] for name in ("dpm++:2", "dpm++:16"))
+    assert many < few / 4, "more steps come closer to the same scenes"
+    assert found["temperatures"]["temperatures"]["1-1-1"] != found["temperatures"]["temperatures"]["0-0-0"]
+    printed = capsys.readouterr().out
+    assert "| decoding V |" in printed and "| dpm++:16 |" in printed and "| 0, 0, 0 |" in printed
+    before = {path: path.stat().st_mtime_ns for path in options.output_dir.rglob("*.png")}
+    assert len(before) == (3 + 2) * 3 * (2 + 4) + 2 * 6
+    sampling.main(replace(options, what=("samplers",), samplers=("dpm++:2", "unipc:2", "euler:2")))
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    again = results(options.output_dir)["samplers"]["samplers"]
+    assert again["dpm++:2"] == found["samplers"]["samplers"]["dpm++:2"] and "euler:2" in again
+    small_pipeline(seed=1).save_pretrained(tmp_path / "pipeline")
+    with pytest.raises(UserInputError, match="something else .*: choose another --output-dir"):
+        sampling.main(options)
+
+
+def test_samplers_have_the_noise_of_the_training_and_do_not_clip(tmp_path: Path) -> None:
+    sampling = script("sampling")
+    make_scheduler().save_pretrained(tmp_path)
+    for trained in (make_scheduler(), DPMSolverMultistepScheduler.from_pretrained(tmp_path)):
+        for name in sampling.SCHEDULERS:
+            config = sampling.Sampler(name, 5).scheduler(trained).config
+            assert config.prediction_type == "v_prediction" and config.timestep_spacing == "trailing"
+            assert config.rescale_betas_zero_snr and config.beta_schedule == "squaredcos_cap_v2"
+            assert not config.clip_sample
+
+
+def test_the_difference_of_two_kids_and_its_error() -> None:
+    sampling = script("sampling")
+    reference, fake = torch.randn(100, 4).double(), torch.randn(100, 4).double() + 1
+    assert sampling.kid_difference(reference, fake, fake, 4) == (0, 0)
+    worse = fake + 0.2 + 0.1 * torch.randn(100, 4)
+    difference, error = sampling.kid_difference(reference, worse, fake, 4)
+    first, second = (kernel_distance(reference, features).mean for features in (worse, fake))
+    assert difference == pytest.approx(first / second - 1)
+    assert 0 < error < difference
+    assert math.isnan(sampling.kid_difference(reference, worse[:20], fake[:20], 4)[1])
 
 
 @pytest.mark.parametrize(("field", "choices"), [("fusion", Fusion), ("splatting", Splatting)])

@@ -13,7 +13,7 @@ from diffusers.training_utils import compute_snr
 
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser, Normaliser
 from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
-from nfldm_ns.diffusion.pipeline import load_pipeline
+from nfldm_ns.diffusion.pipeline import load_pipeline, scene_generators
 from nfldm_ns.diffusion.training import (
     STAGES,
     DiffusionTrainingConfig,
@@ -21,9 +21,13 @@ from nfldm_ns.diffusion.training import (
     evaluate_denoiser,
     loss_weights,
     make_scheduler,
+    predicted_velocity,
     save_pipeline,
     spread_timesteps,
+    stages_of,
     train_denoiser,
+    training_scheduler,
+    velocity_errors,
 )
 from nfldm_ns.diffusion.trajectory import cameras_to_trajectory, trajectory_to_cameras, turn_trajectory
 from nfldm_ns.errors import UserInputError
@@ -349,3 +353,50 @@ def test_pipeline_is_saved_only_when_all_denoisers_fit(memory, latent_autoencode
         save_pipeline(tmp_path, scene_autoencoder, latent_autoencoder)
     with pytest.raises(UserInputError, match="another latent auto-encoder"):
         save_pipeline(tmp_path, scene_autoencoder, small_latent_autoencoder(seed=1))
+
+
+@pytest.mark.parametrize(("use_fine", "use_global"), [(False, False), (True, False), (False, True)])
+def test_denoisers_of_fewer_latents_are_trained_saved_and_sampled(store, tmp_path, use_fine, use_global):
+    model = small_latent_autoencoder(use_fine=use_fine, use_global=use_global)
+    memory = encode_latents(store, model, store.splits["train"])
+    stages = stages_of(model)
+    assert stages == (STAGES if use_fine else ("global", "coarse"))
+    for stage in stages:
+        assert save_pipeline(tmp_path, small_scene_autoencoder(), model) is None
+        train(stage, memory, model, tmp_path / stage)
+    pipeline = load_pipeline(save_pipeline(tmp_path, small_scene_autoencoder(), model))
+    output = pipeline(2, scene_generators(0, 2), num_inference_steps=2)
+    assert output.latents.fine.shape == (2, 4 * use_fine, 16, 16)
+    assert output.latents.global_latent.shape == (2, 8 * use_global)
+    rendered = pipeline.scene_autoencoder.render(output.grids, output.cameras).rgb
+    assert rendered.shape == (2, 8, 3, 32, 32) and bool(rendered.isfinite().all())
+    if not use_fine:
+        with pytest.raises(UserInputError, match="no fine latent"):
+            train("fine", memory, model, tmp_path / "fine")
+
+
+# Errors that can be compared
+
+
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("kind", ["v_prediction", "sample", "epsilon"])
+def test_a_perfect_prediction_of_any_kind_has_the_true_velocity(kind, zero_terminal_snr):
+    config = DiffusionTrainingConfig(prediction_type=kind, zero_terminal_snr=zero_terminal_snr and kind != "epsilon")
+    scheduler = training_scheduler(config)
+    timestep = torch.arange(50, 1000, 100)
+    clean, noise = torch.randn(2, 10, 3, 4, 4, dtype=torch.float64)
+    predicted = diffusion_target(scheduler, clean, noise, timestep)
+    noisy = scheduler.add_noise(clean, noise, timestep)
+    velocity = predicted_velocity(scheduler, predicted, noisy, timestep)
+    torch.testing.assert_close(velocity, scheduler.get_velocity(clean, noise, timestep), atol=1e-5, rtol=1e-5)
+
+
+def test_errors_of_v_do_not_depend_on_the_weighting(memory, latent_autoencoder, tmp_path):
+    denoiser = train("coarse", memory, latent_autoencoder, tmp_path)
+    errors = velocity_errors("coarse", denoiser, memory, TRAINING)
+    assert list(errors) == list(range(50, 1000, 100))
+    assert errors == velocity_errors("coarse", denoiser, memory, replace(TRAINING, loss_weighting="min_snr"))
+    torch.nn.init.zeros_(denoiser.unet.conv_out.weight)
+    torch.nn.init.zeros_(denoiser.unet.conv_out.bias)
+    errors = velocity_errors("coarse", denoiser, memory, TRAINING)
+    assert sum(errors.values()) / 10 == pytest.approx(1, abs=0.2), "predicting nothing"

@@ -40,7 +40,7 @@ from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from tests.pretrained import require_weights
-from tests.small_models import random_grid, small_pipeline
+from tests.small_models import MeanColor, random_grid, small_pipeline
 from tests.synthetic import make_box_room_collection
 
 # Resizing
@@ -116,14 +116,6 @@ def test_more_neighbours_than_images_are_refused() -> None:
 
 
 # Pictures on disk
-
-
-class MeanColor(nn.Module):
-    """Stands for the Inception network: two moments of each channel, on a grid of cells."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        cells = nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1)
-        return torch.cat([cells, images.std(dim=(-2, -1))], dim=-1)
 
 
 def test_features_of_pictures_go_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,8 @@ def test_pipeline_of_fewer_latents_still_samples_cameras(tmp_path, use_fine, use
         again = pipeline(2, scene_generators(5, 2), num_inference_steps=2)
         assert torch.equal(again.grids.features, output.grids.features)
         assert torch.equal(again.cameras.camera_to_worlds, output.cameras.camera_to_worlds)
+    half = expected.to(torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half(1, num_inference_steps=1).grids.density.isfinite().all()
     other = small_latent_autoencoder(use_fine=not use_fine, use_global=use_global)
     other.save_pretrained(tmp_path / "latent_autoencoder")
     with pytest.raises(UserInputError, match="shape of f of fine_denoiser"):

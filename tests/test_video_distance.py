@@ -16,12 +16,11 @@ from nfldm_ns.evaluation.i3d import pad_same
 from nfldm_ns.evaluation.metrics import frechet_distance
 from nfldm_ns.evaluation.video_distance import extract_video_features, network_input
 from nfldm_ns.generated.cameras import path_through
-from nfldm_ns.generated.fly_throughs import encoded_scenes, flythrough_clips, sampled_scenes
-from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.generated.fly_throughs import flythrough_clips
 from nfldm_ns.scenes.views import index_cameras, view_yaws
 from tests.pretrained import require_weights
-from tests.small_models import random_grid, small_pipeline, small_scene_autoencoder
-from tests.synthetic import level_cameras, make_box_room_collection
+from tests.small_models import random_grid, small_scene_autoencoder
+from tests.synthetic import level_cameras
 
 # The network
 
@@ -160,20 +159,3 @@ def test_clips_start_evenly_along_the_path() -> None:
         torch.testing.assert_close(clip[0], frame, atol=1e-5, rtol=0)
     with pytest.raises(UserInputError, match="has 19 frames, but a clip needs 20"):
         next(flythrough_clips(autoencoder, scenes, num_frames=20, frames_between=6))
-
-
-def test_real_and_sampled_scenes_become_clips(tmp_path: Path) -> None:
-    pipeline = small_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    collection: SceneCollection = make_box_room_collection(tmp_path / "rooms", num_train=1, num_test=2)
-    test_ids = collection.split("test")
-    real = list(encoded_scenes(pipeline.scene_autoencoder, collection, test_ids))
-    source = collection.load_scene(test_ids[1]).source
-    assert torch.equal(real[1][1].camera_to_worlds, source.cameras.camera_to_worlds)
-    sampled = list(sampled_scenes(pipeline, 2, seed=3, num_inference_steps=2))
-    (again,) = sampled_scenes(pipeline, 1, seed=4, num_inference_steps=2)
-    torch.testing.assert_close(again[0].features, sampled[1][0].features)
-    clips = flythrough_clips(pipeline.scene_autoencoder, [*real, *sampled], num_frames=10, frames_between=9)
-    features = extract_video_features(Probe(), clips)
-    assert features.shape == (4, 10)
-    assert len(features.unique(dim=0)) == 4

@@ -43,6 +43,7 @@ STAGES: tuple[Stage, ...] = ("global", "coarse", "fine")
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
 LossWeighting = Literal["uniform", "min_snr"]
 EVALUATION_BATCH = 8
+NOISE_LEVELS = 10  # of the schedule, at which errors of v are compared
 DENOISER_FOLDER = "denoiser"
 DENOISERS = {"global": GlobalDenoiser, "coarse": CoarseDenoiser, "fine": FineDenoiser}
 Denoiser = GlobalDenoiser | CoarseDenoiser | FineDenoiser
@@ -136,6 +137,24 @@ def diffusion_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, tim
     return noise if kind == "epsilon" else clean
 
 
+def predicted_velocity(
+    scheduler: DDPMScheduler,
+    predicted: Float[Tensor, "batch *shape"],
+    noisy: Float[Tensor, "batch *shape"],
+    timestep: Int[Tensor, "batch"],
+) -> Float[Tensor, "batch *shape"]:
+    """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) clean (Salimans & Ho 2022) as a prediction of any kind has it.
+
+    Grows without bounds where a prediction says nothing of it: "epsilon" towards pure noise, "sample" towards none.
+    """
+    kind = scheduler.config.prediction_type
+    alpha_bar = scheduler.alphas_cumprod.to(timestep.device)[timestep].view(-1, *[1] * (noisy.ndim - 1))
+    signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+    if kind == "epsilon":
+        return (predicted - noise * noisy) / signal
+    return (signal * noisy - predicted) / noise if kind == "sample" else predicted
+
+
 def spread_timesteps(count: int, num_timesteps: int, seed: int | None = None) -> Int[Tensor, "count"]:
     """Random timesteps that cover the range evenly, in random order: a steadier loss.
 
@@ -192,13 +211,28 @@ class DiffusionLosses:
     ) -> Float[Tensor, ""]:
         """Weighted mean squared error of the prediction for some scenes."""
         timestep = timestep.to(self.device)
-        clean, conditions = self.sample_and_conditions(indices, draws, augment)
-        noise = draws.normal(clean)
-        noisy = self.scheduler.add_noise(clean, noise, timestep)
-        predicted = self.wrapped(noisy, timestep, **conditions).float()
+        clean, noise, _, predicted = self.predict(indices, timestep, draws, augment)
         error = F.mse_loss(predicted, diffusion_target(self.scheduler, clean, noise, timestep), reduction="none")
         weights = loss_weights(self.scheduler, timestep, self.config.loss_weighting, self.config.min_snr_gamma)
         return (weights * error.flatten(1).mean(1)).mean()
+
+    def velocity_error(
+        self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws
+    ) -> Float[Tensor, "batch"]:
+        """Squared error of v for some scenes, without weights, whatever the denoiser predicts."""
+        timestep = timestep.to(self.device)
+        clean, noise, noisy, predicted = self.predict(indices, timestep, draws, augment=False)
+        velocity = predicted_velocity(self.scheduler, predicted, noisy, timestep)
+        return (velocity - self.scheduler.get_velocity(clean, noise, timestep)).square().flatten(1).mean(1)
+
+    def predict(
+        self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws, augment: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Clean samples in normalised units, noise, both together, and what the denoiser makes of that."""
+        clean, conditions = self.sample_and_conditions(indices, draws, augment)
+        noise = draws.normal(clean)
+        noisy = self.scheduler.add_noise(clean, noise, timestep)
+        return clean, noise, noisy, self.wrapped(noisy, timestep, **conditions).float()
 
     def sample_and_conditions(
         self, indices: list[int], draws: ItemDraws, augment: bool = True
@@ -357,6 +391,40 @@ def evaluate_denoiser(
         indices = [number % num_scenes for number in numbers]
         total += len(numbers) * float(losses.loss(indices, timestep, ItemDraws(seed, numbers, device), augment=False))
     return total / (num_scenes * draws)
+
+
+@torch.no_grad()
+def velocity_errors(
+    stage: Stage,
+    denoiser: Denoiser,
+    memory: LatentMemory,
+    config: DiffusionTrainingConfig,
+    num_scenes: int = 64,
+    seed: int = 0,
+) -> dict[int, float]:
+    """Mean squared error of v by timestep, at the middles of `NOISE_LEVELS` equal parts of the noise's schedule.
+
+    Unlike the loss it can be compared between weightings and prediction types, and without a zero terminal SNR; the
+    training's ends, at which only some predictions have a v, are left out.
+
+    Args:
+        memory: of held-out scenes, of which the first are taken; noise is fixed.
+        num_scenes: how many.
+    """
+    device = next(denoiser.parameters()).device
+    losses = DiffusionLosses(stage, denoiser, denoiser, memory, config, device)
+    num_timesteps = losses.scheduler.config.num_train_timesteps
+    num_scenes = min(num_scenes, len(memory))
+    errors = {}
+    for level in range(NOISE_LEVELS):
+        timestep = (2 * level + 1) * num_timesteps // (2 * NOISE_LEVELS)
+        found = []
+        for first in range(0, num_scenes, EVALUATION_BATCH):
+            scenes = range(first, min(first + EVALUATION_BATCH, num_scenes))
+            draws = ItemDraws(seed, [level * num_scenes + scene for scene in scenes], device)
+            found.append(losses.velocity_error(list(scenes), torch.full((len(scenes),), timestep), draws))
+        errors[timestep] = float(torch.cat(found).mean())
+    return errors
 
 
 def load_denoiser(folder: Path) -> Denoiser | None:

@@ -9,7 +9,7 @@ sides share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -17,48 +17,14 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import path_through
-from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 CAMERAS_AT_ONCE = 8
 
 SceneAndCameras = tuple[VoxelGrid, Cameras]
-
-
-def encoded_scenes(
-    scene_autoencoder: SceneAutoencoder, collection: SceneCollection, scene_ids: Sequence[str]
-) -> Iterator[SceneAndCameras]:
-    """Voxels that stage 1 encodes from all source views of scenes of a collection, and their source cameras.
-
-    Args:
-        scene_ids: held-out ones, if their videos are to be the reference of FVD.
-
-    Yields:
-        a grid of batch size 1 and cameras of batch shape `[N]`, on the device of stage 1.
-    """
-    for scene_id in scene_ids:
-        source = collection.batch([collection.load_scene(scene_id)]).source.to(scene_autoencoder.device)
-        with torch.inference_mode():
-            grid = scene_autoencoder.encode(source)
-        yield grid, index_cameras(source.cameras, 0)
-
-
-def sampled_scenes(
-    pipeline: NFLDMPipeline, num_scenes: int, seed: int = 0, num_inference_steps: int = 30
-) -> Iterator[SceneAndCameras]:
-    """Scenes sampled with the seeds `seed`, `seed + 1`, ..., and their sampled cameras.
-
-    Yields:
-        a grid of batch size 1 and cameras of batch shape `[N]`, on the device of the pipeline.
-    """
-    for i in range(num_scenes):
-        output = pipeline(1, scene_generators(seed + i, 1), num_inference_steps=num_inference_steps)
-        assert output.grids is not None
-        yield output.grids, index_cameras(output.cameras, 0)
 
 
 def flythrough_clips(
@@ -77,8 +43,8 @@ def flythrough_clips(
 
     Args:
         scene_autoencoder: stage 1, which renders all scenes, real and generated.
-        scenes: from `encoded_scenes` or `sampled_scenes`, or any voxels (batch size 1) with cameras `[N]`, such as
-            those of a `GeneratedScene` or voxels after the latents.
+        scenes: voxels (batch size 1) with cameras `[N]`: encoded ones with their source cameras, sampled ones with
+            their sampled cameras.
 
     Yields:
         clips of one scene on the CPU, in [0, 1], at the cameras' image size.

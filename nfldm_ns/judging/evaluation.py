@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -65,47 +66,25 @@ def evaluate_pipeline(
         UserInputError: if the collection and the pipeline do not fit, a split has too few views, or the folder holds
             something else.
     """
-    _check_fit(pipeline, collection, settings)
+    check_fit(pipeline, collection, settings)
     if settings.fvd and i3d is None:
         raise ValueError("the settings ask for FVD, but no I3D was given")
     real = {split: choose_real_scenes(collection, split, settings) for split in ("test", "train")}
     claim_folder(output_dir, pipeline, collection, settings)
     folder = PictureFolder(output_dir)
     filmed = _filmed_scenes(real, settings)
-    with _progress() as show:
-        names = judge_generated(
-            pipeline,
-            folder,
-            settings.num_scenes,
-            settings.views_per_scene,
-            settings.seed,
-            settings.num_inference_steps,
-            settings.batch_size,
-            show(f"Sampling {settings.num_scenes} scenes"),
-            i3d,
-            len(filmed["test"]),
-        )
+    judge = SceneJudge(pipeline, i3d)
+    with progress_bars() as show:
+        title = show(f"Sampling {settings.num_scenes} scenes")
+        names = judge_generated(judge, folder, settings, title, len(filmed["test"]))
         for split, scenes in real.items():
             title = show(f"Encoding {len(scenes.scene_ids)} {split} scenes")
-            ids, views = scenes.scene_ids, scenes.num_views
-            judge_real(
-                pipeline,
-                collection,
-                folder,
-                split,
-                ids,
-                scenes.shown,
-                views,
-                settings.with_source_views,
-                title,
-                i3d,
-                filmed[split],
-            )
+            judge_real(judge, collection, folder, split, scenes, settings.with_source_views, title, filmed[split])
         features = _set_features(folder, real, names, settings, inception, collection, show)
         scene_names = {"generated": names, **{split: scenes.scene_ids for split, scenes in real.items()}}
         fixed = _fixed_features(folder, scene_names, inception, show)
         done = show("Comparing")
-        records = Records(folder, scene_names, SceneJudge(pipeline).far)
+        records = Records(folder, scene_names, judge.far)
         images = image_numbers(features, settings)
         done(0.5)
         histograms, copies = depth_histograms(records), check_copies(records, fixed)
@@ -137,7 +116,8 @@ def _filmed_scenes(real: dict[str, RealScenes], settings: EvaluationSettings) ->
     return {split: evenly(scenes.scene_ids, count) for split, scenes in real.items()}
 
 
-def _check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: EvaluationSettings) -> None:
+def check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: EvaluationSettings) -> None:
+    """Raises `UserInputError` unless a pipeline, a collection and what is to be measured fit together."""
     autoencoder = pipeline.scene_autoencoder
     if not torch.allclose(collection.aabb, autoencoder.aabb.cpu(), atol=1e-4):
         raise UserInputError(
@@ -163,7 +143,7 @@ def _check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: E
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str], Callable[[float], None]]]:
+def progress_bars() -> Iterator[Callable[[str], Callable[[float], None]]]:
     """Bars below each other; `show(title)` begins one and returns what tells its share."""
     columns = (
         TextColumn("{task.description}"),
@@ -196,12 +176,29 @@ def _set_features(
     features = {}
     for name in IMAGE_SETS:
         chosen, count = scenes.get(name, sorted(real["test"].shown)), views.get(name, real["test"].num_views)
-        paths = [folder.pictures(name) / f"{scene}_{view}.png" for scene in chosen for view in range(count)]
-        paths = evenly(paths, settings.num_images)
-        title = f"Features of {len(paths)} images: {name}"
-        features[name] = picture_features(inception, paths, folder.root / "features" / name, show(title))
+        title = show(f"Features of {settings.num_images} images: {name}")
+        features[name] = image_features(folder, name, chosen, count, settings.num_images, inception, title)
     mean = _mean_image(folder, collection)
     return {**features, "mean_image": same_picture_features(inception, mean, settings.num_images)}
+
+
+def image_features(
+    folder: PictureFolder,
+    name: str,
+    scenes: Sequence[str],
+    views: int,
+    num_images: int,
+    inception: nn.Module,
+    on_progress: Callable[[float], None] | None = None,
+) -> Float[Tensor, "images features"]:
+    """Inception features, kept in the folder, of evenly chosen pictures of a set.
+
+    Args:
+        views: pictures that there are of each scene.
+        num_images: how many are taken of all.
+    """
+    paths = [folder.pictures(name) / f"{scene}_{view}.png" for scene in scenes for view in range(views)]
+    return picture_features(inception, evenly(paths, num_images), folder.root / "features" / name, on_progress)
 
 
 def _mean_image(folder: PictureFolder, collection: SceneCollection) -> Tensor:

@@ -21,6 +21,7 @@ from nfldm_ns.evaluation.image_sets import write_pictures
 from nfldm_ns.evaluation.video_distance import STANDARD_FRAMES, extract_video_features
 from nfldm_ns.generated.cameras import surround_cameras
 from nfldm_ns.generated.fly_throughs import flythrough_clips
+from nfldm_ns.judging.settings import EvaluationSettings, RealScenes
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.scenes.collection import Scene, SceneCollection
 from nfldm_ns.scenes.views import Views, camera_rays, index_cameras
@@ -186,36 +187,31 @@ def _exit_depth(cameras: Cameras, size: tuple[int, int], pipeline: NFLDMPipeline
 
 @torch.inference_mode()
 def judge_generated(
-    pipeline: NFLDMPipeline,
+    judge: SceneJudge,
     folder: PictureFolder,
-    num_scenes: int,
-    views: int,
-    seed: int,
-    num_inference_steps: int,
-    batch_size: int,
+    settings: EvaluationSettings,
     on_progress: Progress,
-    i3d: nn.Module | None = None,
     num_videos: int = 0,
 ) -> list[str]:
     """Samples the scenes of the seeds `seed`, `seed + 1`, ... that are not there yet.
 
     Args:
-        i3d: the network of FVD.
-        num_videos: how many scenes, the first, it sees fly-throughs of.
+        settings: `num_scenes` with their views, seed, steps and batches.
+        num_videos: how many scenes, the first, the network of FVD sees fly-throughs of.
 
     Returns:
         names of all of them.
     """
-    judge = SceneJudge(pipeline, i3d)
+    pipeline, num_scenes = judge.pipeline, settings.num_scenes
     pipeline.set_progress_bar_config(disable=True)
-    names = [f"{seed + i:06d}" for i in range(num_scenes)]
-    for first in range(0, num_scenes, batch_size):
-        batch = names[first : first + batch_size]
+    names = [f"{settings.seed + i:06d}" for i in range(num_scenes)]
+    for first in range(0, num_scenes, settings.batch_size):
+        batch = names[first : first + settings.batch_size]
         if not all(folder.record("generated", name).is_file() for name in batch):
-            generators = scene_generators(seed + first, len(batch))
-            output = pipeline(len(batch), generators, num_inference_steps=num_inference_steps)
+            generators = scene_generators(settings.seed + first, len(batch))
+            output = pipeline(len(batch), generators, num_inference_steps=settings.num_inference_steps)
             assert output.grids is not None
-            for i, rendered in enumerate(render_sampled_views(pipeline, output, views)):
+            for i, rendered in enumerate(render_sampled_views(pipeline, output, settings.views_per_scene)):
                 grid = output.grids[i]
                 record = {**judge.record(grid, judge.turns), "depth": judge.rendered_depth(rendered)}
                 if first + i < num_videos:
@@ -230,32 +226,27 @@ def judge_generated(
 
 @torch.inference_mode()
 def judge_real(
-    pipeline: NFLDMPipeline,
+    judge: SceneJudge,
     collection: SceneCollection,
     folder: PictureFolder,
     split: str,
-    scene_ids: list[str],
-    shown: set[str],
-    num_views: int,
+    scenes: RealScenes,
     with_source: bool,
     on_progress: Progress,
-    i3d: nn.Module | None = None,
     filmed: Container[str] = (),
 ) -> None:
     """Encodes real scenes and looks at them as at generated ones, after the latents, so that a copy would be equal.
 
     Args:
         split: "train" or "test".
-        shown: scenes with pictures for the sets of images: the set of the split's name, and for "test" also `stage1`
-            and `stage2`, rendered by the same cameras.
-        num_views: pictures of each of them.
+        scenes: of the split; those that are shown get pictures for the sets of images: the set of the split's name,
+            and for "test" also `stage1` and `stage2`, rendered by the same cameras.
         with_source: take the views that the encoder sees after the target views.
-        i3d: the network of FVD.
-        filmed: scenes that it sees fly-throughs of, along the path of their source cameras: of the voxels of stage 1,
-            and for "test" also after the latents.
+        filmed: scenes that the network of FVD sees fly-throughs of, along the path of their source cameras: of the
+            voxels of stage 1, and for "test" also after the latents.
     """
-    judge = SceneJudge(pipeline, i3d)
-    for i, scene_id in enumerate(scene_ids):
+    pipeline = judge.pipeline
+    for i, scene_id in enumerate(scenes.scene_ids):
         if not folder.record(split, scene_id).is_file():
             scene = collection.load_scene(scene_id)
             source = Views.stack([scene.source]).to(judge.device)
@@ -265,8 +256,8 @@ def judge_real(
             record = judge.record(after, turns)
             images: dict[str, Tensor] = {}
             record["floating_stage1"] = floating_density(before)[0]
-            if scene_id in shown:
-                views = Views.stack([shown_views(scene, num_views, with_source)]).to(judge.device)
+            if scene_id in scenes.shown:
+                views = Views.stack([shown_views(scene, scenes.num_views, with_source)]).to(judge.device)
                 images, depths = _look(judge, split, views, before, after)
                 record.update(depths)
             if scene_id in filmed:
@@ -275,7 +266,7 @@ def judge_real(
                 if split == "test":
                     record.update({f"{key}_stage2": value for key, value in judge.video(after, path).items()})
             folder.write(split, images, judge.fixed_views(after), record, scene_id)
-        on_progress((i + 1) / len(scene_ids))
+        on_progress((i + 1) / len(scenes.scene_ids))
 
 
 def shown_views(scene: Scene, count: int, with_source: bool) -> Views:

@@ -1,0 +1,318 @@
+"""Variants of stages 2 and 3 trained equally long on the same encoded scenes, judged by the scenes they sample.
+
+    python benchmarks/generator_ablations.py --voxels VOXELS --group levels --output-dir OUT [--seeds 0 1]
+
+`levels` is the paper's ablation of the hierarchy: c alone, c and f, c and f and g. Each has a latent auto-encoder of
+its own, trained from nothing on the same voxels, and denoisers of its own. `weighting` and `prediction` are ways to
+train denoisers over one latent auto-encoder. All else is the preset (`--base`), its schedules cut to `--latent-steps`
+and `--denoiser-steps`.
+
+Prints FID and KID of sampled scenes to real test views, beside those of test scenes after both auto-encoders and of
+real views of training scenes. The held-out loss is the squared error of v, unweighted, whatever was predicted and
+however it was weighted (`velocity_errors`); it can be compared where the latents are the same.
+
+Each variant leaves `<group>-<variant>-seed<seed>.json`, and what it was made from in `runs/`. An interrupted run
+continues; models that variants or groups have in common are trained once.
+
+Needs the weights of FID's Inception and of LPIPS (`nfldm-weights get fid-inception`, `lpips-vgg`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import tyro
+from comparisons import VariantOptions, find_result, fingerprint, stored
+from latent_ablations import GROUPS as LATENT_GROUPS
+from latent_ablations import Change, model_arguments, open_store, settings
+from sampled_views import SampleJudge, SampleOptions, work_device
+from torch import nn
+
+from nfldm_ns.diffusion.latent_memory import encode_latents
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline
+from nfldm_ns.diffusion.training import (
+    STAGES,
+    DiffusionTrainingConfig,
+    Stage,
+    load_denoiser,
+    save_pipeline,
+    stages_of,
+    train_denoiser,
+    velocity_errors,
+)
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.evaluation.report import Table
+from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder, load_latent_autoencoder
+from nfldm_ns.latents.training import LatentTrainingConfig, train_latent_autoencoder
+from nfldm_ns.latents.voxel_store import VoxelStore, model_hash
+from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
+from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.training import Schedule
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Changes to a preset.
+
+    Attributes:
+        model: of the arguments of `LatentAutoencoder`.
+        training: of `DiffusionTrainingConfig`, for all denoisers.
+    """
+
+    model: Change = field(default_factory=settings)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+GROUPS: dict[str, dict[str, Variant]] = {
+    "levels": {name: Variant(change) for name, change in LATENT_GROUPS["levels"].items()},
+    "weighting": {name: Variant(training={"loss_weighting": name}) for name in ("uniform", "min_snr")},
+    "prediction": {
+        "v": Variant(),
+        "sample": Variant(training={"prediction_type": "sample"}),
+        "v, some terminal SNR": Variant(training={"zero_terminal_snr": False}),
+        "epsilon, some terminal SNR": Variant(training={"prediction_type": "epsilon", "zero_terminal_snr": False}),
+    },
+}
+PAPER = {"levels": {"c": 46.43, "c + f": 43.52, "c + f + g": 35.69}}
+"""FID in the paper's ablation of the hierarchy, of Carla."""
+
+
+@dataclass(kw_only=True)
+class Options(VariantOptions, SampleOptions):
+    """Train and compare variants of stages 2 and 3."""
+
+    voxels: Path
+    """encoded scenes, from nfldm-encode"""
+    latent_autoencoder: Path | None = None
+    """a run of nfldm-train-latent-ae to use as it is, in groups that do not change stage 2"""
+    latent_steps: int | None = None
+    """training steps of each latent auto-encoder; by default the preset's"""
+    denoiser_steps: tuple[int, int, int] | None = None
+    """training steps of the denoisers of g, c and f; by default the preset's"""
+    temperatures: tuple[float, float, float] | None = None
+    """of the initial noise of g, c and f; by default the preset's"""
+
+    def latent_training(self, seed: int) -> LatentTrainingConfig:
+        """Training of stage 2."""
+        training = LATENT_PRESETS[self.base].training
+        return replace(training, schedule=cut(training.schedule, self.latent_steps, seed))
+
+    def denoiser_training(self, variant: Variant, seed: int) -> dict[Stage, DiffusionTrainingConfig]:
+        """Trainings of stage 3."""
+        steps = dict(zip(STAGES, self.denoiser_steps or (None,) * 3, strict=True))
+        return {
+            stage: replace(training, schedule=cut(training.schedule, steps[stage], seed), **variant.training)
+            for stage, training in DIFFUSION_PRESETS[self.base].training.items()
+        }
+
+
+def cut(schedule: Schedule, max_steps: int | None, seed: int) -> Schedule:
+    return replace(schedule, max_steps=schedule.max_steps if max_steps is None else max_steps, seed=seed)
+
+
+@dataclass
+class Trainer:
+    """Trains generators; what was made with the same settings is not made again.
+
+    Attributes:
+        folder: for the runs, `stage2-<fingerprint of its settings>` and `stage3-<...>`.
+    """
+
+    store: VoxelStore
+    folder: Path
+
+    def stage2(self, model_config: dict[str, Any], training: LatentTrainingConfig) -> LatentAutoencoder:
+        """A latent auto-encoder trained from nothing."""
+        made_with = {"voxels": self.voxels, "model": model_config, "training": asdict(training)}
+        run = self._run("stage2", made_with)
+        if not (run / MODEL_FOLDER).is_dir():
+            lpips = self.lpips if training.losses.lpips_mult else None
+            train_latent_autoencoder(self.store, run, model_config, training, lpips=lpips)
+        return load_latent_autoencoder(run)
+
+    def stage3(
+        self,
+        latent_autoencoder: LatentAutoencoder,
+        models: Mapping[Stage, dict[str, Any]],
+        training: Mapping[Stage, DiffusionTrainingConfig],
+        quarter_turns: bool,
+    ) -> Path:
+        """The run with trained denoisers of all latents there are, and the pipeline."""
+        stages = stages_of(latent_autoencoder)
+        made_with = {
+            "voxels": self.voxels,
+            "latent_autoencoder": model_hash(latent_autoencoder),
+            "models": {stage: models[stage] for stage in stages},
+            "training": {stage: asdict(training[stage]) for stage in stages},
+            "quarter_turns": quarter_turns,
+        }
+        run = self._run("stage3", made_with)
+        if missing := [stage for stage in stages if load_denoiser(run / stage) is None]:
+            latent_autoencoder.to(work_device())
+            memory = encode_latents(self.store, latent_autoencoder, self.store.splits["train"], quarter_turns)
+            for stage in missing:
+                train_denoiser(stage, memory, latent_autoencoder, run / stage, models[stage], training[stage])
+        if not (run / "pipeline").is_dir():
+            save_pipeline(run, self.store.load_autoencoder(), latent_autoencoder)
+        return run
+
+    @property
+    def voxels(self) -> dict[str, Any]:
+        """What the models learn from."""
+        return {"scene_autoencoder": self.store.autoencoder_hash, "scenes": self.store.splits["train"]}
+
+    @cached_property
+    def lpips(self) -> nn.Module:
+        return load_lpips("vgg").to(work_device())
+
+    def _run(self, kind: str, made_with: dict[str, Any]) -> Path:
+        run = self.folder / f"{kind}-{fingerprint(made_with)}"
+        stored(run / "settings.json", made_with, dict)
+        return run
+
+
+def held_out_losses(
+    pipeline: NFLDMPipeline, store: VoxelStore, training: Mapping[Stage, DiffusionTrainingConfig]
+) -> dict[str, Any]:
+    """`velocity_errors` of each denoiser on test scenes, and their `mean`, by latent."""
+    model = pipeline.latent_autoencoder
+    num_cameras = pipeline.global_denoiser.config.num_cameras
+    memory = encode_latents(store, model, store.splits["test"], quarter_turns=False, num_cameras=num_cameras)
+    losses: dict[str, Any] = {}
+    for stage in stages_of(model):
+        denoiser = getattr(pipeline, f"{stage}_denoiser")
+        errors = velocity_errors(stage, denoiser, memory, training[stage], num_scenes=len(memory))
+        losses[stage] = {"mean": sum(errors.values()) / len(errors), "by_timestep": errors}
+    return losses
+
+
+def training_minutes(run: Path, stages: tuple[Stage, ...]) -> float:
+    """Wall time of the denoisers' trainings, over all interruptions."""
+    states = [state for stage in stages for state in run.glob(f"{stage}/checkpoint-*/state.json")]
+    return sum(read_json(state)["seconds"] for state in states) / 60
+
+
+@dataclass
+class Comparison:
+    """All that the variants of a group have in common."""
+
+    options: Options
+    store: VoxelStore
+    judge: SampleJudge
+    trainer: Trainer
+    latent_autoencoder: LatentAutoencoder | None
+    temperatures: tuple[float, float, float]
+
+    def settings(self, variant: Variant, seed: int) -> dict[str, Any]:
+        """Everything that the result of a variant depends on."""
+        options, given = self.options, self.latent_autoencoder
+        model = model_arguments(LATENT_PRESETS[options.base], variant.model)
+        return {
+            "voxels": self.trainer.voxels,
+            "latent_autoencoder": model_hash(given) if given else {"model": model, "training": self._stage2(seed)},
+            "denoisers": DIFFUSION_PRESETS[options.base].models,
+            "training": {name: asdict(config) for name, config in options.denoiser_training(variant, seed).items()},
+            "temperatures": self.temperatures,
+            "num_inference_steps": options.num_inference_steps,
+            "judged": self.judge.protocol,
+        }
+
+    def _stage2(self, seed: int) -> dict[str, Any]:
+        return asdict(self.options.latent_training(seed))
+
+    def run(self, variant: Variant, seed: int) -> dict[str, Any]:
+        """Trains and judges a variant, unless another group did."""
+        if (known := find_result(self.options.output_dir, self.settings(variant, seed))) is not None:
+            return known
+        preset, training = DIFFUSION_PRESETS[self.options.base], self.options.denoiser_training(variant, seed)
+        stage2 = self.latent_autoencoder
+        if stage2 is None:
+            model_config = model_arguments(LATENT_PRESETS[self.options.base], variant.model)
+            stage2 = self.trainer.stage2(model_config, self.options.latent_training(seed))
+        run = self.trainer.stage3(stage2, preset.models, training, preset.quarter_turns)
+        pipeline = load_pipeline(run / "pipeline")
+        pipeline.register_to_config(temperatures=self.temperatures)
+        stages = stages_of(stage2)
+        samples, reconstructions = (
+            look(pipeline, run / "judged") for look in (self.judge.samples, self.judge.reconstructions)
+        )
+        return {
+            "distances": self.judge.distances(samples=samples, stage2=reconstructions),
+            "held_out": held_out_losses(pipeline, self.store, training),
+            "parameters": {s: sum(p.numel() for p in getattr(pipeline, f"{s}_denoiser").parameters()) for s in stages},
+            "denoiser_minutes": round(training_minutes(run, stages), 2),
+        }
+
+
+def prepare(options: Options) -> Comparison:
+    """Checks the options, before anything long begins.
+
+    Raises:
+        UserInputError: for what cannot be.
+    """
+    options.begin(GROUPS, LATENT_PRESETS)
+    steps = [options.latent_steps, *(options.denoiser_steps or ())]
+    if any(count is not None and count < 1 for count in steps):
+        raise UserInputError("--latent-steps and --denoiser-steps must be at least 1: give larger numbers.")
+    given = None
+    if options.latent_autoencoder is not None:
+        if options.group == "levels":
+            raise UserInputError(
+                "The group levels trains a latent auto-encoder for each variant: leave out --latent-autoencoder."
+            )
+        given = load_latent_autoencoder(options.latent_autoencoder)
+    store = open_store(options.voxels)
+    judge = SampleJudge(store.load_collection(), options.output_dir, options.evaluation_settings())
+    temperatures = options.temperatures or DIFFUSION_PRESETS[options.base].temperatures
+    return Comparison(options, store, judge, Trainer(store, options.output_dir / "runs"), given, temperatures)
+
+
+def main(options: Options) -> None:
+    comparison = prepare(options)
+    judge, published = comparison.judge, PAPER.get(options.group)
+    floor = stored(options.output_dir / "floor.json", judge.protocol, judge.floor)
+    rows: list[list[Any]] = [["real training views", None, floor["fid"]["train"], floor["kid"]["train"], *[None] * 6]]
+    for name, variant in GROUPS[options.group].items():
+        for seed in options.seeds:
+            made_with = comparison.settings(variant, seed)
+            result = stored(options.result(name, seed), made_with, partial(comparison.run, variant, seed))
+            rows.append([name, seed, *cells(result)])
+            print(f"{options.result(name, seed)}: FID {result['distances']['fid']['samples']:.1f}", flush=True)
+    columns, digits = COLUMNS, DIGITS
+    if published is not None:
+        rows = [[*row, published.get(row[0])] for row in rows]
+        columns, digits = (*COLUMNS, "the paper's FID, of Carla"), (*DIGITS, 2)
+    caption = f"`{options.group}` with the preset `{options.base}`, {judge.settings.num_images} images in each set."
+    print("\n" + Table(columns, rows, caption, digits=digits).markdown())
+
+
+COLUMNS = (
+    "",
+    "seed",
+    "FID of samples",
+    "KID of samples",
+    "FID of stage 2",
+    "KID of stage 2",
+    "held-out loss of g",
+    "of c",
+    "of f",
+    "minutes of stage 3",
+)
+DIGITS = (0, 0, 1, 4, 1, 4, 4, 4, 4, 1)
+
+
+def cells(result: dict[str, Any]) -> list[float | None]:
+    """A result in the order of the columns."""
+    distances = [result["distances"][metric][name] for name in ("samples", "stage2") for metric in ("fid", "kid")]
+    losses = [result["held_out"].get(stage, {}).get("mean") for stage in STAGES]
+    return [*distances, *losses, result["denoiser_minutes"]]
+
+
+if __name__ == "__main__":
+    with exit_on_bad_input():
+        main(tyro.cli(Options, description=__doc__))
