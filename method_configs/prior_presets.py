@@ -3,7 +3,7 @@
 | preset | for | denoiser |
 |---|---|---|
 | tiny | tests and first tries, minutes on a CPU | 0.2 M parameters |
-| small | a prior that ships in half precision below 10 MB: hours on a CPU, an hour on a GPU | 3.8 M parameters |
+| small | one GPU; in half precision it takes less than 10 MB | 3.8 M parameters |
 """
 
 from __future__ import annotations

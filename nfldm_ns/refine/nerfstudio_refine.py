@@ -63,7 +63,7 @@ class RefinedField(VoxelGridField):
         density = self.density.clamp(min=SMALLEST_DENSITY)
         raw = density + torch.log(-torch.expm1(-density))
         features = self.features + _spread(self.features) * self.feature_change
-        background = self.background
+        background: Tensor | None = self.background
         if background is not None and self.background_change is not None:
             background = background + _spread(background) * self.background_change
         return VoxelGrid(F.softplus(raw + self.density_change), features, self.aabb, background)
