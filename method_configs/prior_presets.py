@@ -2,7 +2,7 @@
 
 | preset | for | denoiser |
 |---|---|---|
-| tiny | tests and first tries, minutes on a CPU | 0.2 M parameters |
+| tiny | tests and first tries, minutes on a CPU | 0.3 M parameters |
 | small | one GPU; in half precision it takes less than 10 MB | 3.8 M parameters |
 """
 

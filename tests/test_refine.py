@@ -24,7 +24,8 @@ from nfldm_ns.method_configs.refine import nfldm_refine
 from nfldm_ns.refine.distillation import DistillationConfig
 from nfldm_ns.refine.nerfstudio_refine import RefinedField, RefineTrainer, RefineTrainerConfig
 from nfldm_ns.refine.prior import Condition
-from nfldm_ns.refine.refiner import RefinementConfig, Refiner, RegulariserConfig
+from nfldm_ns.refine.refiner import Refiner
+from nfldm_ns.refine.settings import RefinementConfig, RegulariserConfig
 from nfldm_ns.refine.views import ViewSampler, ViewSamplingConfig
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from tests.small_models import BACKGROUND_CHANNELS, small_scene_autoencoder
@@ -286,7 +287,7 @@ def test_a_refined_scene_can_be_refined_to_words_with_its_decoder(folders, train
 
 
 def test_steps_without_a_finite_gradient_are_left_out_until_there_are_too_many(folders, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("nfldm_ns.refine.nerfstudio_refine.load_prior", lambda *_: Silent(16))
+    monkeypatch.setattr("nfldm_ns.refine.loading.load_prior", lambda *_: Silent(16))
     some = train(config_for(folders, tmp_path / "some", 3))
     assert all((value == 0).all() for value in changes(some).values())
     with pytest.raises(SystemExit) as ending:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.refine.domain_prior import DESCRIPTION, load_domain_prior
 from nfldm_ns.refine.prior import ImagePrior
+from nfldm_ns.refine.settings import Precision
 
-Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

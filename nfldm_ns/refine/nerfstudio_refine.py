@@ -6,7 +6,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import numpy as np
@@ -36,10 +36,12 @@ from nfldm_ns.generated.nerfstudio_scene import (
 )
 from nfldm_ns.generated.scene_files import DESCRIPTION, load_generated_scene
 from nfldm_ns.generated.writing import write_generated_scene
-from nfldm_ns.refine.loading import load_prior
-from nfldm_ns.refine.refiner import RefinementConfig, Refiner
+from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
+
+if TYPE_CHECKING:
+    from nfldm_ns.refine.refiner import Refiner
 
 SMALLEST_DENSITY = 1e-4  # 1/m; softplus has no inverse at 0
 MOST_BROKEN_STEPS = 10  # in a row
@@ -209,6 +211,9 @@ class RefineTrainer(WholeCheckpointTrainer):
     @exit_on_bad_input()
     def setup(self, *args: Any, **kwargs: Any) -> None:
         """Loads scene and prior before anything is written."""
+        from nfldm_ns.refine.loading import load_prior
+        from nfldm_ns.refine.refiner import Refiner
+
         refinement, seed = self.config.refinement, self.config.machine.seed
         self._scene = load_generated_scene(self.config.scene_folder())
         assert refinement.prior is not None

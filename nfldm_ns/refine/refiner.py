@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,78 +12,17 @@ from torch import Tensor
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene
-from nfldm_ns.refine.distillation import DistillationConfig, distill
+from nfldm_ns.refine.distillation import distill
 from nfldm_ns.refine.domain_prior import DomainPrior
 from nfldm_ns.refine.images import IMAGE_SUFFIXES, example_images
-from nfldm_ns.refine.loading import Precision
 from nfldm_ns.refine.prior import Condition, ImagePrior, join, pick, repeat, rows_of
-from nfldm_ns.refine.views import ViewSampler, ViewSamplingConfig
+from nfldm_ns.refine.settings import RefinementConfig
+from nfldm_ns.refine.views import ViewSampler
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 NUM_INITIAL_RENDERS = 16  # that y' is embeddings of
 RENDERED_AT_ONCE = 4
 EMPTY_OPACITY = 0.05  # of a voxel: less counts as empty
-
-
-@dataclass
-class RegulariserConfig:
-    """What keeps a scene whole. All compare with the scene as it began; a weight of 0 leaves one out."""
-
-    floaters_mult: float = 1.0
-    """Opacity that appears in voxels that were empty."""
-    depth_mult: float = 0.1
-    """Mean absolute change of depth in metres, in the views of the step."""
-    image_mult: float = 0.0
-    """Mean absolute change of colours in the views of the step."""
-    close_density_mult: float = 0.0
-    """Mean squared change of the voxels' opacities."""
-    close_features_mult: float = 0.0
-    """Mean squared change of features, relative to their standard deviation."""
-
-
-@dataclass
-class RefinementConfig:
-    """What a scene is refined to, and how."""
-
-    prior: str | None = None
-    """Folder of a prior of nfldm-train-prior, folder of a diffusers pipeline, or a hub id."""
-    precision: Precision = "fp32"
-    """Of the denoisers of diffusers pipelines."""
-    style: str | None = None
-    """An image, a folder of images, or (for priors that know text) words: what the scene shall look like."""
-    clean_images: Path | None = None
-    """Without a style: images the scene shall look like, as a folder or a scene collection. By default those that an
-    in-domain prior was trained on."""
-    negative_scenes: tuple[Path, ...] = ()
-    """Further generated scenes whose images are examples of what to move away from, for negative guidance."""
-    strength: float = 1.0
-    """How far the prior may change the scene, in (0, 1]: as in diffusers' image-to-image, the share of the noise range
-    that is used."""
-    distillation: DistillationConfig = field(default_factory=DistillationConfig)
-    """What is asked of the prior."""
-    views: ViewSamplingConfig = field(default_factory=ViewSamplingConfig)
-    """Where the scene is looked at."""
-    regularisers: RegulariserConfig = field(default_factory=RegulariserConfig)
-    """What keeps it whole."""
-
-    def check(self) -> None:
-        """Raises `UserInputError` for what cannot be, before anything is loaded."""
-        if not self.prior:
-            raise UserInputError(
-                "No prior was given: name the folder of one made by 'nfldm-train-prior', or a diffusers pipeline, with "
-                "--prior."
-            )
-        if not 0 < self.strength <= 1:
-            raise UserInputError(
-                f"The strength must lie above 0 and not above 1, not {self.strength}: change --strength."
-            )
-        self.distillation.check()
-        self.views.check()
-
-    def effective_distillation(self) -> DistillationConfig:
-        """With the noise range that the strength leaves."""
-        low, high = self.distillation.min_time, self.distillation.max_time
-        return replace(self.distillation, max_time=low + self.strength * (high - low))
 
 
 class Refiner:
