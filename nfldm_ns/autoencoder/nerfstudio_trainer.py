@@ -17,7 +17,7 @@ import torch
 import yaml
 from nerfstudio.engine.optimizers import OptimizerConfig, Optimizers
 from nerfstudio.engine.schedulers import Scheduler, SchedulerConfig
-from nerfstudio.engine.trainer import Trainer
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils import comms
 from torch.optim import Optimizer, lr_scheduler
 
@@ -141,7 +141,65 @@ def _gradient_norm(parameters: list[torch.nn.Parameter]) -> float:
     return float(torch.nn.utils.clip_grad_norm_(parameters, math.inf))  # which clips nothing
 
 
-class SceneAutoencoderTrainer(Trainer):
+class WholeCheckpointTrainer(Trainer):
+    """nerfstudio's trainer with checkpoints that are never half-written, and refused with a sentence when damaged."""
+
+    checkpoint_dir: Path
+
+    def setup(self, *args: Any, **kwargs: Any) -> None:
+        self._clear_unfinished()
+        super().setup(*args, **kwargs)
+
+    @exit_on_bad_input()
+    def _load_checkpoint(self) -> None:
+        path = checkpoint_to_load(self.config)
+        try:
+            super()._load_checkpoint()
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            self._discard_config()
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserInputError(f"{path} cannot be resumed from ({reason}): give another --load-dir.") from error
+        except SystemExit:
+            self._discard_config()
+            raise
+
+    def _discard_config(self) -> None:
+        """Leaves no run behind that never trained."""
+        if not self.checkpoint_dir.exists():
+            (self.base_dir / "config.yml").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.base_dir.rmdir()
+
+    def save_checkpoint(self, step: int) -> None:
+        """Writes a checkpoint in one step; the last good one stays if that fails."""
+        self._clear_unfinished()
+        folder, name = self.checkpoint_dir, f"step-{step:09d}.ckpt"
+        # nerfstudio takes whatever lies in the checkpoints' folder for one, so the temporary lies beside it.
+        with atomic_path(folder / name, folder.parent) as temporary:
+            self.checkpoint_dir = temporary.with_suffix(".folder")
+            try:
+                super().save_checkpoint(step)
+                (self.checkpoint_dir / name).replace(temporary)
+            except RuntimeError as error:  # torch's writer hides what the system said
+                raise UserInputError(
+                    f"The checkpoint could not be written to {folder} ({str(error).splitlines()[0]}): "
+                    "free some disk space."
+                ) from error
+            finally:
+                _remove_folder(self.checkpoint_dir)
+                self.checkpoint_dir = folder
+        if self.config.save_only_latest_checkpoint:
+            for old in folder.glob("*.ckpt"):
+                if old.name != name:
+                    old.unlink()
+
+    def _clear_unfinished(self) -> None:
+        """Removes what was left by a killed run in this one's folder."""
+        if comms.is_main_process():
+            clear_unfinished(self.base_dir)
+
+
+class SceneAutoencoderTrainer(WholeCheckpointTrainer):
     """Trains stage 1; beside every checkpoint lies the auto-encoder as the later stages read it.
 
     A step is a function of the seed, its number and the weights alone: a resumed run continues exactly, and several
@@ -150,10 +208,8 @@ class SceneAutoencoderTrainer(Trainer):
 
     config: SceneAutoencoderTrainerConfig
     pipeline: SceneAutoencoderPipeline
-    checkpoint_dir: Path
 
     def setup(self, *args: Any, **kwargs: Any) -> None:
-        self._clear_unfinished()
         super().setup(*args, **kwargs)
         self._start_time = time.monotonic()
 
@@ -199,26 +255,6 @@ class SceneAutoencoderTrainer(Trainer):
         return CheckedOptimizers(groups, self.pipeline.get_param_groups())
 
     @exit_on_bad_input()
-    def _load_checkpoint(self) -> None:
-        path = checkpoint_to_load(self.config)
-        try:
-            super()._load_checkpoint()
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-            self._discard_config()
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserInputError(f"{path} cannot be resumed from ({reason}): give another --load-dir.") from error
-        except SystemExit:
-            self._discard_config()
-            raise
-
-    def _discard_config(self) -> None:
-        """Leaves no run behind that never trained."""
-        if not self.checkpoint_dir.exists():
-            (self.base_dir / "config.yml").unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.base_dir.rmdir()
-
-    @exit_on_bad_input()
     def save_checkpoint(self, step: int) -> None:
         """Writes the auto-encoder and a checkpoint, each in one step; the last good ones stay if that fails."""
         if not comms.is_main_process():
@@ -227,30 +263,7 @@ class SceneAutoencoderTrainer(Trainer):
             raise diverged(["a weight"], step, self.pipeline.datamanager.train_batches.joint_batch_ids(step))
         self._clear_unfinished()
         save_scene_autoencoder(self.pipeline.model.autoencoder, self.base_dir, self.record(step))
-        folder, name = self.checkpoint_dir, f"step-{step:09d}.ckpt"
-        # nerfstudio takes whatever lies in the checkpoints' folder for one, so the temporary lies beside it.
-        with atomic_path(folder / name, folder.parent) as temporary:
-            self.checkpoint_dir = temporary.with_suffix(".folder")
-            try:
-                super().save_checkpoint(step)
-                (self.checkpoint_dir / name).replace(temporary)
-            except RuntimeError as error:  # torch's writer hides what the system said
-                raise UserInputError(
-                    f"The checkpoint could not be written to {folder} ({str(error).splitlines()[0]}): "
-                    "free some disk space."
-                ) from error
-            finally:
-                _remove_folder(self.checkpoint_dir)
-                self.checkpoint_dir = folder
-        if self.config.save_only_latest_checkpoint:
-            for old in folder.glob("*.ckpt"):
-                if old.name != name:
-                    old.unlink()
-
-    def _clear_unfinished(self) -> None:
-        """Removes what was left by a killed run in this one's folder."""
-        if comms.is_main_process():
-            clear_unfinished(self.base_dir)
+        super().save_checkpoint(step)
 
     def record(self, step: int) -> dict[str, Any]:
         """What the later stages and reports want to know about this training."""
@@ -272,7 +285,7 @@ def _remove_folder(folder: Path) -> None:
         folder.rmdir()
 
 
-def checkpoint_to_load(config: SceneAutoencoderTrainerConfig) -> Path | None:
+def checkpoint_to_load(config: TrainerConfig) -> Path | None:
     """The checkpoint that a run resumes from, by nerfstudio's rules; None to start from scratch.
 
     Raises:
@@ -293,7 +306,7 @@ def checkpoint_to_load(config: SceneAutoencoderTrainerConfig) -> Path | None:
     return path
 
 
-def first_step(config: SceneAutoencoderTrainerConfig) -> int:
+def first_step(config: TrainerConfig) -> int:
     """The step a run starts with: 0, or the one after the checkpoint it resumes from."""
     path = checkpoint_to_load(config)
     if path is None:

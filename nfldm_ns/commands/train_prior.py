@@ -1,0 +1,77 @@
+"""`nfldm-train-prior`: a 2D diffusion prior of a collection's images, to refine scenes with."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nfldm_ns.commands.schedule import ReportTo, given_settings, is_first_process
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+
+
+@dataclass
+class TrainPrior:
+    """Train a small image diffusion model on the images of a scene collection; an interrupted run continues.
+
+    `ns-train nfldm-refine --prior OUTPUT_DIR` refines generated scenes with it. It is conditioned on embeddings by the
+    network of LPIPS (`nfldm-weights get lpips-vgg`). On several GPUs start it with
+    `accelerate launch -m nfldm_ns.commands.train_prior`.
+    """
+
+    collection: tyro.conf.Positional[Path]
+    """The scene collection; images of its training scenes are learned."""
+    output_dir: Path
+    """The run folder; the prior is written to prior/ in it."""
+    preset: Literal["tiny", "small"] = "small"
+    image_size: int = 64
+    """Side of the images in pixels: middle squares, resized where they are larger or smaller."""
+    max_images: int | None = None
+    """Learn from this many images, evenly chosen; all are kept in memory (12 KB each at 64 x 64)."""
+    max_steps: int | None = None
+    """Optimiser steps; by default the preset's, as all below."""
+    time_budget_s: float | None = None
+    """Ends after this many seconds if that comes first."""
+    batch_size: int | None = None
+    """Images per pass and process."""
+    gradient_accumulation_steps: int | None = None
+    """Passes per optimiser step."""
+    learning_rate: float | None = None
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """By default the preset's, else what `accelerate launch` says."""
+    condition_dropout: float | None = None
+    """Share of images whose embedding is hidden, for classifier-free guidance."""
+    validation_steps: int | None = None
+    """Steps between pictures of samples in the trackers; 0 for none."""
+    report_to: ReportTo = "tensorboard"
+    """Where losses and pictures are shown, besides metrics.jsonl; wandb needs `pip install wandb`."""
+    seed: int = 0
+
+    def run(self) -> None:
+        from nfldm_ns.method_configs.prior_presets import PRIOR_PRESETS
+        from nfldm_ns.refine.prior_training import train_prior
+        from nfldm_ns.scenes.collection import SceneCollection, read_json
+
+        if self.image_size < 8 or (self.max_images is not None and self.max_images < 1):
+            raise UserInputError("--image-size must be at least 8 and --max-images at least 1: give larger numbers.")
+        collection = SceneCollection.open(self.collection)
+        preset = PRIOR_PRESETS[self.preset]
+        training = replace(preset.training, schedule=replace(preset.training.schedule, **given_settings(self)))
+        if self.condition_dropout is not None:
+            training = replace(training, condition_dropout=self.condition_dropout)
+        model = {**preset.model, "image_size": self.image_size}
+        folder = train_prior(collection, self.output_dir, model, training, max_images=self.max_images)
+        if is_first_process():
+            loss = read_json(folder / "prior.json")["made_by"]["held_out_loss"]
+            print(f"The prior is in {folder}; its loss on held-out images is {loss}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    command = tyro.cli(TrainPrior, prog="nfldm-train-prior", args=args)
+    with exit_on_bad_input():
+        command.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""Score distillation: what a 2D diffusion prior wants changed in rendered images.
+
+The gradient of the paper's post-optimisation, for renders x = r(V, k) of sampled cameras k:
+
+    grad_V L = E_{eps, t, k} [ w(lambda_t) (eps_hat(x_t, t) - eps) dx / dV ],    x_t = sqrt(ab_t) x + sqrt(1 - ab_t) eps
+
+where ab is alpha_bar. For a latent prior x is the latent of the render, and the gradient flows through its encoder.
+Descending along it moves renders towards images that the prior finds likely.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.refine.prior import Condition, ImagePrior, join
+
+Guidance = Literal["none", "classifier_free", "negative"]
+
+
+@dataclass
+class DistillationConfig:
+    """How a prior is listened to."""
+
+    objective: Literal["sds", "reconstruction"] = "sds"
+    """sds: the paper's gradient. reconstruction: renders approach what the prior makes of their noisy versions in
+    `reconstruction_steps` deterministic steps (as in ReconFusion, Wu et al. 2024); steadier, and slower per step."""
+    guidance: Guidance = "negative"
+    """none: eps_hat(x | y). classifier_free: away from what the prior believes without a condition (Ho & Salimans
+    2022). negative, the paper's: away from y', embeddings of renders of the scene as it began."""
+    guidance_scale: float = 4.0
+    """gamma in `gamma eps_hat(x | y) + (1 - gamma) eps_hat(x | y')`; 1 is no guidance."""
+    weighting: Literal["noise_variance", "uniform"] = "noise_variance"
+    """w(lambda_t): 1 - alpha_bar_t as in DreamFusion (Poole et al. 2023), or 1."""
+    min_time: float = 0.02
+    """Least noise, as a share of the prior's timesteps."""
+    max_time: float = 0.98
+    """Most noise."""
+    time_annealing: Literal["uniform", "decreasing"] = "decreasing"
+    """uniform: any time of the range in every step. decreasing: from the most to the least noise in the course of the
+    training, `max - (max - min) sqrt(progress)` (HiFA, Zhu et al. 2024)."""
+    reconstruction_steps: int = 4
+    """Of the objective `reconstruction`."""
+
+    def check(self) -> None:
+        """Raises `UserInputError` for values that make no sense."""
+        if not 0 <= self.min_time < self.max_time <= 1:
+            raise UserInputError(
+                f"Times from {self.min_time} to {self.max_time} are no range: give 0 <= min-time < max-time <= 1."
+            )
+        if not math.isfinite(self.guidance_scale) or self.reconstruction_steps < 1:
+            raise UserInputError("The guidance scale must be a number, and reconstruction steps at least 1.")
+
+
+@dataclass
+class Distilled:
+    """One batch of renders, judged.
+
+    Attributes:
+        loss: its gradient with respect to what is diffused (pixels or latents) is `gradient` over the number of its
+            elements, so that other losses weigh the same whatever the prior's size; its value is half the mean square
+            of `gradient`.
+        gradient: `[B, c, h, w]`, w(lambda_t) (eps_hat - eps), or its counterpart of the objective "reconstruction".
+        skipped: images whose gradient was not finite; they take no part.
+    """
+
+    loss: Float[Tensor, ""]
+    gradient: Float[Tensor, "batch channels h w"]
+    skipped: int
+
+
+def draw_timesteps(
+    config: DistillationConfig,
+    num_timesteps: int,
+    count: int,
+    progress: float,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, "count"]:
+    """Timesteps of a batch of images.
+
+    Args:
+        progress: share of the training done, in [0, 1].
+        generator: on the CPU; not used for "decreasing".
+    """
+    low, high = config.min_time * (num_timesteps - 1), config.max_time * (num_timesteps - 1)
+    if config.time_annealing == "uniform":
+        share = torch.rand(count, generator=generator)
+        return (low + (high - low) * share).round().long()
+    return torch.full((count,), round(high - (high - low) * math.sqrt(min(max(progress, 0.0), 1.0))))
+
+
+def guided_noise(
+    prior: ImagePrior,
+    noisy: Float[Tensor, "batch channels h w"],
+    timestep: Int[Tensor, "batch"],
+    condition: Condition,
+    opposite: Condition | None,
+    scale: float,
+) -> Float[Tensor, "batch channels h w"]:
+    """`scale eps_hat(x | y) + (1 - scale) eps_hat(x | y')`, in one pass of the network.
+
+    Args:
+        condition: y.
+        opposite: y' (negative guidance) or the unconditional embedding; None for eps_hat(x | y) alone.
+    """
+    if opposite is None or scale == 1:
+        return prior.predict_noise(noisy, timestep, condition)
+    both = prior.predict_noise(torch.cat([noisy, noisy]), torch.cat([timestep] * 2), join([condition, opposite]))
+    towards, away = both.chunk(2)
+    return scale * towards + (1 - scale) * away
+
+
+def distill(
+    prior: ImagePrior,
+    images: Float[Tensor, "batch 3 height width"],
+    condition: Condition,
+    opposite: Condition | None,
+    config: DistillationConfig,
+    progress: float,
+    generator: torch.Generator | None = None,
+) -> Distilled:
+    """The loss whose gradient is the paper's.
+
+    Args:
+        images: renders in [0, 1], differentiable in what is refined.
+        condition: y, one row per image.
+        opposite: y' or the unconditional embedding, one row per image; not used without guidance.
+        progress: share of the training done.
+        generator: of times and noise, on the CPU; by default torch's own.
+    """
+    encoded = prior.encode(images)
+    with torch.no_grad():
+        timestep = draw_timesteps(config, prior.num_timesteps, len(images), progress, generator).to(encoded.device)
+        noise = torch.randn(encoded.shape, generator=generator).to(encoded)
+        signal, sigma = prior.signal_and_noise(timestep)
+        noisy = signal * encoded + sigma * noise
+        opposite = None if config.guidance == "none" else opposite
+        weight = sigma.square() if config.weighting == "noise_variance" else torch.ones_like(sigma)
+        if config.objective == "sds":
+            predicted = guided_noise(prior, noisy, timestep, condition, opposite, config.guidance_scale)
+            gradient = weight * (predicted - noise)
+        else:
+            gradient = weight * (encoded - _reconstruct(prior, noisy, timestep, condition, opposite, config))
+        finite = gradient.flatten(1).isfinite().all(1)
+        gradient = torch.where(finite.view(-1, 1, 1, 1), gradient, torch.zeros_like(gradient))
+    target = (encoded - gradient).detach()
+    # An image left out must not bring its own NaN back through the difference.
+    difference = torch.where(finite.view(-1, 1, 1, 1), encoded - target, torch.zeros_like(encoded))
+    return Distilled(0.5 * difference.square().mean(), gradient, int((~finite).sum()))
+
+
+def _reconstruct(
+    prior: ImagePrior,
+    noisy: Float[Tensor, "batch channels h w"],
+    timestep: Int[Tensor, "batch"],
+    condition: Condition,
+    opposite: Condition | None,
+    config: DistillationConfig,
+) -> Float[Tensor, "batch channels h w"]:
+    """What the prior makes of noisy images: DDIM (Song et al. 2021) in equal steps from their times to the end."""
+    steps = config.reconstruction_steps
+    for step in range(steps):
+        now = (timestep * (steps - step) / steps).round().long()
+        predicted = guided_noise(prior, noisy, now, condition, opposite, config.guidance_scale)
+        signal, sigma = prior.signal_and_noise(now)
+        clean = (noisy - sigma * predicted) / signal
+        if step + 1 < steps:
+            signal, sigma = prior.signal_and_noise((timestep * (steps - step - 1) / steps).round().long())
+            noisy = signal * clean + sigma * predicted
+    return clean

@@ -1,0 +1,246 @@
+"""A small pixel diffusion model of one domain: a prior that needs no hub, trained on a collection's own images.
+
+It is conditioned on an embedding of an image by the network of LPIPS, which training stage 1 needs anyway: the means of
+its activations at all levels, so both what an image shows and its colours and textures. (Not by the Inception of FID,
+which results are measured with.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DConditionModel
+from diffusers.configuration_utils import register_to_config
+from jaxtyping import Bool, Float, Int
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.diffusion.denoisers import Normaliser
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.refine.prior import Condition, ImagePrior, resize_square
+from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.scenes.writing import atomic_path, write_json
+
+FORMAT = "nfldm-image-prior"
+VERSION = 1
+DESCRIPTION = "prior.json"
+DENOISER, SCHEDULER, EMBEDDINGS = "denoiser", "scheduler", "clean_images.safetensors"
+EMBEDDED_AT_ONCE = 32
+SMALLEST_EMBEDDED = 64  # pixels; AlexNet has nothing left of much smaller images
+
+EmbeddingNetwork = Literal["vgg", "alex"]
+
+
+class PixelDenoiser(ModelMixin, ConfigMixin):
+    """A U-Net on pixels in [-1, 1], conditioned on an embedding of an image.
+
+    Args:
+        image_size: side of the images in pixels, a multiple of `2 ** (len(channels) - 1)`.
+        embedding_dim: size of the embedding.
+        channels: widths at each resolution, finest first.
+        attention: where self-attention is used; the lowest resolution always has it in the middle.
+        layers: residual layers per resolution.
+        head_dim: channels per attention head.
+    """
+
+    config_name = "config.json"
+
+    @register_to_config
+    def __init__(
+        self,
+        image_size: int = 64,
+        embedding_dim: int = 1472,
+        channels: tuple[int, ...] = (32, 64, 96, 128),
+        attention: tuple[bool, ...] = (False, False, True, True),
+        layers: int = 1,
+        head_dim: int = 32,
+    ) -> None:
+        super().__init__()
+        if image_size % 2 ** (len(channels) - 1):
+            raise ValueError(f"images of {image_size} pixels cannot be halved {len(channels) - 1} times")
+        self.embedding = Normaliser(embedding_dim)
+        self.unet = UNet2DConditionModel(
+            sample_size=image_size,
+            in_channels=3,
+            out_channels=3,
+            block_out_channels=tuple(channels),
+            down_block_types=tuple("AttnDownBlock2D" if flag else "DownBlock2D" for flag in attention),
+            mid_block_type="UNetMidBlock2D",
+            up_block_types=tuple("AttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(attention)),
+            layers_per_block=layers,
+            attention_head_dim=head_dim,
+            norm_num_groups=8,
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=embedding_dim,
+            resnet_time_scale_shift="scale_shift",
+        )
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return 3, self.config.image_size, self.config.image_size
+
+    def forward(
+        self,
+        sample: Float[Tensor, "batch 3 size size"],
+        timestep: Int[Tensor, "batch"],
+        embedding: Float[Tensor, "batch dim"],
+        drop: Bool[Tensor, "batch"] | None = None,
+    ) -> Float[Tensor, "batch 3 size size"]:
+        """Predicts from noisy pixels.
+
+        Args:
+            embedding: in its own units.
+            drop: images that are to be predicted without their embedding: with the mean embedding, as those of scene
+                codes (`CoarseDenoiser`).
+        """
+        code = self.embedding(embedding)
+        if drop is not None:
+            code = code.masked_fill(drop[:, None], 0.0)
+        return self.unet(sample, timestep, None, class_labels=code).sample
+
+
+class ImageEmbedder(nn.Module):
+    """Images to the means of the activations of all levels of the frozen network of LPIPS.
+
+    Args:
+        network: "vgg" (1472 numbers) or "alex" (1152, quicker).
+        size: side in pixels at which images are looked at; at least 64 in any case.
+
+    Raises:
+        UserInputError: if the network's weights are not on this machine.
+    """
+
+    def __init__(self, network: EmbeddingNetwork, size: int) -> None:
+        super().__init__()
+        self.network, self.size = network, max(size, SMALLEST_EMBEDDED)
+        self.perceptual = PerceptualNetwork(load_lpips(network)).requires_grad_(False).eval()
+
+    @property
+    def dim(self) -> int:
+        return sum(self.perceptual.channels)
+
+    @torch.no_grad()
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch dim"]:
+        """Embeddings of square images in [0, 1]."""
+        parts = []
+        for chunk in images.split(EMBEDDED_AT_ONCE):
+            levels = self.perceptual.features(2 * resize_square(chunk.float().clamp(0, 1), self.size) - 1)
+            parts.append(torch.cat([level.mean((2, 3)) for level in levels], dim=1))
+        return torch.cat(parts)
+
+
+class DomainPrior(ImagePrior):
+    """A trained `PixelDenoiser` with what it needs.
+
+    Args:
+        denoiser: of images.
+        scheduler: the noise it was trained with.
+        embedder: makes its conditions.
+        clean_embeddings: `[K, E]`, of images of its collection: what a refined scene is to look like by default.
+    """
+
+    clean_embeddings: Tensor
+
+    def __init__(
+        self,
+        denoiser: PixelDenoiser,
+        scheduler: DDPMScheduler,
+        embedder: ImageEmbedder,
+        clean_embeddings: Float[Tensor, "images dim"],
+    ) -> None:
+        super().__init__(denoiser.config.image_size, scheduler.alphas_cumprod, scheduler.config.prediction_type)
+        self.denoiser, self.embedder = denoiser, embedder
+        self.register_buffer("clean_embeddings", clean_embeddings, persistent=False)
+        self.eval().requires_grad_(False)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pixels in [-1, 1]."""
+        return 2 * resize_square(images.float(), self.image_size) - 1
+
+    def condition(self, images: Tensor | None = None, text: str | None = None) -> Condition:
+        if text is not None or images is None:
+            raise UserInputError(
+                "This prior knows the images of one domain and no words: give an image or a folder of images as style."
+            )
+        return {"embedding": self.embedder(images.to(self.device))}
+
+    def clean_condition(self) -> Condition:
+        """Of the images of its collection that it keeps embeddings of."""
+        return {"embedding": self.clean_embeddings}
+
+    def unconditional(self) -> Condition:
+        return {"embedding": self.denoiser.embedding.mean[None]}
+
+    def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        return self.denoiser(noisy, timestep, condition["embedding"])
+
+
+@dataclass
+class PriorDescription:
+    """`prior.json`.
+
+    Attributes:
+        embedding: the network of LPIPS whose activations are the embedding.
+        made_by: collection, licence, steps: whatever its maker wrote down.
+    """
+
+    embedding: EmbeddingNetwork
+    made_by: dict[str, Any] = field(default_factory=dict)
+
+
+def save_domain_prior(
+    folder: Path,
+    denoiser: PixelDenoiser,
+    scheduler: DDPMScheduler,
+    clean_embeddings: Float[Tensor, "images dim"],
+    description: PriorDescription,
+) -> None:
+    """Writes a prior in half precision, whole or not at all; an existing folder is replaced."""
+    with atomic_path(folder) as temporary:
+        (temporary / DENOISER).mkdir(parents=True)
+        denoiser.save_config(temporary / DENOISER)
+        state = {name: value.detach().cpu().half().contiguous() for name, value in denoiser.state_dict().items()}
+        save_file(state, temporary / DENOISER / WEIGHTS)
+        scheduler.save_config(temporary / SCHEDULER)
+        save_file({"embeddings": clean_embeddings.cpu().half().contiguous()}, temporary / EMBEDDINGS)
+        content = {"format": FORMAT, "version": VERSION, "embedding": description.embedding}
+        write_json(temporary / DESCRIPTION, {**content, "made_by": description.made_by})
+
+
+def load_domain_prior(folder: Path | str) -> DomainPrior:
+    """A prior of `nfldm-train-prior`, on the CPU, in single precision.
+
+    Args:
+        folder: the prior, or the run that made it.
+
+    Raises:
+        UserInputError: if a file is missing, damaged or does not fit the others, or the network of its embeddings is
+            not on this machine.
+    """
+    folder = Path(folder)
+    if not (folder / DESCRIPTION).is_file() and (folder / "prior" / DESCRIPTION).is_file():
+        folder = folder / "prior"
+    description = read_json(folder / DESCRIPTION)
+    known = isinstance(description, dict) and description.get("embedding") in ("vgg", "alex")
+    if not known or (description.get("format"), description.get("version")) != (FORMAT, VERSION):
+        raise UserInputError(f"{folder / DESCRIPTION} is not of format {FORMAT}, version {VERSION}: train it again.")
+    try:
+        denoiser = PixelDenoiser.from_config(read_json(folder / DENOISER / "config.json"))
+        scheduler = DDPMScheduler.from_config(read_json(folder / SCHEDULER / "scheduler_config.json"))
+    except (TypeError, ValueError) as error:
+        raise UserInputError(f"The prior {folder} cannot be used ({error}): train it again.") from None
+    weights = read_safetensors(folder / DENOISER / WEIGHTS)
+    load_exactly(denoiser, {name: value.float() for name, value in weights.items()}, folder / DENOISER / WEIGHTS)
+    embeddings = read_safetensors(folder / EMBEDDINGS).get("embeddings")
+    if embeddings is None or embeddings.ndim != 2 or embeddings.shape[1] != denoiser.config.embedding_dim:
+        raise UserInputError(f"{folder / EMBEDDINGS} does not fit the prior's denoiser: train it again.")
+    embedder = ImageEmbedder(description["embedding"], denoiser.config.image_size)
+    if embedder.dim != denoiser.config.embedding_dim:
+        raise UserInputError(f"{folder / DESCRIPTION} names another embedding than its denoiser has: train it again.")
+    return DomainPrior(denoiser, scheduler, embedder, embeddings.float())

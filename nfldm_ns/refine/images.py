@@ -1,0 +1,81 @@
+"""Images that priors learn from, or that say what a refined scene shall look like."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor
+
+from nfldm_ns.choice import evenly
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.collection import SceneCollection, read_transforms
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def centre_square(image: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch side side"]:
+    """The largest square in the middle of images."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[..., top : top + side, left : left + side]
+
+
+def read_square_images(paths: Sequence[Path], size: int) -> UInt8[Tensor, "images 3 size size"]:
+    """The middle squares of image files, brought to one size.
+
+    Raises:
+        UserInputError: if a file is no readable image.
+    """
+    images = []
+    for path in paths:
+        try:
+            with Image.open(path) as file:
+                image = file.convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise UserInputError(f"{path} is not a readable image ({error}): give another one.") from None
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        image = image.crop((left, top, left + side, top + side))
+        if side != size:
+            image = image.resize((size, size), Image.Resampling.LANCZOS)
+        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    return torch.stack(images)
+
+
+def collection_paths(collection: SceneCollection, split: str) -> list[Path]:
+    """All images of one split, source and target views, scene by scene."""
+    paths = []
+    for scene_id in collection.split(split):
+        folder = collection.scene_dir(scene_id)
+        transforms = read_transforms(folder)
+        paths += [folder / name for name in dict.fromkeys([*transforms.source_names, *transforms.target_names])]
+    return paths
+
+
+def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor, "images 3 size size"]:
+    """At most `most` images in [0, 1] of an image file, a folder of images, a scene collection or a scene.
+
+    A scene (generated or of a collection) gives its `images/`, a collection those of its training scenes.
+
+    Raises:
+        UserInputError: if there are none.
+    """
+    path = Path(path)
+    if path.is_file():
+        paths = [path]
+    elif (path / "collection.json").is_file():
+        paths = collection_paths(SceneCollection.open(path), "train")
+    elif path.is_dir():
+        folder = path / "images" if (path / "transforms.json").is_file() else path
+        paths = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    else:
+        raise UserInputError(f"There is no {path}: give an image, a folder of images, a scene or a scene collection.")
+    if not paths:
+        raise UserInputError(f"There are no images in {path}: give an image, a folder of images or a scene collection.")
+    return read_square_images(evenly(paths, most), size).float() / 255

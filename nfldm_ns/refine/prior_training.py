@@ -1,0 +1,266 @@
+"""Trains the in-domain prior on the images of a scene collection."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.training_utils import EMAModel
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from nfldm_ns.choice import evenly
+from nfldm_ns.diffusion.training import (
+    DiffusionTrainingConfig,
+    diffusion_target,
+    make_scheduler,
+    spread_timesteps,
+    training_scheduler,
+)
+from nfldm_ns.diffusion.validation import sample_latents
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.evaluation.galleries import image_grid
+from nfldm_ns.latents.training import public_config
+from nfldm_ns.refine.domain_prior import (
+    EmbeddingNetwork,
+    ImageEmbedder,
+    PixelDenoiser,
+    PriorDescription,
+    save_domain_prior,
+)
+from nfldm_ns.refine.images import collection_paths, read_square_images
+from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.tracking import Pictures
+from nfldm_ns.training import (
+    ItemDraws,
+    ProgressCallback,
+    RunFolder,
+    Schedule,
+    batch_indices,
+    batch_positions,
+    joint_batch_size,
+    new_accelerator,
+    train,
+)
+
+PRIOR_FOLDER = "prior"
+NUM_STATISTICS = 512  # images whose embeddings give their mean and standard deviation
+NUM_CLEAN = 256  # of which the prior keeps embeddings
+NUM_HELD_OUT = 256
+NUM_PICTURES, PICTURE_STEPS = 6, 30
+EVALUATION_BATCH = 16
+
+
+@dataclass
+class PriorTrainingConfig:
+    """Training of an in-domain prior."""
+
+    schedule: Schedule = field(default_factory=Schedule)
+    embedding: EmbeddingNetwork = "vgg"
+    """The network of LPIPS whose activations condition the prior."""
+    embedding_noise: float = 0.1
+    """Standard deviation of noise on embeddings, relative to theirs: those of renders are never exact."""
+    condition_dropout: float = 0.1
+    """Share of images whose embedding is hidden, for classifier-free guidance."""
+    mirror: bool = True
+    """Also learn from mirrored images."""
+    ema_decay: float = 0.999
+    """Of the moving averages of the weights, which are what is kept; it rises to this value while training."""
+
+
+class PriorLosses:
+    """Mean squared errors of velocities; what is drawn depends on an image's place in the sequence of all images.
+
+    Args:
+        wrapped: the denoiser, as the accelerator wraps it.
+        images: `[N, 3, S, S]`, 8 bits.
+    """
+
+    def __init__(
+        self,
+        wrapped: nn.Module,
+        denoiser: PixelDenoiser,
+        embedder: ImageEmbedder,
+        images: UInt8[Tensor, "images 3 size size"],
+        config: PriorTrainingConfig,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+        joint_batch_size: int | None = None,
+    ) -> None:
+        self.wrapped, self.denoiser, self.embedder = wrapped, denoiser, embedder
+        self.images, self.config, self.device = images, config, device
+        self.rank, self.world_size = rank, world_size
+        self.joint_batch_size = joint_batch_size or config.schedule.batch_size
+        self.scheduler = training_scheduler(DiffusionTrainingConfig())
+
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        schedule = self.config.schedule
+        share = (schedule.batch_size, number)
+        indices = batch_indices(len(self.images), *share, schedule.seed, self.rank, self.world_size)
+        positions = batch_positions(*share, self.rank, self.world_size)
+        step, first = divmod(positions.start, self.joint_batch_size)
+        timestep = self.timesteps(self.joint_batch_size, schedule.seed + step)[first : first + len(indices)]
+        return {"loss": self.loss(indices, timestep, ItemDraws(schedule.seed, positions, self.device))}
+
+    def timesteps(self, count: int, seed: int) -> Int[Tensor, "count"]:
+        return spread_timesteps(count, self.scheduler.config.num_train_timesteps, seed)
+
+    def loss(
+        self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws, augment: bool = True
+    ) -> Float[Tensor, ""]:
+        """Of some images."""
+        pixels = self.images[indices].to(self.device).float() / 255
+        if augment and self.config.mirror:
+            mirrored = draws.integers(2).bool().to(self.device)
+            pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        embedding, drop = self.embedder(pixels), None
+        clean, timestep = 2 * pixels - 1, timestep.to(self.device)
+        noise = draws.normal(clean)
+        if augment:
+            spread = self.config.embedding_noise * self.denoiser.embedding.std
+            embedding = embedding + spread * draws.normal(embedding)
+            drop = draws.uniform().to(self.device) < self.config.condition_dropout
+        noisy = self.scheduler.add_noise(clean, noise, timestep)
+        predicted = self.wrapped(noisy, timestep, embedding, drop).float()
+        return F.mse_loss(predicted, diffusion_target(self.scheduler, clean, noise, timestep))
+
+
+class PriorPictures:
+    """What the prior samples for the embeddings of held-out images, with the same noise every time."""
+
+    def __init__(
+        self, denoiser: PixelDenoiser, embedder: ImageEmbedder, images: UInt8[Tensor, "images 3 size size"]
+    ) -> None:
+        self.denoiser, self.scheduler = denoiser, make_scheduler()
+        self.images = images.float() / 255
+        device = next(denoiser.parameters()).device
+        self.embedding = embedder(self.images.to(device))
+        self.noise = ItemDraws(0, range(len(images)), device).normal(self.images.to(device))
+
+    def __call__(self) -> Pictures:
+        conditioned, free = (
+            sample_latents(self.denoiser, self.scheduler, self.noise, PICTURE_STEPS, embedding=embedding)
+            for embedding in (self.embedding, self.denoiser.embedding.mean.expand_as(self.embedding))
+        )
+        columns = {
+            "held-out image": self.images,
+            "sample for its embedding": ((conditioned + 1) / 2).clamp(0, 1).cpu(),
+            "without embedding": ((free + 1) / 2).clamp(0, 1).cpu(),
+        }
+        return {"prior_samples": image_grid(columns)}
+
+
+@torch.no_grad()
+def evaluate_prior(losses: PriorLosses, seed: int = 0) -> float:
+    """Mean loss on the images of `losses`, with fixed noise and times."""
+    count, total = len(losses.images), 0.0
+    for first in range(0, count, EVALUATION_BATCH):
+        numbers = range(first, min(first + EVALUATION_BATCH, count))
+        timestep = losses.timesteps(len(numbers), seed + first)
+        draws = ItemDraws(seed, numbers, losses.device)
+        total += len(numbers) * float(losses.loss(list(numbers), timestep, draws, augment=False))
+    return total / count
+
+
+def train_prior(
+    collection: SceneCollection,
+    output_dir: Path | str,
+    model_config: dict[str, Any],
+    config: PriorTrainingConfig,
+    *,
+    max_images: int | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Path:
+    """Trains a prior on the training scenes' images, continuing an interrupted run.
+
+    Args:
+        output_dir: becomes a run folder (see `RunFolder`) with the averaged weights in `prior/`.
+        model_config: sizes of `PixelDenoiser`.
+        max_images: kept in memory, evenly chosen from all scenes; None for all.
+
+    Returns:
+        the prior's folder; its `prior.json` tells the loss on held-out images.
+    """
+    accelerator = new_accelerator(config.schedule, output_dir)
+    torch.manual_seed(config.schedule.seed)
+    size = int(model_config.get("image_size", 64))
+    embedder = ImageEmbedder(config.embedding, size).to(accelerator.device)
+    try:
+        denoiser = PixelDenoiser(**{**model_config, "embedding_dim": embedder.dim})
+    except ValueError as error:
+        raise UserInputError(f"The prior cannot be built ({error}): choose another --image-size.") from None
+    images = _read(collection, "train", max_images, size)
+    held_out = next((split for split in ("val", "test") if collection.splits[split]), "train")
+    held_out_images = _read(collection, held_out, NUM_HELD_OUT, size)
+    denoiser.to(accelerator.device)
+    denoiser.embedding.fit(_embed(embedder, images, NUM_STATISTICS))
+    identity = {
+        "kind": "image prior",
+        "collection": {"name": collection.name, "scenes": len(collection.splits["train"]), "images": len(images)},
+        "model": public_config(denoiser),
+        "embedding": config.embedding,
+        "seed": config.schedule.seed,
+        "batch_size": joint_batch_size(config.schedule, accelerator),
+    }
+    folder = RunFolder(output_dir, identity, accelerator)
+    ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+
+    def make_losses(wrapped: nn.Module) -> PriorLosses:
+        share = (accelerator.process_index, accelerator.num_processes, joint_batch_size(config.schedule, accelerator))
+        return PriorLosses(wrapped, denoiser, embedder, images, config, accelerator.device, *share)
+
+    render = None
+    if config.schedule.validation_steps:
+        render = PriorPictures(denoiser, embedder, held_out_images[:NUM_PICTURES])
+    train(
+        folder,
+        denoiser,
+        make_losses,
+        config.schedule,
+        accelerator,
+        ema=ema,
+        render=render,
+        description="Prior of the collection's images",
+        on_progress=on_progress,
+    )
+    ema.copy_to(denoiser.parameters())
+    destination = Path(output_dir) / PRIOR_FOLDER
+    if accelerator.is_main_process:
+        judged = PriorLosses(denoiser, denoiser, embedder, held_out_images, config, accelerator.device)
+        made_by = {
+            "command": "nfldm-train-prior",
+            "collection": collection.name,
+            "licence": collection.licence,
+            "images": len(images),
+            "steps": config.schedule.max_steps,
+            "seed": config.schedule.seed,
+            "held_out_split": held_out,
+            "held_out_loss": round(evaluate_prior(judged), 5),
+        }
+        save_domain_prior(
+            destination,
+            denoiser,
+            judged.scheduler,
+            _embed(embedder, images, NUM_CLEAN),
+            PriorDescription(config.embedding, made_by),
+        )
+    accelerator.wait_for_everyone()
+    return destination
+
+
+def _read(collection: SceneCollection, split: str, most: int | None, size: int) -> UInt8[Tensor, "images 3 size size"]:
+    paths = collection_paths(collection, split)
+    return read_square_images(paths if most is None else evenly(paths, most), size)
+
+
+def _embed(
+    embedder: ImageEmbedder, images: UInt8[Tensor, "images 3 size size"], count: int
+) -> Float[Tensor, "count dim"]:
+    """Embeddings of evenly chosen images."""
+    chosen = evenly(range(len(images)), count)
+    device = next(embedder.parameters()).device
+    return torch.cat([embedder(part.to(device).float() / 255) for part in images[chosen].split(EVALUATION_BATCH)])

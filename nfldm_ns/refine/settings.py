@@ -1,0 +1,74 @@
+"""The options of refining a scene. Nothing heavy is imported here: nerfstudio reads them at every start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.refine.distillation import DistillationConfig
+from nfldm_ns.refine.views import ViewSamplingConfig
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass
+class RegulariserConfig:
+    """What keeps a scene whole. All compare with the scene as it began; a weight of 0 leaves one out."""
+
+    floaters_mult: float = 1.0
+    """Opacity that appears in voxels that were empty."""
+    depth_mult: float = 0.1
+    """Mean absolute change of depth in metres, in the views of the step."""
+    image_mult: float = 0.0
+    """Mean absolute change of colours in the views of the step."""
+    close_density_mult: float = 0.0
+    """Mean squared change of the voxels' opacities."""
+    close_features_mult: float = 0.0
+    """Mean squared change of features, relative to their standard deviation."""
+
+
+@dataclass
+class RefinementConfig:
+    """What a scene is refined to, and how."""
+
+    prior: str | None = None
+    """Folder of a prior of nfldm-train-prior, folder of a diffusers pipeline, or a hub id."""
+    precision: Precision = "fp32"
+    """Of the denoisers of diffusers pipelines."""
+    style: str | None = None
+    """An image, a folder of images, or (for priors that know text) words: what the scene shall look like."""
+    clean_images: Path | None = None
+    """Without a style: images the scene shall look like, as a folder or a scene collection. By default those that an
+    in-domain prior was trained on."""
+    negative_scenes: tuple[Path, ...] = ()
+    """Further generated scenes whose images are examples of what to move away from, for negative guidance."""
+    strength: float = 1.0
+    """How far the prior may change the scene, in (0, 1]: as in diffusers' image-to-image, the share of the noise range
+    that is used."""
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
+    """What is asked of the prior."""
+    views: ViewSamplingConfig = field(default_factory=ViewSamplingConfig)
+    """Where the scene is looked at."""
+    regularisers: RegulariserConfig = field(default_factory=RegulariserConfig)
+    """What keeps it whole."""
+
+    def check(self) -> None:
+        """Raises `UserInputError` for what cannot be, before anything is loaded."""
+        if not self.prior:
+            raise UserInputError(
+                "No prior was given: name the folder of one made by 'nfldm-train-prior', or a diffusers pipeline, with "
+                "--prior."
+            )
+        if not 0 < self.strength <= 1:
+            raise UserInputError(
+                f"The strength must lie above 0 and not above 1, not {self.strength}: change --strength."
+            )
+        self.distillation.check()
+        self.views.check()
+
+    def effective_distillation(self) -> DistillationConfig:
+        """With the noise range that the strength leaves."""
+        low, high = self.distillation.min_time, self.distillation.max_time
+        return replace(self.distillation, max_time=low + self.strength * (high - low))

@@ -1,0 +1,160 @@
+"""The in-domain prior: trained on a collection's images, saved, resumed, and distilled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from nfldm_ns.commands.train_prior import main
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.method_configs.prior_presets import PRIOR_PRESETS
+from nfldm_ns.refine.distillation import DistillationConfig, distill
+from nfldm_ns.refine.domain_prior import PixelDenoiser, load_domain_prior
+from nfldm_ns.refine.images import centre_square, collection_paths, example_images, read_square_images
+from nfldm_ns.refine.prior import rows_of
+from nfldm_ns.refine.prior_training import PriorTrainingConfig, train_prior
+from nfldm_ns.training import Schedule
+from tests.pretrained import require_weights
+
+MODEL = {"image_size": 16, "channels": (8, 8), "attention": (False, True), "head_dim": 8}
+TRAINING = PriorTrainingConfig(
+    schedule=Schedule(max_steps=4, batch_size=4, warmup_steps=1, log_every=1, checkpoint_every=2, report_to="none"),
+    embedding="alex",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(box_room_collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    require_weights("lpips-alex")
+    return train_prior(box_room_collection, tmp_path_factory.mktemp("prior"), MODEL, TRAINING)
+
+
+def test_a_prior_says_what_made_it(folder):
+    description = json.loads((folder / "prior.json").read_text())
+    assert description["made_by"]["collection"] == "box-rooms" and description["made_by"]["images"] == 3 * 12
+    assert description["made_by"]["licence"] == "CC0-1.0" and 0 < description["made_by"]["held_out_loss"] < 2
+    assert all(
+        value.dtype == torch.float16 for path in folder.rglob("*.safetensors") for value in load_file(path).values()
+    )
+
+
+def test_a_resumed_training_gives_the_same_weights(folder, box_room_collection, tmp_path):
+    reports = []
+
+    def stop_after_three(share: float, losses: dict[str, float]) -> None:
+        reports.append(losses)
+        if len(reports) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_prior(box_room_collection, tmp_path, MODEL, TRAINING, on_progress=stop_after_three)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-00000002"]
+    again = train_prior(box_room_collection, tmp_path, MODEL, TRAINING)
+    name = "denoiser/diffusion_pytorch_model.safetensors"
+    first, second = load_file(folder / name), load_file(again / name)
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_prior_learns_a_collection_of_one_colour(tmp_path, box_room_collection):
+    """Of a domain of grey images it must know that they are grey: a noisy image's clean part."""
+    require_weights("lpips-alex")
+    root = tmp_path / "grey"
+    shutil.copytree(box_room_collection.root, root)
+    for path in root.glob("scenes/*/images/*.png"):
+        Image.fromarray(np.full((32, 32, 3), 100, np.uint8)).save(path)
+    longer = Schedule(max_steps=40, batch_size=4, learning_rate=1e-2, warmup_steps=5, log_every=20, report_to="none")
+    prior = load_domain_prior(
+        train_prior(type(box_room_collection).open(root), tmp_path / "run", MODEL, replace(TRAINING, schedule=longer))
+    )
+    x = torch.full((4, 3, 16, 16), 0.8).requires_grad_()
+    config = DistillationConfig(guidance="none", max_time=0.7)
+    condition = {"embedding": prior.clean_embeddings[:4]}
+    distilled = distill(prior, x, condition, None, config, 0.0, torch.Generator().manual_seed(0))
+    assert (distilled.gradient.mean((1, 2, 3)) > 0).all(), "brighter than the domain: descending makes it darker"
+
+
+def test_conditions_of_a_prior(folder):
+    prior = load_domain_prior(folder.parent)  # the run's folder does as well
+    images = torch.rand(2, 3, 40, 40)
+    condition = prior.condition(images)
+    assert condition["embedding"].shape == (2, 1152) and rows_of(prior.clean_condition()) == 36
+    assert torch.allclose(prior.condition(images[1:])["embedding"], condition["embedding"][1:], atol=1e-4)
+    noisy, timestep = torch.randn(2, 3, 16, 16), torch.tensor([3, 999])
+    nothing = {"embedding": prior.unconditional()["embedding"].expand(2, -1)}
+    dropped = prior.denoiser(noisy, timestep, condition["embedding"], torch.tensor([True, True]))
+    assert torch.allclose(prior.denoise(noisy, timestep, nothing), dropped, atol=1e-6)
+    with pytest.raises(UserInputError, match="no words"):
+        prior.condition(text="snow")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("prior.json", b'{"format": "other"}', "not of format"),
+        ("denoiser/diffusion_pytorch_model.safetensors", b"\x00" * 64, "is damaged"),
+        ("clean_images.safetensors", None, "is missing"),
+    ],
+)
+def test_broken_priors_are_refused(folder, tmp_path, name, content, sentence):
+    broken = tmp_path / "prior"
+    shutil.copytree(folder, broken)
+    (broken / name).unlink()
+    if content is not None:
+        (broken / name).write_bytes(content)
+    with pytest.raises(UserInputError, match=sentence):
+        load_domain_prior(broken)
+
+
+def test_the_command_trains_what_it_is_told(box_room_collection, tmp_path, capsys):
+    require_weights("lpips-alex")
+    arguments = ["--preset", "tiny", "--image-size", "16", "--max-images", "8", "--max-steps", "1"]
+    main([str(box_room_collection.root), "--output-dir", str(tmp_path / "run"), *arguments, "--report-to", "none"])
+    assert "loss on held-out images" in capsys.readouterr().out
+    assert load_domain_prior(tmp_path / "run").image_size == 16
+    with pytest.raises(SystemExit) as ending:
+        main(
+            [str(box_room_collection.root), "--output-dir", str(tmp_path / "odd"), "--image-size", "18", *arguments[:2]]
+        )
+    assert ending.value.code == 2 and "cannot be halved" in capsys.readouterr().err
+
+
+def test_the_small_prior_ships_below_10_megabytes():
+    count = sum(parameter.numel() for parameter in PixelDenoiser(**PRIOR_PRESETS["small"].model).parameters())
+    assert count < 5e6 and 2 * (count + 256 * 1472) < 10e6
+
+
+# Images
+
+
+def test_squares_are_cut_from_the_middle_and_resized(tmp_path):
+    wide = np.zeros((20, 30, 3), np.uint8)
+    wide[:, 5:25] = 200
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert (read_square_images([tmp_path / "wide.png"], 20) == 200).all()
+    assert (read_square_images([tmp_path / "wide.png"], 10) == 200).all()
+    assert (centre_square(torch.from_numpy(wide).permute(2, 0, 1)) == 200).all()
+
+
+def test_examples_come_from_files_folders_scenes_and_collections(box_room_collection, tmp_path):
+    root, scene = box_room_collection.root, box_room_collection.scene_dir("room_000")
+    assert len(collection_paths(box_room_collection, "train")) == 36
+    assert example_images(root, 16).shape == (36, 3, 16, 16)
+    assert example_images(root, 16, most=5).shape == (5, 3, 16, 16)
+    assert example_images(scene, 16).shape == example_images(scene / "images", 16).shape == (12, 3, 16, 16)
+    one = example_images(scene / "images" / "source_00.png", 32)
+    assert one.shape == (1, 3, 32, 32) and one.min() >= 0 and 0.3 < one.max() <= 1
+    with pytest.raises(UserInputError, match="There is no"):
+        example_images(tmp_path / "nothing", 16)
+    with pytest.raises(UserInputError, match="no images"):
+        example_images(tmp_path, 16)
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UserInputError, match="not a readable image"):
+        example_images(tmp_path, 16)
