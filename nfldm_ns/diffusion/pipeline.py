@@ -170,23 +170,23 @@ class NFLDMPipeline(DiffusionPipeline):
         if callback_on_step_end is not None:
             callback = partial(_call, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
 
-        def begin(stage: str, denoiser: nn.Module) -> Tensor:
+        def begin(stage: str, denoiser: Any) -> Tensor:
             if noise is None:
                 return self.prepare_noise(num_scenes, denoiser, generator)
             given = noise[STAGES.index(stage)]
-            return given.to(self._execution_device, denoiser.dtype) * self.scheduler.init_noise_sigma  # type: ignore[arg-type]
+            return given.to(self._execution_device, denoiser.dtype) * self.scheduler.init_noise_sigma
 
-        def sample(stage: str, denoiser: nn.Module, **conditions: Tensor) -> Tensor:
+        def sample(stage: str, denoiser: Any, **conditions: Tensor) -> Tensor:
             self._stage, self._guidance_scale = stage, guidance_scale
             start = begin(stage, denoiser) * warmth[stage]
             cast = {name: value.to(start.dtype) for name, value in conditions.items()}
-            run = self.denoise
+            run: Callable[..., Tensor] = self.denoise
             if inpainting is not None:
                 run = partial(inpaint, self, inpainting=inpainting, stage=stage, temperature=warmth[stage])
             latents = run(denoiser, start, steps[stage], generator, callback, **cast).float()
             latents = latents if clip is None else latents.clamp(-clip, clip)
             normaliser = denoiser.code if stage == "global" else denoiser.latent
-            latents = normaliser.inverse(latents)  # type: ignore[operator]
+            latents = normaliser.inverse(latents)
             return latents if inpainting is None else inpainting.merge(stage, latents)
 
         if scene_code is None:

@@ -159,7 +159,7 @@ def _require_decoder(scene: GeneratedScene, autoencoder: SceneAutoencoder, whose
 
 def write_edited_scene(folder: Path, scene: GeneratedScene, region: Region | None = None) -> None:
     """Writes a scene as a folder, with the region that was edited as `region.png` (north up, white inside)."""
-    attachments = {}
+    attachments: dict[str, bytes] = {}
     if region is not None:
         buffer = io.BytesIO()
         region.picture().save(buffer, format="PNG")
