@@ -299,8 +299,11 @@ def _destination(output_dir: Path, name: str) -> Path:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point."""
-    commands = {"encode": Encode, "resample": Resample, "combine": Combine, "interpolate": Interpolate}
-    command = tyro.extras.subcommand_cli_from_dict(commands, prog="nfldm-edit", args=args)
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"encode": Encode, "resample": Resample, "combine": Combine, "interpolate": Interpolate},
+        prog="nfldm-edit",
+        args=args,
+    )
     with exit_on_bad_input():
         command.run()
 
