@@ -86,7 +86,7 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-LAYERS = ["scenes", "autoencoder", "latents", "diffusion", "judging", "demo"]
+LAYERS = ["scenes", "autoencoder", "latents", "diffusion", "editing", "judging", "demo"]
 FORBIDDEN: dict[str, list[str]] = {
     "dataparsers": ["nfldm_ns.method_configs", "nfldm_ns.commands"],
     "method_configs": ["nfldm_ns.commands"],

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.inpainting import Inpainting, inpaint
 from nfldm_ns.diffusion.trajectory import trajectory_to_cameras
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
@@ -127,6 +128,9 @@ class NFLDMPipeline(DiffusionPipeline):
         clip: float | None = None,
         temperatures: Sequence[float] | None = None,
         guidance_scale: float = 1.0,
+        noise: Sequence[Tensor] | None = None,
+        scene_code: Float[Tensor, "scenes code"] | None = None,
+        inpainting: Inpainting | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
@@ -141,6 +145,11 @@ class NFLDMPipeline(DiffusionPipeline):
             temperatures: of g, c and f, instead of the pipeline's own.
             guidance_scale: how much psi_c and psi_f follow the scene code: 1 as trained, above 1 the more
                 (classifier-free guidance, Ho & Salimans 2022). Needs denoisers trained with `condition_dropout`.
+            noise: standard normal noise of g, c and f to begin with, instead of the generator's; see `draw_noise`.
+            scene_code: g and the trajectory, in their own units, if they are given and c and f alone are sampled; c and
+                f begin with the noise that they would begin with otherwise.
+            inpainting: samples c and f in a region only and keeps those of a given scene elsewhere; then `scene_code`
+                is that scene's.
             callback_on_step_end: called as `callback(pipeline, step, timestep, kwargs)` after each step, as diffusers'
                 pipelines do; `kwargs` holds what was asked for. What it returns under "latents" is gone on with.
                 `pipeline.stage` tells which latent is sampled, `pipeline.num_timesteps` how many steps that takes.
@@ -156,30 +165,45 @@ class NFLDMPipeline(DiffusionPipeline):
         steps = self._check_inputs(
             num_scenes, generator, num_inference_steps, output_type, guidance_scale, callback_on_step_end_tensor_inputs
         )
+        if inpainting is not None and scene_code is None:
+            raise ValueError("inpainting needs the scene_code of the scene whose latents it keeps")
         chosen = self.config.temperatures if temperatures is None else temperatures
         warmth = dict(zip(STAGES, chosen, strict=True))
         callback = None
         if callback_on_step_end is not None:
             callback = partial(_call, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
 
-        def sample(stage: str, denoiser: nn.Module, **conditions: Tensor) -> Tensor:
-            self._stage, self._guidance_scale = stage, guidance_scale
-            noise = self.prepare_noise(num_scenes, denoiser, generator) * warmth[stage]
-            cast = {name: value.to(noise.dtype) for name, value in conditions.items()}
-            latents = self.denoise(denoiser, noise, steps[stage], generator, callback, **cast).float()
-            return latents if clip is None else latents.clamp(-clip, clip)
+        def begin(stage: str, denoiser: Any) -> Tensor:
+            if noise is None:
+                return self.prepare_noise(num_scenes, denoiser, generator)
+            given = noise[STAGES.index(stage)]
+            return given.to(self._execution_device, denoiser.dtype) * self.scheduler.init_noise_sigma
 
-        scene_code = self.global_denoiser.code.inverse(sample("global", self.global_denoiser))
+        def sample(stage: str, denoiser: Any, **conditions: Tensor) -> Tensor:
+            self._stage, self._guidance_scale = stage, guidance_scale
+            start = begin(stage, denoiser) * warmth[stage]
+            cast = {name: value.to(start.dtype) for name, value in conditions.items()}
+            run: Callable[..., Tensor] = self.denoise
+            if inpainting is not None:
+                run = partial(inpaint, self, inpainting=inpainting, stage=stage, temperature=warmth[stage])
+            latents = run(denoiser, start, steps[stage], generator, callback, **cast).float()
+            latents = latents if clip is None else latents.clamp(-clip, clip)
+            normaliser = denoiser.code if stage == "global" else denoiser.latent
+            latents = normaliser.inverse(latents)
+            return latents if inpainting is None else inpainting.merge(stage, latents)
+
+        if scene_code is None:
+            scene_code = sample("global", self.global_denoiser)
+        else:
+            begin("global", self.global_denoiser)
         global_latent, trajectory = self.global_denoiser.split(scene_code)
-        coarse = self.coarse_denoiser.latent.inverse(sample("coarse", self.coarse_denoiser, scene_code=scene_code))
+        coarse = sample("coarse", self.coarse_denoiser, scene_code=scene_code)
         coarse = coarse.unflatten(1, self.latent_autoencoder.coarse_shape[:2])
         codes = self.latent_autoencoder.quantise_coarse(coarse)
         if self.fine_denoiser is None:
             fine = coarse.new_zeros(num_scenes, *self.latent_autoencoder.fine_shape)
         else:
-            fine = self.fine_denoiser.latent.inverse(
-                sample("fine", self.fine_denoiser, scene_code=scene_code, coarse=codes)
-            )
+            fine = sample("fine", self.fine_denoiser, scene_code=scene_code, coarse=codes)
         latents = SceneLatents(global_latent, coarse, fine)
         config = self.global_denoiser.config
         cameras = trajectory_to_cameras(
@@ -249,6 +273,15 @@ class NFLDMPipeline(DiffusionPipeline):
         )
         return noise * self.scheduler.init_noise_sigma
 
+    def draw_noise(self, num_scenes: int, generator: Generators) -> list[Float[Tensor, "scenes *shape"]]:
+        """Standard normal noise of g, c and f, such as a call with this generator begins with.
+
+        That is so for schedulers that add no noise on their way.
+        """
+        denoisers = [self.global_denoiser, self.coarse_denoiser, self.fine_denoiser]
+        sigma = self.scheduler.init_noise_sigma
+        return [self.prepare_noise(num_scenes, d, generator) / sigma for d in denoisers if d is not None]
+
     def denoise(
         self,
         denoiser: nn.Module,
@@ -266,17 +299,28 @@ class NFLDMPipeline(DiffusionPipeline):
         """
         self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
         self._num_timesteps = len(self.scheduler.timesteps)
-        extra = self._step_arguments(generator)
         with self.progress_bar(total=self._num_timesteps) as progress:
             for step, timestep in enumerate(self.scheduler.timesteps):
-                scaled = self.scheduler.scale_model_input(latents, timestep)
-                batch_time = timestep.to(latents.device).expand(len(latents))
-                predicted = self._predict(denoiser, scaled, batch_time, conditions)
-                latents = self.scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[0]
+                latents = self.denoise_step(denoiser, latents, timestep, generator, conditions)
                 if callback is not None:
                     latents = callback(self, step, timestep, latents, conditions)
                 progress.update()
         return latents
+
+    def denoise_step(
+        self,
+        denoiser: nn.Module,
+        latents: Float[Tensor, "scenes *shape"],
+        timestep: Tensor,
+        generator: Generators,
+        conditions: dict[str, Tensor],
+    ) -> Float[Tensor, "scenes *shape"]:
+        """One step of the scheduler."""
+        scaled = self.scheduler.scale_model_input(latents, timestep)
+        batch_time = timestep.to(latents.device).expand(len(latents))
+        predicted = self._predict(denoiser, scaled, batch_time, conditions)
+        extra = self._step_arguments(generator)
+        return self.scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[0]
 
     def _predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
         """The prediction, away from what it is without the scene code where that is wanted."""

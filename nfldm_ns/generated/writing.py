@@ -51,6 +51,7 @@ def write_generated_scene(
     latents: Mapping[str, Tensor] | None = None,
     provenance: Mapping[str, Any] | None = None,
     eval_cameras: Cameras | None = None,
+    attachments: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes one scene, whole or not at all; an existing folder is replaced.
 
@@ -66,6 +67,7 @@ def write_generated_scene(
         latents: tensors by name.
         provenance: seed and what made it, as JSON; no times, so that the same seed gives the same files.
         eval_cameras: batch shape `[M]`; by default 8 views of `fly_through(cameras)`.
+        attachments: further files by name.
 
     Raises:
         ValueError: if the grid holds more than one scene.
@@ -81,6 +83,8 @@ def write_generated_scene(
         write_scene_files(temporary, scene)
         (temporary / "config.yml").write_text(_config_yml(folder.resolve()), encoding="utf-8")
         _write_checkpoint(temporary / "nerfstudio_models", scene)
+        for name, content in (attachments or {}).items():
+            (temporary / name).write_bytes(content)
 
 
 @torch.inference_mode()
