@@ -137,7 +137,7 @@ def render_every_pixel(model: SceneAutoencoder, grid: VoxelGrid, cameras: Camera
     height, width = model.image_size
     stride = model.config.feature_stride
     maps = model.feature_maps(grid, cameras, height, width, None)
-    fields = (maps.features, maps.depth, maps.accumulation, maps.exit_depth, maps.directions)
+    fields = (maps.features, maps.depth, maps.accumulation, maps.exit_depth, maps.directions, maps.background)
     cells = (F.avg_pool2d(values.flatten(0, 1), stride).unflatten(0, cameras.shape) for values in fields)
     return model.decode(FeatureMaps(*cells), height, width)
 

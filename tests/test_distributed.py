@@ -59,7 +59,7 @@ def test_depth_loss_is_the_mean_over_scenes_whatever_they_know(box_room_collecti
     target.depths[0, ..., :20, :] = 0
     target.depths[1] = 0
     depth = torch.rand(3, 4, 1, 16, 16) * 5
-    maps = FeatureMaps(depth, depth, depth, torch.full_like(depth, 9.0), depth)
+    maps = FeatureMaps(depth, depth, depth, torch.full_like(depth, 9.0), depth, depth)
 
     def part(index: slice) -> tuple[FeatureMaps, Views]:
         return FeatureMaps(*(getattr(maps, name)[index] for name in vars(maps))), target[index]
