@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nfldm_ns.commands import sample
+from nfldm_ns.commands import edit, sample
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.models import GENERATOR, resolve_model, shipped_models
@@ -60,6 +60,16 @@ def test_sampling_without_naming_a_model(tmp_path):
     scene = json.loads((tmp_path / "scene_000000" / "scene.json").read_text())
     assert scene["provenance"]["pipeline"] == GENERATOR
     assert (tmp_path / "contact_sheet.png").is_file()
+
+
+def test_its_scenes_can_be_edited_without_naming_it(tmp_path):
+    scenes, edited = tmp_path / "scenes", tmp_path / "edited"
+    quick = ["--num-inference-steps", "2", "--device", "cpu"]
+    sample.main(["--num-scenes", "1", *quick, "--output-dir", str(scenes)])
+    box = ["--box", "0", "-8", "8", "0", "--resamplings", "1"]
+    edit.main(["resample", str(scenes / "scene_000000"), *box, *quick, "--output-dir", str(edited)])
+    made = json.loads(next(edited.glob("*/scene.json")).read_text())["provenance"]
+    assert made["pipeline"] == GENERATOR
 
 
 def test_a_folder_wins_over_the_model_of_the_same_name(tmp_path, monkeypatch):

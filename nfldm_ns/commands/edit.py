@@ -255,12 +255,13 @@ def _load_pipeline(folder: Path | None, scene: GeneratedScene | None, device: st
     import torch
 
     from nfldm_ns.diffusion.pipeline import load_pipeline
+    from nfldm_ns.models import resolve_model
 
     named = scene.provenance.get("pipeline") if scene is not None else None
     found = folder or (Path(named) if isinstance(named, str) and named else None)
     if found is None:
         raise UserInputError("No trained generator was given, and the scene names none: give one with --pipeline.")
-    if folder is None and not found.is_dir():
+    if folder is None and not resolve_model(found).is_dir():
         raise UserInputError(f"The scene was made by {found}, which is not there: give the generator with --pipeline.")
     diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
     pipeline = load_pipeline(found).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
