@@ -52,7 +52,6 @@ SCENE_AUTOENCODER = {
             "depth_mult": 0.1,
             "depth_norm": "l1",
             "opacity_mult": 1.0,
-            "hidden_background_mult": 0.05,
         },
         sampling={"scenes_per_batch": 1, "num_target_views": 4},
         max_num_iterations=1000,

@@ -280,7 +280,7 @@ def test_weights_that_are_not_finite_spoil_all_losses(box_room_collection, tmp_p
     bias = trainer.pipeline.model.autoencoder.density_bias
     at_step(trainer, 3, lambda: bias.data.fill_(math.nan))
     sentence = sentence_of_the_end(trainer, capfd)
-    assert "at step 3: rgb_loss, depth_loss, opacity_loss and hidden_background_loss are not finite" in sentence
+    assert "at step 3: rgb_loss, depth_loss and opacity_loss are not finite" in sentence
 
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(box_room_collection, tmp_path, capfd):
