@@ -56,11 +56,11 @@ def _dtypes() -> dict[str, np.dtype]:
     from nfldm_ns.collect import doom_wad
 
     return {
-        "THINGS": doom_wad._THING,
-        "LINEDEFS": doom_wad._LINE,
-        "SIDEDEFS": doom_wad._SIDE,
-        "VERTEXES": doom_wad._VERTEX,
-        "SECTORS": doom_wad._SECTOR,
+        "THINGS": doom_wad.THING,
+        "LINEDEFS": doom_wad.LINE,
+        "SIDEDEFS": doom_wad.SIDE,
+        "VERTEXES": doom_wad.VERTEX,
+        "SECTORS": doom_wad.SECTOR,
     }
 
 

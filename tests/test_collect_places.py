@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nfldm_ns.collect.doom_collection import all_maps, choose_maps, share_out, split_maps
+from nfldm_ns.collect.doom_collection import choose_maps, known_maps, share_out, split_maps
 from nfldm_ns.collect.doom_geometry import EYE_HEIGHT, UNITS_PER_METRE, DoomGeometry
 from nfldm_ns.collect.doom_places import (
     NUM_SOURCE_VIEWS,
@@ -39,6 +39,14 @@ def test_candidates_keep_their_distance() -> None:
     assert len(spots) > 0.9 * area / (1.5 * UNITS_PER_METRE) ** 2
     np.testing.assert_array_equal(spots, candidate_spots(doom_map, geometry, [0], 1.5))
     assert not np.array_equal(spots[:5], candidate_spots(doom_map, geometry, [1], 1.5)[:5])
+
+
+def test_candidates_snap_to_the_centres_of_squares() -> None:
+    doom_map = box_room(half=1024)
+    spots = candidate_spots(doom_map, DoomGeometry(doom_map), [0], 2.5, snap=2.5)
+    assert len(spots) > 10
+    assert np.array_equal(spots % 64, np.full_like(spots, 32))
+    assert len(np.unique(spots, axis=0)) == len(spots)
 
 
 def test_rigs_look_around_and_keep_the_place_in_sight() -> None:
@@ -98,8 +106,9 @@ def test_whole_maps_are_held_out() -> None:
 
 
 def test_maps_are_chosen_by_name_or_glob() -> None:
-    known = all_maps()
+    known = known_maps(["*"])
     assert len(known) == 68
+    assert choose_maps(["mazes/MAZE000[01]"], known_maps(["mazes/MAZE000[01]"])) == ["mazes/MAZE0000", "mazes/MAZE0001"]
     assert choose_maps(["freedoom2/MAP01", "freedoom1/E1M[12]"], known) == [
         "freedoom1/E1M1",
         "freedoom1/E1M2",

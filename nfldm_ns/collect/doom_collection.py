@@ -29,6 +29,7 @@ import vizdoom
 from jaxtyping import Float, Int
 
 from nfldm_ns.collect.doom_geometry import BEV_CLASSES, UNITS_PER_METRE, DoomGeometry
+from nfldm_ns.collect.doom_mazes import MAZES, MazeWad, maze_names
 from nfldm_ns.collect.doom_places import NUM_SOURCE_VIEWS, can_stand, candidate_spots, hold_out_regions, in_split
 from nfldm_ns.collect.doom_renderer import DoomRenderer
 from nfldm_ns.collect.doom_scenes import SceneMaker, SceneOptions
@@ -39,6 +40,7 @@ from nfldm_ns.scenes.writing import write_collection, write_json
 
 LICENCE = "rendered from Freedoom, BSD-3-Clause, https://freedoom.github.io"
 WAD_NAMES = ("freedoom1", "freedoom2")
+_MAZE_GAME = "freedoom2"
 _OPTIONS_FILE = "collecting.json"
 _REJECTED_FILE = "rejected.txt"
 _CHUNK = 6
@@ -83,9 +85,12 @@ def wad_path(name: str) -> Path:
     return Path(vizdoom.__file__).parent / f"{name}.wad"
 
 
-def all_maps() -> list[str]:
-    """Names of all maps, such as `freedoom1/E1M1`."""
-    return [f"{name}/{level}" for name in WAD_NAMES for level in _open_wad(name).map_names]
+def known_maps(patterns: Sequence[str]) -> list[str]:
+    """Names of Freedoom's maps (`freedoom1/E1M1`) and, if a pattern is about them, of mazes (`mazes/MAZE0000`)."""
+    known = [f"{name}/{level}" for name in WAD_NAMES for level in Wad(wad_path(name)).map_names]
+    if any(pattern.startswith(f"{MAZES}/") for pattern in patterns):
+        known += [f"{MAZES}/{name}" for name in maze_names()]
+    return known
 
 
 def choose_maps(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -97,7 +102,8 @@ def choose_maps(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
     for pattern in patterns:
         if not fnmatch.filter(known, pattern):
             raise UserInputError(
-                f"No map matches {pattern!r}: give names such as freedoom1/E1M1 or globs such as 'freedoom2/MAP0*'."
+                f"No map matches {pattern!r}: give names such as freedoom1/E1M1 or globs such as 'freedoom2/MAP0*' "
+                "and 'mazes/MAZE00*'."
             )
     return [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
@@ -419,8 +425,8 @@ def _end_with_parent() -> None:
 
 
 @cache
-def _open_wad(name: str) -> Wad:
-    return Wad(wad_path(name))
+def _open_wad(name: str) -> Wad | MazeWad:
+    return MazeWad(wad_path(_MAZE_GAME)) if name == MAZES else Wad(wad_path(name))
 
 
 @lru_cache(maxsize=8)
@@ -436,7 +442,7 @@ def _map_seed(name: str, options: SceneOptions) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _spots(name: str, options: SceneOptions) -> Float[np.ndarray, "count 2"]:
-    return candidate_spots(*_open_map(name), _map_seed(name, options), options.min_distance)
+    return candidate_spots(*_open_map(name), _map_seed(name, options), options.min_distance, options.snap)
 
 
 def _count_spots(name: str) -> int:

@@ -59,13 +59,17 @@ def eyes_at(geometry: DoomGeometry, points: Float[np.ndarray, "points 2"]) -> Fl
 
 
 def candidate_spots(
-    doom_map: DoomMap, geometry: DoomGeometry, seed: Sequence[int], spacing: float
+    doom_map: DoomMap, geometry: DoomGeometry, seed: Sequence[int], spacing: float, snap: float = 0.0
 ) -> Float[np.ndarray, "count 2"]:
     """Spots to try, in the order to try them.
 
     They lie on a randomly turned and shifted triangular lattice, so that no two are closer than `spacing` (metres) and
     each can be judged alone. Only spots near something that the map's author placed are kept: the rest is often out of
     the player's reach.
+
+    Args:
+        snap: side, in metres, of the squares to whose centres spots are moved; 0 leaves them. With a side of at most
+            `spacing` / sqrt(2) none fall together; of those that do, one is kept.
     """
     rng = np.random.default_rng(seed)
     pitch = spacing * UNITS_PER_METRE
@@ -76,6 +80,9 @@ def candidate_spots(
     turn, shift = rng.uniform(0, np.pi), rng.uniform(-pitch, pitch, 2)
     lattice = lattice @ np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     lattice = lattice + geometry.bounds.mean(axis=0) + shift
+    if snap:
+        side = snap * UNITS_PER_METRE
+        lattice = np.unique((np.floor(lattice / side) + 0.5) * side, axis=0)
     things = np.stack([doom_map.things["x"], doom_map.things["y"]], axis=-1).astype(np.float64)
     near = cKDTree(things).query(lattice)[0] < _NEAR_A_THING * UNITS_PER_METRE
     return rng.permutation(lattice[near])

@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from nfldm_ns.collect.doom_geometry import EYE_HEIGHT
+from nfldm_ns.collect.doom_mazes import MazeWad
 from nfldm_ns.collect.doom_wad import Wad, write_static_maps
 
 HALF_FOV_TANGENT = 0.625  # of the square crop; 64 degrees
@@ -51,7 +52,9 @@ class Frame:
 class DoomRenderer:
     """One VizDoom instance on the static variants of some maps of one WAD; use it as a context manager."""
 
-    def __init__(self, wad: Wad, maps: Sequence[str], image_size: int, *, keep_sprites: bool, min_light: int) -> None:
+    def __init__(
+        self, wad: Wad | MazeWad, maps: Sequence[str], image_size: int, *, keep_sprites: bool, min_light: int
+    ) -> None:
         self.image_size = image_size
         self._wad, self._maps = wad, list(maps)
         self._keep_sprites, self._min_light = keep_sprites, min_light

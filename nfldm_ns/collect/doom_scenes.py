@@ -47,6 +47,7 @@ class SceneOptions:
     far: float = 30.0
     bev_size: int = 64
     min_distance: float = 1.5
+    snap: float = 0.0
     min_light: int = 0
     keep_sprites: bool = False
     rig: RigOptions = field(default_factory=RigOptions)

@@ -6,6 +6,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -23,8 +24,8 @@ _MAP_LUMPS = (
     "REJECT",
     "BLOCKMAP",
 )
-_THING = np.dtype([("x", "<i2"), ("y", "<i2"), ("angle", "<i2"), ("type", "<i2"), ("flags", "<i2")])
-_LINE = np.dtype(
+THING = np.dtype([("x", "<i2"), ("y", "<i2"), ("angle", "<i2"), ("type", "<i2"), ("flags", "<i2")])
+LINE = np.dtype(
     [
         ("v1", "<u2"),
         ("v2", "<u2"),
@@ -35,9 +36,9 @@ _LINE = np.dtype(
         ("left", "<u2"),
     ]
 )
-_SIDE = np.dtype([("xo", "<i2"), ("yo", "<i2"), ("upper", "S8"), ("lower", "S8"), ("middle", "S8"), ("sector", "<u2")])
-_VERTEX = np.dtype([("x", "<i2"), ("y", "<i2")])
-_SECTOR = np.dtype(
+SIDE = np.dtype([("xo", "<i2"), ("yo", "<i2"), ("upper", "S8"), ("lower", "S8"), ("middle", "S8"), ("sector", "<u2")])
+VERTEX = np.dtype([("x", "<i2"), ("y", "<i2")])
+SECTOR = np.dtype(
     [
         ("floor", "<i2"),
         ("ceiling", "<i2"),
@@ -52,7 +53,7 @@ _STARTS = (1, 2, 3, 4, 11, 14)
 _FLICKERING = (1, 2, 3, 8, 12, 13, 17)
 _HURTING_AND_FLICKERING = 4
 _HURTING = 16
-_NO_SIDE = 0xFFFF
+NO_SIDE = 0xFFFF
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DoomMap:
     def side_sectors(self, side: str) -> np.ndarray:
         """Sector index on the `right` (front) or `left` (back) of each line, -1 where there is none."""
         index = self.lines[side].astype(np.int64)
-        has_side = index < min(_NO_SIDE, len(self.sides))
+        has_side = index < min(NO_SIDE, len(self.sides))
         return np.where(has_side, self.sides["sector"][np.where(has_side, index, 0)].astype(np.int64), -1)
 
 
@@ -114,15 +115,21 @@ class Wad:
 
         return DoomMap(
             name,
-            table("THINGS", _THING),
-            table("LINEDEFS", _LINE),
-            table("SIDEDEFS", _SIDE),
-            table("VERTEXES", _VERTEX),
-            table("SECTORS", _SECTOR),
+            table("THINGS", THING),
+            table("LINEDEFS", LINE),
+            table("SIDEDEFS", SIDE),
+            table("VERTEXES", VERTEX),
+            table("SECTORS", SECTOR),
         )
 
 
-def write_static_maps(wad: Wad, names: Sequence[str], path: Path, *, keep_sprites: bool, min_light: int) -> None:
+class MapLumps(Protocol):
+    """Where the lumps of maps come from."""
+
+    def map_lumps(self, name: str) -> dict[str, bytes]: ...
+
+
+def write_static_maps(wad: MapLumps, names: Sequence[str], path: Path, *, keep_sprites: bool, min_light: int) -> None:
     """Writes a patch WAD in which the named maps stand still.
 
     Lights no longer flicker. Without `keep_sprites` only the players' starts remain of all things, because sprites turn
@@ -138,14 +145,14 @@ def write_static_maps(wad: Wad, names: Sequence[str], path: Path, *, keep_sprite
             if lump == "SECTORS":
                 data = _still_sectors(data, min_light)
             elif lump == "THINGS" and not keep_sprites:
-                things = np.frombuffer(data, _THING)
+                things = np.frombuffer(data, THING)
                 data = things[np.isin(things["type"], _STARTS)].tobytes()
             lumps.append((lump, data))
     _write_wad(path, lumps)
 
 
 def _still_sectors(data: bytes, min_light: int) -> bytes:
-    sectors = np.frombuffer(data, _SECTOR).copy()
+    sectors = np.frombuffer(data, SECTOR).copy()
     sectors["special"][np.isin(sectors["special"], _FLICKERING)] = 0
     sectors["special"][sectors["special"] == _HURTING_AND_FLICKERING] = _HURTING
     sectors["light"] = np.maximum(sectors["light"], min_light)

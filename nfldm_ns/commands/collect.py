@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float, float, float]
 
 @dataclass
 class Vizdoom:
-    """Makes a collection of posed RGB-D scenes from Freedoom's 68 maps; run again, it continues."""
+    """Makes a collection of posed RGB-D scenes from Freedoom's 68 maps, or from mazes; run again, it continues."""
 
     out: tyro.conf.Positional[Path]
     """Folder of the collection."""
@@ -34,7 +34,7 @@ class Vizdoom:
     workers: int = 1
     seed: int = 0
     maps: tuple[str, ...] = ("*",)
-    """Names or globs, such as freedoom1/E1M1 or 'freedoom2/MAP0*'."""
+    """Names or globs, such as freedoom1/E1M1 or 'freedoom2/MAP0*'; 'mazes/MAZE00*' are made-up maps, 10,000 in all."""
     test_maps: tuple[str, ...] = ()
     """Names or globs of maps held out for testing; by default a share of the maps, chosen by the seed."""
     test_fraction: float = 0.1
@@ -54,6 +54,8 @@ class Vizdoom:
     """Greatest distance of a target view from the place, in metres."""
     min_distance: float = 1.5
     """Least distance between two places, in metres."""
+    snap: float = 0.0
+    """Moves places to the centres of squares of this side, in metres: 2.5 fits the lattice of the mazes."""
     min_brightness: float = 0.12
     """Least mean brightness of a place's views, from 0 to 1."""
     min_depth: float = 2.0
@@ -70,7 +72,7 @@ class Vizdoom:
     def run(self) -> int:
         from nfldm_ns.collect import doom_collection as doom
 
-        known = doom.all_maps()
+        known = doom.known_maps([*self.maps, *self.test_maps])
         test_maps = doom.choose_maps(self.test_maps, known) if self.test_maps else []
         maps = sorted({*doom.choose_maps(self.maps, known), *test_maps}, key=known.index)
         options = doom.CollectionOptions(
@@ -106,6 +108,7 @@ class Vizdoom:
             near=self.near,
             far=self.far,
             min_distance=self.min_distance,
+            snap=self.snap,
             min_light=self.min_light,
             keep_sprites=self.keep_sprites,
             rig=RigOptions(num_target_views=self.num_target_views, target_distance=self.target_distance),
