@@ -19,7 +19,13 @@ from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_a
 from nfldm_ns.latents.quantizer import CodebookUsage, VectorQuantizer
 from nfldm_ns.latents.round_trip import evaluate_round_trip
 from nfldm_ns.latents.scene_latents import SceneLatents
-from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig, train_latent_autoencoder, voxel_loss
+from nfldm_ns.latents.training import (
+    LatentLossConfig,
+    LatentTrainingConfig,
+    public_config,
+    train_latent_autoencoder,
+    voxel_loss,
+)
 from nfldm_ns.latents.voxel_code import MAX_ALPHA, VoxelCode, linear_code
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection, model_hash
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
@@ -533,6 +539,19 @@ def test_training_begins_from_a_given_model(store, tmp_path):
     assert model_hash(again) == model_hash(first)
     onwards = train_latent_autoencoder(store, tmp_path / "onwards", LATENT_SIZES, TRAINING, initial=first)
     assert model_hash(onwards, onwards.encoding) != model_hash(first, first.encoding)
+
+
+def test_a_model_to_begin_from_may_be_of_another_box(store, tmp_path):
+    train(store, tmp_path / "first")
+    first = load_latent_autoencoder(tmp_path / "first")
+    elsewhere = LatentAutoencoder(**{**public_config(first), "aabb": ((-9, -9, -1), (9, 9, 3))})
+    elsewhere.load_state_dict(first.state_dict())
+    still = replace(TRAINING, schedule=replace(TRAINING.schedule, learning_rate=0.0))
+    moved = train_latent_autoencoder(store, tmp_path / "moved", LATENT_SIZES, still, initial=elsewhere)
+    assert torch.equal(moved.aabb, store.aabb)
+    alone = replace(still, decoder_only=True)
+    with pytest.raises(UserInputError, match="does not fit"):
+        train_latent_autoencoder(store, tmp_path / "alone", LATENT_SIZES, alone, initial=elsewhere)
 
 
 def test_a_model_to_begin_from_must_fit(store, tmp_path):

@@ -229,7 +229,8 @@ def train_latent_autoencoder(
         output_dir: becomes a run folder (see `RunFolder`) with the model in `latent_autoencoder/`.
         model_config: arguments of `LatentAutoencoder`; the scenes' shapes and box come from the store.
         lpips: a perceptual distance of images in [-1, 1], needed if `lpips_mult` is set.
-        initial: a model to begin from, of the same configuration; by default one fitted to the scenes.
+        initial: a model to begin from, of the same configuration (the box may differ, unless only the decoder is
+            trained); by default one fitted to the scenes.
 
     Returns:
         the trained model, on the device it was trained on, in evaluation mode.
@@ -257,11 +258,7 @@ def train_latent_autoencoder(
     }
     if initial is not None:
         identity |= {"initial_weights": model_hash(initial), "decoder_only": config.decoder_only}
-        if public_config(initial) != public_config(model):
-            raise UserInputError(
-                f"The initial latent auto-encoder does not fit the voxels in {store.root} or the sizes that are asked "
-                "for: give the voxels it was trained on, and no other sizes."
-            )
+        _require_same_sizes(initial, model, store, same_box=config.decoder_only)
         load_exactly(model, initial.state_dict(), "the initial latent auto-encoder")
     folder = RunFolder(output_dir, identity, accelerator)
     if config.decoder_only:
@@ -318,6 +315,19 @@ def public_config(model: nn.Module) -> dict[str, Any]:
     """A model's configuration without diffusers' own entries, as it comes back from a file: lists, no tuples."""
     config = dict(model.config)  # type: ignore[arg-type]
     return json.loads(json.dumps({name: value for name, value in config.items() if not name.startswith("_")}))
+
+
+def _require_same_sizes(
+    initial: LatentAutoencoder, model: LatentAutoencoder, store: VoxelStore, same_box: bool
+) -> None:
+    given, wanted = public_config(initial), public_config(model)
+    if not same_box:
+        given, wanted = given | {"aabb": None}, wanted | {"aabb": None}
+    if given != wanted:
+        raise UserInputError(
+            f"The initial latent auto-encoder does not fit the voxels in {store.root} or the sizes that are asked "
+            "for: give the voxels it was trained on, and no other sizes."
+        )
 
 
 def _require_turnable(store: VoxelStore, config: LatentTrainingConfig) -> None:
