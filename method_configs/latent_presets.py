@@ -176,8 +176,8 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
     "rooms": DiffusionPreset(
         models={
             "global": {"width": 160, "num_layers": 4},
-            "coarse": {"channels": (80, 112), "attention": (False, False), "layers": 1},
-            "fine": {"channels": (48, 64, 80), "attention": (False, False, True), "layers": 1},
+            "coarse": {"channels": (64, 96), "attention": (True, True), "layers": 1, "context_dim": 96},
+            "fine": {"channels": (48, 64, 80), "attention": (False, False, True), "layers": 1, "context_dim": 96},
         },
         training={
             "global": DiffusionTrainingConfig(schedule=Schedule(max_steps=10_000, batch_size=64, learning_rate=1e-3)),

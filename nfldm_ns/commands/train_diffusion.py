@@ -12,6 +12,8 @@ from nfldm_ns.errors import UserInputError, exit_on_bad_input
 if TYPE_CHECKING:
     from nfldm_ns.latents.voxel_store import VoxelStore
 
+HELD_OUT_SCENES = 64
+
 
 @dataclass
 class TrainDiffusion:
@@ -52,6 +54,11 @@ class TrainDiffusion:
     """gamma of min_snr."""
     condition_dropout: float | None = None
     """Share of scenes whose code g the denoisers of c and f do not see, for `guidance_scale` in sampling."""
+    condition: Literal["none", "bev"] = "none"
+    """bev: the denoisers also see the collection's semantic maps, for `nfldm-sample --bev`; one model then samples with
+    and without a map."""
+    bev_dropout: float | None = None
+    """Share of scenes whose map they do not see (0.15 by default), drawn apart from `--condition-dropout`."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
     validation_steps: int | None = None
@@ -62,10 +69,11 @@ class TrainDiffusion:
 
     def run(self) -> None:
         from nfldm_ns.diffusion.latent_memory import encode_latents
-        from nfldm_ns.diffusion.training import save_pipeline, stages_of, train_denoiser
+        from nfldm_ns.diffusion.training import held_out_errors, save_pipeline, stages_of, train_denoiser
         from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
         from nfldm_ns.latents.voxel_store import VoxelStore
         from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS
+        from nfldm_ns.scenes.writing import write_json
 
         store = VoxelStore.open(self.voxels)
         latent_autoencoder = load_latent_autoencoder(self.latent_autoencoder)
@@ -73,15 +81,23 @@ class TrainDiffusion:
         latent_autoencoder.to(process_device())
         preset = DIFFUSION_PRESETS[self.preset]
         turns = preset.quarter_turns if self.quarter_turns is None else self.quarter_turns
-        memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns)
+        with_maps = self.condition == "bev"
+        if self.bev_dropout is not None and not with_maps:
+            raise UserInputError("--bev-dropout drops maps, which --condition bev alone looks at: add it.")
+        memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns, with_maps=with_maps)
+        held_out = None
+        if with_maps and store.splits["test"]:
+            scenes, views = store.splits["test"][:HELD_OUT_SCENES], memory.num_cameras
+            held_out = encode_latents(store, latent_autoencoder, scenes, False, views, with_maps=True)
         scene_autoencoder = store.load_autoencoder()
         given = given_settings(self)
         names = ("prediction_type", "zero_terminal_snr", "loss_weighting", "min_snr_gamma", "condition_dropout")
+        names += ("condition", "bev_dropout")
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
             training = preset.training[stage]
             training = replace(training, schedule=replace(training.schedule, **given), **changes)
-            train_denoiser(
+            denoiser = train_denoiser(
                 stage,
                 memory,
                 latent_autoencoder,
@@ -90,6 +106,11 @@ class TrainDiffusion:
                 training,
                 scene_autoencoder=scene_autoencoder,
             )
+            if held_out is not None and is_first_process():
+                errors = held_out_errors(stage, denoiser, held_out, training)
+                write_json(self.output_dir / stage / "held_out.json", errors)
+                told = ", ".join(f"{errors[k]['mean']:.4f} {k.replace('_', ' ')}" for k in ("with_map", "without_map"))
+                print(f"Mean squared error of v on {errors['scenes']} held-out scenes, {stage}: {told}")
         if not is_first_process():
             return
         saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, preset.temperatures)

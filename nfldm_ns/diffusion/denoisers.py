@@ -4,6 +4,14 @@ Each predicts, as its scheduler says (velocity by default), from a noisy latent 
 variance, with the statistics kept as buffers. Conditions are given in their own units.
 
 `scene_code` is what psi_g models: the global latent g and the camera trajectory, concatenated, `[B, G + 5 N]`.
+
+Denoisers with `bev_classes` also know scenes by a semantic map from above (`bev.py`): `bev [B, H, W]`, class ids in
+the order of V, or None for scenes without one; `drop_bev` says which maps are not looked at. Without `bev_classes`
+they have no weights for it. Config values of all three:
+
+- bev_classes: how many classes maps have (the largest id + 1); 0 for denoisers without maps.
+- bev_size: (height, width) of maps; None without.
+- bev_dropout: share of training scenes whose map is dropped, so that one model samples with and without.
 """
 
 from __future__ import annotations
@@ -16,10 +24,13 @@ from diffusers.models.embeddings import get_timestep_embedding
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nfldm_ns.diffusion.bev import MapEncoder
 from nfldm_ns.diffusion.trajectory import CAMERA_DIM, Intrinsics
 
 MIN_STD = 1e-2
 TIME_CHANNELS = 128
+MAP_CHANNELS = 32  # of the map in the input of psi_c
+MAP_CELLS = (6, 6)  # of the map that psi_g sees
 
 
 class Normaliser(nn.Module):
@@ -87,6 +98,7 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         intrinsics: fx, fy, cx, cy in pixels of the cameras of a generated scene.
         image_size: (height, width) of their images.
         width, num_layers: network size; the first half of the layers is linked to the second by skip connections.
+        bev_classes, bev_size, bev_dropout: see above. What the map says is added to the time embedding.
     """
 
     config_name = "config.json"
@@ -100,6 +112,9 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         image_size: tuple[int, int] = (64, 64),
         width: int = 256,
         num_layers: int = 4,
+        bev_classes: int = 0,
+        bev_size: tuple[int, int] | None = None,
+        bev_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         if num_layers % 2:
@@ -115,6 +130,10 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         self.linear_out = nn.Linear(width, dim)
         nn.init.zeros_(self.linear_out.weight)
         nn.init.zeros_(self.linear_out.bias)
+        if bev_classes:
+            map_dim = max(8, width // 16)
+            self.map_encoder = MapEncoder(bev_classes, MAP_CELLS, map_dim, 2 * map_dim)
+            self.project_map = _zeroed(nn.Linear(map_dim * MAP_CELLS[0] * MAP_CELLS[1], width))
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -122,10 +141,17 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         return (self.config.global_dim + CAMERA_DIM * self.config.num_cameras,)
 
     def forward(
-        self, sample: Float[Tensor, "batch code"], timestep: Int[Tensor, "batch"]
+        self,
+        sample: Float[Tensor, "batch code"],
+        timestep: Int[Tensor, "batch"],
+        bev: Int[Tensor, "batch height width"] | None = None,
+        drop_bev: Bool[Tensor, "batch"] | None = None,
     ) -> Float[Tensor, "batch code"]:
         """Predicts from a noisy scene code in normalised units."""
+        _require_map_fits(self, bev)
         time = self.time(get_timestep_embedding(timestep, TIME_CHANNELS).to(sample.dtype))
+        if self.config.bev_classes:
+            time = time + self.project_map(F.silu(self.map_encoder(bev, drop_bev, len(sample)).flatten(1)))
         h = self.linear_in(sample)
         kept = []
         for layer in self.down:
@@ -190,6 +216,8 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
         head_dim: channels per attention head.
         condition_dropout: share of training scenes whose code is dropped, for classifier-free guidance. What stands
             for a dropped one are zeros in normalised units: the mean code.
+        bev_classes, bev_size, bev_dropout: see above. The map enters as tokens, one per column of c, that
+            cross-attention sees after that of the scene code, and beside the noisy c as further channels.
     """
 
     config_name = "config.json"
@@ -205,13 +233,21 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
         context_dim: int = 128,
         head_dim: int = 32,
         condition_dropout: float = 0.0,
+        bev_classes: int = 0,
+        bev_size: tuple[int, int] | None = None,
+        bev_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
         self.latent = Normaliser(folded, *coarse_shape[2:])
         self.code = Normaliser(code_dim)
         self.token = nn.Linear(code_dim, context_dim)
-        self.unet = _unet(folded, folded, code_dim, tuple(channels), tuple(attention), layers, context_dim, head_dim)
+        inputs = folded + MAP_CHANNELS * bool(bev_classes)
+        self.unet = _unet(inputs, folded, code_dim, tuple(channels), tuple(attention), layers, context_dim, head_dim)
+        if bev_classes:
+            self.map_encoder = MapEncoder(bev_classes, coarse_shape[2:], context_dim, context_dim // 2)
+            self.project_map = nn.Conv2d(context_dim, MAP_CHANNELS, 1)
+            nn.init.zeros_(self.unet.conv_in.weight[:, folded:])
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -226,15 +262,23 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
         scene_code: Float[Tensor, "batch code"],
         context: Float[Tensor, "batch tokens dim"] | None = None,
         drop_code: Bool[Tensor, "batch"] | None = None,
+        bev: Int[Tensor, "batch height width"] | None = None,
+        drop_bev: Bool[Tensor, "batch"] | None = None,
     ) -> Float[Tensor, "batch folded yc xc"]:
         """Predicts from a noisy c in normalised units, z folded into channels.
 
         Args:
-            context: further tokens for cross-attention, for example of a bird's-eye-view map.
+            context: further tokens for cross-attention.
             drop_code: scenes that are to be predicted without their code.
         """
+        _require_map_fits(self, bev)
         code = _without(self.code(scene_code), drop_code)
-        tokens = _with_token(self.token(code), context)
+        tokens = self.token(code)[:, None]
+        if self.config.bev_classes:
+            cells = self.map_encoder(bev, drop_bev, len(sample))
+            tokens = torch.cat([tokens, cells.flatten(2).mT], dim=1)
+            sample = torch.cat([sample, self.project_map(cells)], dim=1)
+        tokens = _with_context(tokens, context)
         return self.unet(sample, timestep, tokens, class_labels=code).sample
 
 
@@ -246,6 +290,8 @@ class FineDenoiser(ModelMixin, ConfigMixin):
         coarse_shape: (Cc, Zc, Yc, Xc).
         coarse_channels: channels that c is projected to before it is upsampled.
         code_dim, channels, attention, layers, context_dim, head_dim, condition_dropout: as in `CoarseDenoiser`.
+        bev_classes, bev_size, bev_dropout: see above. Tokens of the map enter as in `CoarseDenoiser`, and upsampled as
+            a part of c's guide, together with the share of each class at f's own resolution.
     """
 
     config_name = "config.json"
@@ -263,6 +309,9 @@ class FineDenoiser(ModelMixin, ConfigMixin):
         context_dim: int = 128,
         head_dim: int = 32,
         condition_dropout: float = 0.0,
+        bev_classes: int = 0,
+        bev_size: tuple[int, int] | None = None,
+        bev_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
@@ -281,6 +330,10 @@ class FineDenoiser(ModelMixin, ConfigMixin):
             context_dim,
             head_dim,
         )
+        if bev_classes:
+            self.map_encoder = MapEncoder(bev_classes, coarse_shape[2:], context_dim, context_dim // 2)
+            self.project_map = _zeroed(nn.Conv2d(context_dim, coarse_channels, 1))
+            self.project_classes = _zeroed(nn.Conv2d(bev_classes, coarse_channels, 3, padding=1))
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -295,6 +348,8 @@ class FineDenoiser(ModelMixin, ConfigMixin):
         coarse: Float[Tensor, "batch cc zc yc xc"],
         context: Float[Tensor, "batch tokens dim"] | None = None,
         drop_code: Bool[Tensor, "batch"] | None = None,
+        bev: Int[Tensor, "batch height width"] | None = None,
+        drop_bev: Bool[Tensor, "batch"] | None = None,
     ) -> Float[Tensor, "batch fine y x"]:
         """Predicts from a noisy f in normalised units.
 
@@ -303,10 +358,19 @@ class FineDenoiser(ModelMixin, ConfigMixin):
             context: further tokens for cross-attention.
             drop_code: scenes that are to be predicted without their code.
         """
+        _require_map_fits(self, bev)
+        size, count = sample.shape[-2:], len(sample)
         code = _without(self.code(scene_code), drop_code)
-        tokens = _with_token(self.token(code), context)
-        guide = self.coarse(coarse.flatten(1, 2))
-        guide = F.interpolate(self.project_coarse(guide), size=sample.shape[-2:], mode="bilinear", align_corners=False)
+        tokens = self.token(code)[:, None]
+        guide = self.project_coarse(self.coarse(coarse.flatten(1, 2)))
+        if self.config.bev_classes:
+            cells = self.map_encoder(bev, drop_bev, count)
+            tokens = torch.cat([tokens, cells.flatten(2).mT], dim=1)
+            guide = guide + self.project_map(cells)
+        guide = F.interpolate(guide, size=size, mode="bilinear", align_corners=False)
+        if self.config.bev_classes:
+            guide = guide + self.project_classes(self.map_encoder.areas(bev, size, drop_bev, count))
+        tokens = _with_context(tokens, context)
         return self.unet(torch.cat([sample, guide], dim=1), timestep, tokens, class_labels=code).sample
 
 
@@ -314,5 +378,18 @@ def _without(code: Float[Tensor, "batch code"], drop: Bool[Tensor, "batch"] | No
     return code if drop is None else torch.where(drop[:, None], torch.zeros_like(code), code)
 
 
-def _with_token(token: Float[Tensor, "batch dim"], context: Tensor | None) -> Float[Tensor, "batch tokens dim"]:
-    return token[:, None] if context is None else torch.cat([token[:, None], context], dim=1)
+def _with_context(tokens: Float[Tensor, "batch n dim"], context: Tensor | None) -> Float[Tensor, "batch tokens dim"]:
+    return tokens if context is None else torch.cat([tokens, context], dim=1)
+
+
+def _zeroed(layer: nn.Module) -> nn.Module:
+    """A layer that adds nothing until it has learned something."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
+
+
+def _require_map_fits(denoiser: GlobalDenoiser | CoarseDenoiser | FineDenoiser, bev: Tensor | None) -> None:
+    size = denoiser.config.bev_size
+    if bev is not None and (size is None or tuple(bev.shape[1:]) != tuple(size)):
+        raise ValueError(f"maps of {tuple(bev.shape[1:])} cells were given to a denoiser for {size}")

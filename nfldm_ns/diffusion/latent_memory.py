@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from rich.progress import track
 from torch import Tensor
 
+from nfldm_ns.diffusion.bev import to_grid_order, turn_map
 from nfldm_ns.diffusion.trajectory import Intrinsics, cameras_to_trajectory, turn_trajectory
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore
-from nfldm_ns.scenes.collection import SceneCollection, read_transforms
+from nfldm_ns.scenes.collection import BevClass, SceneCollection, read_transforms
 from nfldm_ns.scenes.views import index_cameras, make_cameras
 
 ENCODE_BATCH = 4
@@ -33,6 +35,8 @@ class LatentMemory:
         num_cameras: N.
         intrinsics: fx, fy, cx, cy of the first scene's cameras, in pixels.
         image_size: (height, width).
+        maps: `[S, T, H, W]`, class ids of the semantic maps in the order of V; None if they were not asked for.
+        bev_classes: of the maps.
     """
 
     scene_code: Float[Tensor, "scenes turns code"]
@@ -42,6 +46,8 @@ class LatentMemory:
     num_cameras: int
     intrinsics: Intrinsics
     image_size: tuple[int, int]
+    maps: UInt8[Tensor, "scenes turns h w"] | None = None
+    bev_classes: tuple[BevClass, ...] = ()
 
     def __len__(self) -> int:
         return self.scene_code.shape[0]
@@ -54,6 +60,18 @@ class LatentMemory:
         """One attribute of some scenes, each in its turn, in single precision."""
         return getattr(self, name)[torch.tensor(indices), turns].to(device).float()
 
+    def pick_maps(
+        self, indices: list[int], turns: Tensor, device: torch.device | str
+    ) -> Int[Tensor, "batch height width"]:
+        """Maps of some scenes, each in its turn.
+
+        Raises:
+            UserInputError: if there are none.
+        """
+        if self.maps is None:
+            raise UserInputError("The latents were encoded without BEV maps: encode them again, with maps.")
+        return self.maps[torch.tensor(indices), turns].to(device).long()
+
 
 @torch.no_grad()
 def encode_latents(
@@ -63,6 +81,7 @@ def encode_latents(
     quarter_turns: bool = True,
     num_cameras: int | None = None,
     on_progress: Callable[[float], None] | None = None,
+    with_maps: bool = False,
 ) -> LatentMemory:
     """Encodes scenes of a store, each in four turns or as it is.
 
@@ -70,14 +89,17 @@ def encode_latents(
         num_cameras: length of the trajectory; by default the least number of source views of these scenes. Scenes with
             more contribute evenly spaced ones.
         on_progress: called with the share that is done, instead of a progress bar.
+        with_maps: also reads the semantic maps of the collection.
 
     Raises:
-        UserInputError: if the voxels are not those the auto-encoder was made for, or a scene has fewer cameras than
-            `num_cameras`.
+        UserInputError: if the voxels are not those the auto-encoder was made for, a scene has fewer cameras than
+            `num_cameras`, or maps are wanted and missing.
     """
     _require_fit(store, latent_autoencoder)
     device = next(latent_autoencoder.parameters()).device
-    cameras = [_source_cameras(store.load_collection(), scene_id) for scene_id in scene_ids]
+    collection = store.load_collection()
+    maps = _maps(collection, scene_ids, quarter_turns) if with_maps else None
+    cameras = [_source_cameras(collection, scene_id) for scene_id in scene_ids]
     fewest = min(c.shape[0] for c in cameras)
     num_cameras = fewest if num_cameras is None else num_cameras
     if fewest < num_cameras:
@@ -110,6 +132,8 @@ def encode_latents(
         num_cameras,
         tuple(float(getattr(first, name)[0]) for name in ("fx", "fy", "cx", "cy")),  # type: ignore[arg-type]
         (int(first.height[0]), int(first.width[0])),
+        maps,
+        tuple(collection.bev_classes) if with_maps else (),
     )
 
 
@@ -123,6 +147,26 @@ def _require_fit(store: VoxelStore, latent_autoencoder: LatentAutoencoder) -> No
             f"{store.aabb.tolist()}, but the latent auto-encoder was made for {expected[:4]} with {expected[4]} in "
             f"{latent_autoencoder.aabb.tolist()}: give the voxels it was trained on."
         )
+
+
+def _maps(
+    collection: SceneCollection, scene_ids: Sequence[str], quarter_turns: bool
+) -> UInt8[Tensor, "scenes turns h w"]:
+    """Maps of scenes in the order of V, each in its turns."""
+    found = [collection.load_bev(scene_id) for scene_id in scene_ids]
+    for scene_id, bev in zip(scene_ids, found, strict=True):
+        if bev.shape != found[0].shape:
+            raise UserInputError(
+                f"The BEV map of {scene_id} in {collection.root} is {bev.shape[1]} x {bev.shape[0]}, but that of "
+                f"{scene_ids[0]} is {found[0].shape[1]} x {found[0].shape[0]}: give all maps one size."
+            )
+    maps = to_grid_order(torch.from_numpy(np.stack(found)))
+    if quarter_turns and maps.shape[1] != maps.shape[2]:
+        raise UserInputError(
+            f"The BEV maps of {collection.root} are {maps.shape[2]} x {maps.shape[1]} and so cannot be turned: "
+            "use --no-quarter-turns or square maps."
+        )
+    return torch.stack([turn_map(maps, turn) for turn in (range(4) if quarter_turns else range(1))], dim=1)
 
 
 def _source_cameras(collection: SceneCollection, scene_id: str) -> Cameras:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers.models.attention_processor import AttnProcessor
 from diffusers.training_utils import EMAModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ Stage = Literal["global", "coarse", "fine"]
 STAGES: tuple[Stage, ...] = ("global", "coarse", "fine")
 PredictionType = Literal["v_prediction", "epsilon", "sample"]
 LossWeighting = Literal["uniform", "min_snr"]
+Condition = Literal["none", "bev"]
 EVALUATION_BATCH = 8
 NOISE_LEVELS = 10  # of the schedule, at which errors of v are compared
 DENOISER_FOLDER = "denoiser"
@@ -67,6 +69,10 @@ class DiffusionTrainingConfig:
     """Standard deviation of noise on the normalised c that conditions psi_f."""
     condition_dropout: float = 0.0
     """Share of scenes whose code psi_c and psi_f do not see; above 0 allows a `guidance_scale` in sampling."""
+    condition: Condition = "none"
+    """With "bev" the denoisers also see the scene's semantic map."""
+    bev_dropout: float = 0.15
+    """Share of scenes whose map they do not see, drawn apart from `condition_dropout`, if there are maps."""
     ema_decay: float = 0.999
     """Of the moving averages of the weights, which are what is kept; it rises to this value while training."""
 
@@ -172,6 +178,9 @@ class DiffusionLosses:
 
     What is drawn for a scene depends on its place in the sequence of all scenes, and the timesteps are spread over all
     scenes of a step: however a step is split into passes and processes, it is the same.
+
+    Args:
+        with_map: False hides the maps of all scenes from a denoiser that knows maps.
     """
 
     def __init__(
@@ -185,7 +194,9 @@ class DiffusionLosses:
         rank: int = 0,
         world_size: int = 1,
         joint_batch_size: int | None = None,
+        with_map: bool = True,
     ) -> None:
+        self.with_map = with_map
         self.stage, self.wrapped, self.denoiser = stage, wrapped, denoiser
         self.memory, self.config, self.device = memory, config, device
         self.rank, self.world_size = rank, world_size
@@ -241,11 +252,18 @@ class DiffusionLosses:
         turns = draws.integers(self.memory.num_turns)
         pick = partial(self.memory.pick, indices=indices, turns=turns, device=self.device)
         code = pick("scene_code")
+        conditions: dict[str, Tensor] = {}
+        if self.denoiser.config.bev_classes:
+            conditions["bev"] = self.memory.pick_maps(indices, turns, self.device)
+            if not self.with_map:
+                conditions["drop_bev"] = torch.ones(len(indices), dtype=torch.bool, device=self.device)
+            elif augment and self.denoiser.config.bev_dropout > 0:
+                conditions["drop_bev"] = draws.uniform().to(self.device) < self.denoiser.config.bev_dropout
         if self.stage == "global":
-            return self.denoiser.code(code), {}
+            return self.denoiser.code(code), conditions
         if augment and self.config.code_noise > 0:
             code = code + self.config.code_noise * self.denoiser.code.std * draws.normal(code)
-        conditions = {"scene_code": code}
+        conditions["scene_code"] = code
         if augment and self.denoiser.config.condition_dropout > 0:
             conditions["drop_code"] = draws.uniform().to(self.device) < self.denoiser.config.condition_dropout
         if self.stage == "coarse":
@@ -301,6 +319,19 @@ def new_denoiser(
     return denoiser
 
 
+def _map_config(memory: LatentMemory, config: DiffusionTrainingConfig) -> dict[str, Any]:
+    """What a denoiser has to know of maps."""
+    if memory.maps is None:
+        raise UserInputError("The latents were encoded without BEV maps: encode them again, with maps.")
+    if not 0 <= config.bev_dropout <= 1:
+        raise UserInputError("--bev-dropout must be from 0 to 1: it is a share of scenes.")
+    return {
+        "bev_classes": max(bev_class.id for bev_class in memory.bev_classes) + 1,
+        "bev_size": tuple(memory.maps.shape[2:]),
+        "bev_dropout": config.bev_dropout,
+    }
+
+
 def train_denoiser(
     stage: Stage,
     memory: LatentMemory,
@@ -328,7 +359,11 @@ def train_denoiser(
     torch.manual_seed(config.schedule.seed)
     if stage != "global":
         model_config = {**model_config, "condition_dropout": config.condition_dropout}
+    if config.condition == "bev":
+        model_config = {**model_config, **_map_config(memory, config)}
     denoiser = new_denoiser(stage, model_config, memory, latent_autoencoder).to(accelerator.device)
+    if accelerator.device.type == "cpu" and stage != "global":
+        denoiser.unet.set_attn_processor(AttnProcessor())  # torch's fused attention is slow there, backward above all
     identity = {
         "kind": f"{stage} denoiser",
         "latent_autoencoder": model_hash(latent_autoencoder, latent_autoencoder.encoding),
@@ -339,6 +374,8 @@ def train_denoiser(
         "zero_terminal_snr": config.zero_terminal_snr,
         "loss_weighting": config.loss_weighting,
     }
+    if config.condition == "bev":
+        identity["bev_classes"] = [asdict(bev_class) for bev_class in memory.bev_classes]
     folder = RunFolder(output_dir, identity, accelerator)
     ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
 
@@ -379,10 +416,15 @@ def evaluate_denoiser(
     num_scenes: int = 32,
     draws: int = 4,
     seed: int = 0,
+    with_map: bool = True,
 ) -> float:
-    """Mean loss on scenes, with fixed noise and times; compare training and held-out scenes to see overfitting."""
+    """Mean loss on scenes, with fixed noise and times; compare training and held-out scenes to see overfitting.
+
+    Args:
+        with_map: False hides the maps from a denoiser that knows them.
+    """
     device = next(denoiser.parameters()).device
-    losses = DiffusionLosses(stage, denoiser, denoiser, memory, config, device)
+    losses = DiffusionLosses(stage, denoiser, denoiser, memory, config, device, with_map=with_map)
     num_scenes = min(num_scenes, len(memory))
     total = 0.0
     for first in range(0, num_scenes * draws, EVALUATION_BATCH):
@@ -401,6 +443,7 @@ def velocity_errors(
     config: DiffusionTrainingConfig,
     num_scenes: int = 64,
     seed: int = 0,
+    with_map: bool = True,
 ) -> dict[int, float]:
     """Mean squared error of v by timestep, at the middles of `NOISE_LEVELS` equal parts of the noise's schedule.
 
@@ -410,9 +453,10 @@ def velocity_errors(
     Args:
         memory: of held-out scenes, of which the first are taken; noise is fixed.
         num_scenes: how many.
+        with_map: False hides the maps from a denoiser that knows them.
     """
     device = next(denoiser.parameters()).device
-    losses = DiffusionLosses(stage, denoiser, denoiser, memory, config, device)
+    losses = DiffusionLosses(stage, denoiser, denoiser, memory, config, device, with_map=with_map)
     num_timesteps = losses.scheduler.config.num_train_timesteps
     num_scenes = min(num_scenes, len(memory))
     errors = {}
@@ -425,6 +469,23 @@ def velocity_errors(
             found.append(losses.velocity_error(list(scenes), torch.full((len(scenes),), timestep), draws))
         errors[timestep] = float(torch.cat(found).mean())
     return errors
+
+
+def held_out_errors(
+    stage: Stage, denoiser: Denoiser, memory: LatentMemory, config: DiffusionTrainingConfig
+) -> dict[str, Any]:
+    """Mean `velocity_errors` of a denoiser that knows maps, on held-out scenes, with their maps and without.
+
+    Args:
+        memory: of all scenes to judge by, with maps.
+    """
+    errors = {
+        name: velocity_errors(stage, denoiser, memory, config, num_scenes=len(memory), with_map=with_map)
+        for name, with_map in (("with_map", True), ("without_map", False))
+    }
+    return {
+        name: {"mean": sum(found.values()) / len(found), "by_timestep": found} for name, found in errors.items()
+    } | {"scenes": len(memory)}
 
 
 def load_denoiser(folder: Path) -> Denoiser | None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
+from nfldm_ns.diffusion.bev import to_grid_order
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.trajectory import CAMERA_DIM, trajectory_to_cameras
-from nfldm_ns.evaluation.galleries import density_from_above, image_grid, to_uint8
+from nfldm_ns.evaluation.galleries import bev_colors, density_from_above, image_grid, to_uint8
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.scenes.views import index_cameras
@@ -83,20 +84,24 @@ class DenoiserPictures:
     def __call__(self) -> Pictures:
         """One picture with a row per scene."""
         code, coarse, codes, fine = (self._pick(name) for name in ("scene_code", "coarse", "coarse_codes", "fine"))
+        maps = self._maps_of_scenes()
         sampled_code, sampled_coarse, sampled_fine = code, coarse, fine
         if self.stage == "global":
-            sampled_code = self.denoiser.code.inverse(self._sample())
+            sampled_code = self.denoiser.code.inverse(self._sample(**maps))
         elif self.stage == "coarse":
-            sample = self.denoiser.latent.inverse(self._sample(scene_code=code))
+            sample = self.denoiser.latent.inverse(self._sample(scene_code=code, **maps))
             sampled_coarse = sample.unflatten(1, coarse.shape[1:3])
         else:
-            sampled_fine = self.denoiser.latent.inverse(self._sample(scene_code=code, coarse=codes))
+            sampled_fine = self.denoiser.latent.inverse(self._sample(scene_code=code, coarse=codes, **maps))
         true, sampled = self._decode(code, coarse, fine), self._decode(sampled_code, sampled_coarse, sampled_fine)
         cameras = self._cameras(code)
         columns: dict[str, Iterable[Tensor]] = {
             "true": self._render(true, cameras),
             f"sampled {self.stage}": self._render(sampled, cameras),
         }
+        if maps:
+            pictures = to_grid_order(maps["bev"]).byte().cpu().numpy()
+            columns["map"] = [bev_colors(bev, self.memory.bev_classes) for bev in pictures]
         if self.stage == "global":
             columns["true way"] = self._maps(true, cameras)
             columns["sampled way"] = self._maps(true, self._cameras(sampled_code))
@@ -104,6 +109,13 @@ class DenoiserPictures:
 
     def _pick(self, name: str) -> Tensor:
         return self.memory.pick(name, self.indices, torch.zeros(len(self.indices), dtype=torch.long), self.device)
+
+    def _maps_of_scenes(self) -> dict[str, Tensor]:
+        """The condition of a denoiser that knows maps; nothing for others."""
+        if not self.denoiser.config.bev_classes:
+            return {}
+        turns = torch.zeros(len(self.indices), dtype=torch.long)
+        return {"bev": self.memory.pick_maps(self.indices, turns, self.device)}
 
     def _sample(self, **conditions: Tensor) -> Tensor:
         like = torch.empty(len(self.indices), *self.denoiser.sample_shape, device=self.device)

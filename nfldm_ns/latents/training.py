@@ -25,7 +25,7 @@ from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder,
 from nfldm_ns.latents.quantizer import CodebookUsage
 from nfldm_ns.latents.validation import RoundTripPictures
 from nfldm_ns.latents.voxel_code import VoxelCode
-from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore, model_hash
+from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore, model_hash, own_config
 from nfldm_ns.scenes.views import Views, rotate_cameras90
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
@@ -313,8 +313,7 @@ def new_latent_autoencoder(store: VoxelStore, model_config: dict[str, Any]) -> L
 
 def public_config(model: nn.Module) -> dict[str, Any]:
     """A model's configuration without diffusers' own entries, as it comes back from a file: lists, no tuples."""
-    config = dict(model.config)  # type: ignore[arg-type]
-    return json.loads(json.dumps({name: value for name, value in config.items() if not name.startswith("_")}))
+    return json.loads(json.dumps(own_config(model)))
 
 
 def _require_same_sizes(

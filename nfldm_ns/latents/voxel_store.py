@@ -30,6 +30,15 @@ AUTOENCODER_FOLDER = "scene_autoencoder"
 TENSORS = ("density", "features", "background")
 
 
+def own_config(model: torch.nn.Module) -> dict[str, Any]:
+    """A model's configuration without diffusers' own entries.
+
+    What says that it has no maps is left out: such models are the same as those made before there were any.
+    """
+    config = dict(model.config)  # type: ignore[arg-type]
+    return {k: v for k, v in config.items() if not k.startswith("_") and (v or not k.startswith("bev_"))}
+
+
 def model_hash(model: torch.nn.Module, parts: Mapping[str, torch.nn.Module] | None = None) -> str:
     """A fingerprint of a model's configuration and weights, in 16 hexadecimal digits.
 
@@ -37,9 +46,7 @@ def model_hash(model: torch.nn.Module, parts: Mapping[str, torch.nn.Module] | No
         parts: those of its modules whose weights count, by name; by default all.
     """
     digest = hashlib.sha256()
-    config = dict(model.config)  # type: ignore[arg-type]
-    own = {name: value for name, value in config.items() if not name.startswith("_")}
-    digest.update(json.dumps(own, sort_keys=True).encode())
+    digest.update(json.dumps(own_config(model), sort_keys=True).encode())
     state = model.state_dict()
     if parts is not None:
         state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}

@@ -190,6 +190,27 @@ class SceneCollection:
             self._check_depth_unit(folder, views)
         return scene
 
+    def load_bev(self, scene_id: str) -> UInt8[np.ndarray, "height width"]:
+        """The semantic map of one scene, north up, without reading its images.
+
+        Raises:
+            UserInputError: if it has none, or one with a class that `bev_classes` does not name.
+        """
+        path = self.scene_dir(scene_id) / "bev.png"
+        bev = _load_bev(path)
+        if bev is None or not self.bev_classes:
+            lack = "collection.json names no bev_classes" if bev is not None else f"the scene {scene_id} has no bev.png"
+            raise UserInputError(
+                f"{self.root} has no BEV maps ({lack}): collect scenes with maps, or train without --condition bev."
+            )
+        unknown = sorted(set(np.unique(bev).tolist()) - {c.id for c in self.bev_classes})
+        if unknown:
+            raise UserInputError(
+                f"{path} has the class {unknown[0]}, which collection.json does not name: add it to bev_classes, or "
+                "repair the map."
+            )
+        return bev
+
     def _check_depth_unit(self, folder: Path, views: Views) -> None:
         if views.depths is None or not bool((views.depths > 0).any()):
             return
