@@ -176,7 +176,7 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
     "rooms": DiffusionPreset(
         models={
             "global": {"width": 160, "num_layers": 4},
-            "coarse": {"channels": (64, 96), "attention": (True, True), "layers": 1, "context_dim": 96},
+            "coarse": {"channels": (80, 96), "attention": (False, True), "layers": 1, "context_dim": 96},
             "fine": {"channels": (48, 64, 80), "attention": (False, False, True), "layers": 1, "context_dim": 96},
         },
         training={
