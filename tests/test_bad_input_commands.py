@@ -234,6 +234,8 @@ def test_run_of_another_preset_or_stage_1_is_not_continued(stages: Path, tmp_pat
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     assert "another preset" in refused(train_latent_ae.main, *arguments, "--preset", "base", "--mixed-precision", "no")
     assert "another preset" in refused(train_latent_ae.main, *arguments, "--no-quantize")
+    begun = [*arguments, "--initial-weights", tmp_path]
+    assert "--no-use-fine does not go with --initial-weights" in refused(train_latent_ae.main, *begun, "--no-use-fine")
 
     small_scene_autoencoder(seed=1).save_pretrained(other / "stage1")
     encoding = ["--load-config", str(other / "stage1"), "--data", str(stages / "rooms")]

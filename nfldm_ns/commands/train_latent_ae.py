@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import tyro
 
 from nfldm_ns.commands.schedule import ReportTo, given_settings, is_first_process
-from nfldm_ns.errors import exit_on_bad_input
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,6 +69,7 @@ class TrainLatentAutoencoder:
         from nfldm_ns.latents.voxel_store import VoxelStore
         from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
 
+        self._require_own_sizes()
         store = VoxelStore.open(self.voxels)
         preset = LATENT_PRESETS[self.preset]
         given = given_settings(self)
@@ -94,6 +95,14 @@ class TrainLatentAutoencoder:
         print(f"The latent auto-encoder is in {self.output_dir / 'latent_autoencoder'}")
         if self.evaluate and store.splits["test"]:
             self.report(store, model, lpips)
+
+    def _require_own_sizes(self) -> None:
+        off = [name for name in ("quantize", "use_fine", "use_global") if not getattr(self, name)]
+        if self.initial_weights is not None and off:
+            raise UserInputError(
+                f"--no-{off[0].replace('_', '-')} does not go with --initial-weights, whose sizes and latents stay: "
+                "leave one of them out."
+            )
 
     def report(self, store: "VoxelStore", model: "LatentAutoencoder", lpips: "nn.Module | None") -> None:
         from nfldm_ns.latents.round_trip import evaluate_round_trip
