@@ -75,6 +75,10 @@ class Layout:
         index = slice(index, index + 1 or None) if isinstance(index, int) else index
         return Layout(self.floor[index], self.wall[index], self.judged[index])
 
+    def rolled(self, shift: int) -> Layout:
+        """The same with each scene's place taken by the one `shift` before it."""
+        return Layout(self.floor.roll(shift, 0), self.wall.roll(shift, 0), self.judged.roll(shift, 0))
+
     @staticmethod
     def cat(layouts: Sequence[Layout]) -> Layout:
         """Joins layouts of one grid."""
