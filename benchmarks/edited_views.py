@@ -160,7 +160,8 @@ class Editor:
         """A scene with its latents; with a map (north up) as the generator makes it for this map."""
         conditions: dict[str, Any] = {}
         if bev is not None:
-            conditions = {"bev": torch.tensor(bev, device=self.device).long()[None], "guidance_scale": self.options.guidance_scale}
+            maps = torch.tensor(bev, device=self.device).long()[None]
+            conditions = {"bev": maps, "guidance_scale": self.options.guidance_scale}
         output = self.pipeline(1, scene_generators(seed, 1), num_inference_steps=self.steps, **conditions)
         assert output.grids is not None
         scene = GeneratedScene(
