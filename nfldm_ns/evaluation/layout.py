@@ -172,7 +172,7 @@ class _Rays:
     wall_m: float
 
     @staticmethod
-    def of(shape: tuple[int, ...], aabb: Float[Tensor, "2 3"], settings: LayoutSettings) -> _Rays:
+    def of(shape: tuple[int, int], aabb: Float[Tensor, "2 3"], settings: LayoutSettings) -> _Rays:
         low, high = aabb[:, :2]
         if not bool(((low < 0) & (high > 0)).all()):
             raise UserInputError(f"The origin lies outside the box {aabb.tolist()}, so nothing is seen from there.")
