@@ -9,8 +9,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -20,18 +21,30 @@ from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_scheduler
+from nfldm_ns.editing.region import box_region
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.evaluation.layout import LayoutSettings, map_layout
 from nfldm_ns.evaluation.metrics import kernel_distance
+from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.training import LatentTrainingConfig
 from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS, DiffusionPreset, LatentPreset
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
-from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.scenes.collection import BevClass, SceneCollection
+from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.training import Schedule
 from tests.pretrained import require_weights
-from tests.small_models import DENOISER_SIZES, LATENT_SIZES, MeanColor, small_pipeline, small_scene_autoencoder
+from tests.small_models import (
+    DENOISER_SIZES,
+    LATENT_SIZES,
+    MeanColor,
+    random_grid,
+    small_pipeline,
+    small_scene_autoencoder,
+)
 from tests.synthetic import AABB
 
 SMALL_NETWORK = {
@@ -357,6 +370,155 @@ def test_the_difference_of_two_kids_and_its_error() -> None:
     assert difference == pytest.approx(first / second - 1)
     assert 0 < error < difference
     assert math.isnan(sampling.kid_difference(reference, worse[:20], fake[:20], 4)[1])
+
+
+# Editing
+
+
+class MeanDifference(torch.nn.Module):
+    """Stands for LPIPS."""
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor, normalize: bool) -> torch.Tensor:
+        return (first - second).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+
+def drawing_pipeline() -> NFLDMPipeline:
+    """A pipeline that takes maps, and makes of each a scene with walls where the map has none of the floor."""
+    pipeline = small_pipeline()
+    pipeline.coarse_denoiser.register_to_config(bev_classes=2)
+
+    class Drawing(NFLDMPipeline):
+        def __call__(self, *args: Any, bev: torch.Tensor | None = None, guidance_scale: float = 1.0, **kwargs: Any):
+            output = super().__call__(*args, **kwargs)
+            if bev is not None and output.grids is not None:
+                assert bev.shape == (1, 16, 16) and not bev.is_floating_point()
+                walls = (bev == 0).float().flip(1)[:, None, None].expand_as(output.grids.density)
+                output.grids = replace(output.grids, density=20 * walls)
+            return output
+
+    pipeline.__class__ = Drawing
+    return pipeline
+
+
+@pytest.fixture
+def edit_options(box_room_collection: SceneCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The script and its smallest options; networks that judge are small ones."""
+    editing = script("editing")
+    monkeypatch.setattr("edited_views.load_inception", MeanColor)
+    monkeypatch.setattr("edited_views.load_lpips", MeanDifference)
+    small_pipeline().save_pretrained(tmp_path / "pipeline")
+    return editing, editing.Options(
+        pipeline=tmp_path / "pipeline",
+        data=box_room_collection.root,
+        output_dir=tmp_path / "out",
+        num_scenes=2,
+        num_maps=2,
+        num_variants=2,
+        num_pairs=1,
+        num_frames=3,
+        num_inference_steps=2,
+        region="box 1 -3 3 3",
+        place="x > 1",
+        seam=0.5,
+        layout=LayoutSettings(radius_m=2.9, floor_z=-1.0, band_m=(0.5, 1.5), wall_m=0.8),
+        repeats=1,
+        picture_rows=2,
+        threads=torch.get_num_threads(),
+    )
+
+
+@pytest.mark.slow
+def test_editing_is_measured_once_and_drawn(edit_options: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    editing, options = edit_options
+    for change, said in (
+        ({"data": None}, "bev needs held-out maps: give --data"),
+        ({"num_variants": 1}, "--num-variants is 1: give at least 2"),
+        ({"threads": 0}, "--threads is 0"),
+        ({"region": "somewhere", "what": ("resample",)}, "does not say where"),
+    ):
+        with pytest.raises(UserInputError, match=said):
+            editing.main(replace(options, **change))
+    editing.main(options)
+    found = results(options.output_dir)
+    assert set(found) == {"bev", "resample", "combine", "interpolate", "time"}
+    assert set(found["bev"]["rows"]) == {"real scenes, stage 1", editing.REAL, "sampled without maps"}
+    assert found["resample"]["kid"]["resampled"]["kid"] is not None and found["resample"]["share"] == 0.3125
+    assert set(found["combine"]["kid"]) == {"not combined", "joined", "harmonised"}
+    assert all(seconds > 0 for seconds in found["time"]["seconds"].values())
+    printed = capsys.readouterr().out
+    assert "takes no maps" in printed and "| harmonised |" in printed and "| resampling a region |" in printed
+    for name in ("resample", "combine", "interpolate"):
+        path = options.output_dir / f"{name}.png"
+        with Image.open(path) as picture:
+            assert min(picture.size) > 250
+        assert path.stat().st_size < 300_000
+    assert not (options.output_dir / "bev.png").exists()
+    editing.main(replace(options, what=("bev", "combine"), num_pairs=3))
+    assert results(options.output_dir) == found
+    with pytest.raises(UserInputError, match="other settings"):
+        editing.main(replace(options, what=("combine",), seam=1.0))
+
+
+def test_maps_that_are_followed_score_like_real_scenes(edit_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    editing, options = edit_options
+    monkeypatch.setattr("edited_views.load_pipeline", lambda folder: drawing_pipeline())
+    editing.main(replace(options, what=("bev", "pictures")))
+    found = results(options.output_dir)["bev"]
+    sampled, without = found["rows"][editing.WITH_MAP], found["rows"]["sampled without maps"]
+    assert sampled["floor"] > 0.9 and sampled["floor"] > sampled["shuffled_floor"] and sampled["wall"] > 0.8
+    assert without["floor"] < sampled["floor"]
+    assert (options.output_dir / "bev.png").stat().st_size < 300_000
+    half = editing.way(
+        {"floor": 0.6, "wall": 0.3, **dict.fromkeys(("shuffled_floor", "shuffled_wall"), 0.2)},
+        {"floor": 1.0, "wall": 0.7},
+    )
+    assert half == pytest.approx({"floor": 0.5, "wall": 0.2})
+
+
+def test_a_block_is_painted_where_floor_is_seen() -> None:
+    editing = script("editing")
+    aabb = torch.tensor([[-8.0, -8.0, -2.0], [8.0, 8.0, 2.0]])
+    classes = [BevClass(0, "void", (0, 0, 0)), BevClass(1, "floor", (9, 9, 9))]
+    bev = np.zeros((64, 64), np.uint8)
+    bev[12:34, 30:34] = bev[12:34, 20:44] = 1  # from 0.5 m south of the origin to the north
+    layout = map_layout(bev[None], classes, (48, 48), aabb)
+    painted, yaw, block = editing.paint_block(bev, layout, classes, aabb, ("void",))
+    assert yaw in (45.0, 90.0, 135.0)
+    changed = np.argwhere(painted != bev)
+    middle = (changed.mean(axis=0) + 0.5) / 4
+    turn = math.radians(yaw)
+    assert (middle[1] - 8, 8 - middle[0]) == pytest.approx((3 * math.cos(turn), 3 * math.sin(turn)), abs=0.3)
+    rows, columns = block.nonzero().float().mean(dim=0).add(0.5).div(3).tolist()
+    assert (columns - 8, rows - 8) == pytest.approx((3 * math.cos(turn), 3 * math.sin(turn)), abs=0.3)
+    after = map_layout(painted[None], classes, (48, 48), aabb)
+    assert not after.floor[0][block].any() and layout.floor[0][block].float().mean() > 0.5
+    closed = np.zeros_like(bev)
+    assert (
+        editing.paint_block(closed, map_layout(closed[None], classes, (48, 48), aabb), classes, aabb, ("void",)) is None
+    )
+
+
+def test_pixels_outside_of_a_region_are_those_whose_rays_do_not_enter_it() -> None:
+    views = script("edited_views")
+    grid = random_grid(1)
+    region = box_region(grid, (1.0, -3.0, 3.0, 3.0))
+    poses = look_along(torch.zeros(2, 3), torch.tensor([math.pi / 2, math.pi]), torch.zeros(2))  # north, west
+    cameras = make_cameras(poses, 16.0, 16.0, 16.0, 16.0, 32, 32)
+    near, far = torch.full((2, 1, 32, 32), 0.5), torch.full((2, 1, 32, 32), 2.9)
+    in_front, beside = views.seen_outside(near, cameras, grid, region.columns)
+    assert in_front.all() and beside[1].all()
+    assert beside[0].all(dim=0).tolist() == [column < 16 + 16 / 3 for column in range(32)], "x = 1 m at y = 3 m"
+    in_front, _ = views.seen_outside(far, cameras, grid, region.columns)
+    assert in_front[1].all() and bool(in_front[0, :, :20].all()) and not in_front[0, :, 24:].any()
+
+
+def test_kid_and_its_error() -> None:
+    views = script("edited_views")
+    reference, fake = torch.randn(40, 3, 4).double(), torch.randn(40, 3, 4).double() + 1
+    found = views.kid(reference, fake)
+    assert found["kid"] == pytest.approx(kernel_distance(reference.flatten(0, 1), fake.flatten(0, 1)).mean)
+    assert 0 < found["kid_error"] < found["kid"]
+    assert math.isnan(views.kid(reference[:5], fake)["kid_error"])
 
 
 @pytest.mark.parametrize(("field", "choices"), [("fusion", Fusion), ("splatting", Splatting)])
