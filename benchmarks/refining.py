@@ -13,7 +13,7 @@ nfldm-refine` and the same seed; all its options can be given. Prints for the sc
   beside their difference without being moved. Sharper views differ more by either.
 - seconds of 100 steps, and peak memory.
 
-Leaves `refining.json`, `before_and_after.png` (of the first scenes, whatever they look like) and, with `--styles`,
+Leaves `refining.json`, `before_and_after_<guidance>.png` (of the first scenes, whatever they look like) and, with `--styles`,
 `styles.png` of one scene. What they are made from is kept, too: an interrupted run continues, and further guidances or
 styles add to it. Needs the weights of FID's Inception and of LPIPS (`nfldm-weights get fid-inception`, `lpips-vgg`).
 """
@@ -151,6 +151,8 @@ class Options:
             views_per_scene=self.views_per_scene,
             seed=self.seed,
             num_inference_steps=self.num_inference_steps,
+            precision_k=1,  # of neighbours, which are not measured; few images are enough
+            density_k=1,
         )
 
     def settings(self) -> dict[str, Any]:

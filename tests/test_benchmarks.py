@@ -420,7 +420,7 @@ def test_refining_is_measured_before_and_after_and_continues(
         pipeline=tmp_path / "pipeline",
         guidances=("none", "negative"),
         styles=(scene,),
-        num_scenes=2,
+        num_scenes=3,
         views_per_scene=2,
         num_inference_steps=2,
         steps=2,
@@ -437,7 +437,7 @@ def test_refining_is_measured_before_and_after_and_continues(
             refining.main(replace(options, **change))
     refining.main(options)
     printed = capsys.readouterr().out
-    assert "| before |" in printed and "| negative |" in printed and "2 scenes, 2 steps each; 4 images" in printed
+    assert "| before |" in printed and "| negative |" in printed and "3 scenes, 2 steps each; 6 images" in printed
     found = results(options.output_dir)["refining"]
     before, refined = found["states"]["before"], found["states"]["none"]
     assert set(found["states"]) == {"before", "none", "negative"}
@@ -452,8 +452,8 @@ def test_refining_is_measured_before_and_after_and_continues(
 
     # What is there is not made again; more scenes and guidances add to it.
     kept = {path: path.stat().st_mtime_ns for path in (options.output_dir / "records").rglob("*.safetensors")}
-    assert len(kept) == 3 * 2 + 1
-    more = replace(options, num_scenes=3, guidances=("none", "classifier_free"), styles=())
+    assert len(kept) == 3 * 3 + 1
+    more = replace(options, num_scenes=4, guidances=("none", "classifier_free"), styles=())
     refining.main(more)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
     assert set(results(options.output_dir)["refining"]["states"]) == {"before", "none", "classifier_free"}
