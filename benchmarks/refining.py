@@ -13,9 +13,10 @@ nfldm-refine` and the same seed; all its options can be given. Prints for the sc
   beside their difference without being moved. Sharper views differ more by either.
 - seconds of 100 steps, and peak memory.
 
-Leaves `refining.json`, `before_and_after_<guidance>.png` (of the first scenes, whatever they look like) and, with `--styles`,
-`styles.png` of one scene. What they are made from is kept, too: an interrupted run continues, and further guidances or
-styles add to it. Needs the weights of FID's Inception and of LPIPS (`nfldm-weights get fid-inception`, `lpips-vgg`).
+Leaves `refining.json`, `before_and_after_<guidance>.png` (of the first scenes, whatever they look like) and, with
+`--styles`, `styles.png` of one scene. What they are made from is kept, too: an interrupted run continues, and further
+guidances or styles add to it. Needs the weights of FID's Inception and of LPIPS (`nfldm-weights get fid-inception`,
+`lpips-vgg`).
 """
 
 from __future__ import annotations
