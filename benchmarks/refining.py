@@ -42,7 +42,7 @@ from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_gene
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.consistency import reprojection_error
 from nfldm_ns.evaluation.galleries import image_grid, write_png
-from nfldm_ns.evaluation.geometry import DepthHistogram
+from nfldm_ns.evaluation.geometry import DepthHistogram, floating_density
 from nfldm_ns.evaluation.image_sets import REFERENCE, picture_features, read_picture
 from nfldm_ns.evaluation.report import Table
 from nfldm_ns.evaluation.resources import ResourceMeter, device_info
@@ -205,9 +205,11 @@ class Eye:
         """Pictures by kind of cameras, those of the shared cameras, and what was measured."""
         grid = half_precision(grid).to(self.judge.device)
         rendered = {place: self.render(grid, cameras) for place, cameras in self.cameras.items()}
-        record = self.judge.record(grid, 1) | {"depth": self.judge.rendered_depth(rendered["trajectory"])}
-        record.pop("latents")
-        record["depth_change"] = (rendered["trajectory"].depth - self.depth).abs().mean()
+        record = {
+            "floating": floating_density(grid)[0],
+            "depth": self.judge.rendered_depth(rendered["trajectory"]),
+            "depth_change": (rendered["trajectory"].depth - self.depth).abs().mean(),
+        }
         flight = self.render(grid, self.flight)
         depths = torch.where(flight.accumulation >= SURFACE, flight.depth, 0.0)[0].cpu()
         error = reprojection_error(Views(self.flight.to("cpu"), flight.rgb[0].cpu(), depths))
@@ -240,7 +242,8 @@ class Bench:
             for guidance in self.options.guidances
         }
         if index == 0:
-            wanted |= {style_state(path): replace(refinement, style=str(path)) for path in self.options.styles}
+            styles = {self.style_state(path): path for path in self.options.styles}
+            wanted |= {state: replace(refinement, style=str(path)) for state, path in styles.items()}
         return wanted
 
     def run(self, index: int) -> str:
@@ -276,9 +279,10 @@ class Bench:
         """Views of the cameras that all scenes share."""
         return [read_picture(self.folder.fixed(state) / f"{name}_{view}.png") for view in range(PICTURED_VIEWS)]
 
-
-def style_state(path: Path) -> str:
-    return f"style-{fingerprint({'style': str(path)})}"
+    def style_state(self, path: Path) -> str:
+        """The state of a scene in a style."""
+        made_with = {"style": path, "guidance": self.options.refinement.distillation.guidance}
+        return f"style-{fingerprint(made_with)}"
 
 
 # Numbers
@@ -431,10 +435,10 @@ def before_and_after(bench: Bench, names: Sequence[str], guidance: str) -> None:
 def style_sheet(bench: Bench, name: str) -> None:
     """One scene as it began, and beside each style what became of it there."""
     columns = {"original": bench.pictures(BEFORE, name)}
-    for path in bench.options.styles:
+    for number, path in enumerate(bench.options.styles, 1):
         images = example_images(path, bench.judge.pipeline.scene_autoencoder.image_size[0], PICTURED_VIEWS)
-        columns[f"style {path.stem}"] = list(images)
-        columns[f"in {path.stem}"] = bench.pictures(style_state(path), name)
+        columns[f"{number}: {path.stem}"] = list(images)
+        columns[f"in style {number}"] = bench.pictures(bench.style_state(path), name)
     write_png(bench.folder.root / "styles.png", image_grid(columns))
 
 
