@@ -14,6 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+import tyro
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
@@ -33,6 +34,8 @@ from nfldm_ns.latents.training import LatentTrainingConfig
 from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS, DiffusionPreset, LatentPreset
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
+from nfldm_ns.method_configs.refine import refine_trainer_config
+from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.training import Schedule
@@ -46,6 +49,7 @@ from tests.small_models import (
     small_scene_autoencoder,
 )
 from tests.synthetic import AABB
+from tests.tiny_priors import save_image_variation_prior
 
 SMALL_NETWORK = {
     "grid_shape": (4, 16, 16),
@@ -559,3 +563,75 @@ def test_parts_of_a_step(small_preset: None, capsys: pytest.CaptureFixture[str])
         assert line in printed
     with pytest.raises(UserInputError, match="no preset"):
         stage1.main(stage1.Options("huge"))
+
+
+# Refining
+
+
+def test_refining_is_measured_before_and_after_and_continues(
+    box_room_collection: SceneCollection, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_inception: None
+) -> None:
+    refining = script("refining")
+    small_pipeline().save_pretrained(tmp_path / "pipeline")
+    save_image_variation_prior(tmp_path / "prior")
+    scene = box_room_collection.scene_dir(box_room_collection.splits["train"][0])
+    options = refining.Options(
+        refinement=RefinementConfig(prior=str(tmp_path / "prior"), clean_images=box_room_collection.root),
+        data=box_room_collection.root,
+        output_dir=tmp_path / "out",
+        pipeline=tmp_path / "pipeline",
+        guidances=("none", "negative"),
+        styles=(scene,),
+        num_scenes=3,
+        views_per_scene=2,
+        num_inference_steps=2,
+        steps=2,
+        rates=refining.LearningRates(features=0.5),
+        threads=torch.get_num_threads(),
+    )
+    for change, said in (
+        ({"steps": 0}, "--steps is 0"),
+        ({"guidances": (), "styles": ()}, "nothing to refine with"),
+        ({"styles": (tmp_path / "nowhere",)}, "There is no .*nowhere"),
+        ({"refinement": RefinementConfig()}, "No prior was given"),
+        ({"num_scenes": 100}, "fewer than 200 images"),
+    ):
+        with pytest.raises(UserInputError, match=said):
+            refining.main(replace(options, **change))
+    refining.main(options)
+    printed = capsys.readouterr().out
+    assert "| before |" in printed and "| negative |" in printed and "3 scenes, 2 steps each; 6 images" in printed
+    found = results(options.output_dir)["refining"]
+    before, refined = found["states"]["before"], found["states"]["none"]
+    assert set(found["states"]) == {"before", "none", "negative"}
+    assert before["depth"]["change_m"] == 0 < refined["depth"]["change_m"]
+    assert all(refined[place]["fid"] != before[place]["fid"] for place in ("trajectory", "free"))
+    change = refined["free"]["kid"] - before["free"]["kid"]
+    assert refined["free"]["kid_change"] == pytest.approx(change / abs(before["free"]["kid"]))
+    assert refined["seconds_per_100_steps"] > 0 and refined["peak_rss_gib"] > 0
+    assert "seconds_per_100_steps" not in before and set(before["reprojection"]) == {"l1", "unmoved_l1", "visible"}
+    pictures = {"before_and_after_none", "before_and_after_negative", "styles"}
+    assert {path.stem for path in options.output_dir.glob("*.png")} == pictures
+
+    # What is there is not made again; more scenes and guidances add to it.
+    kept = {path: path.stat().st_mtime_ns for path in (options.output_dir / "records").rglob("*.safetensors")}
+    assert len(kept) == 3 * 3 + 1
+    more = replace(options, num_scenes=4, guidances=("none", "classifier_free"), styles=())
+    refining.main(more)
+    assert kept == {path: path.stat().st_mtime_ns for path in kept}
+    assert set(results(options.output_dir)["refining"]["states"]) == {"before", "none", "classifier_free"}
+    with pytest.raises(UserInputError, match="other settings"):
+        refining.main(replace(options, steps=3))
+
+
+def test_refining_has_the_defaults_of_the_method() -> None:
+    refining = script("refining")
+    options = tyro.cli(refining.Options, args=["--data", "data", "--output-dir", "out", "--prior", "prior"])
+    method = refine_trainer_config()
+    assert replace(options.refinement, prior=None) == method.refinement and options.steps == method.max_num_iterations
+    ours, theirs = options.rates.optimizers(), method.optimizers
+    assert {name: str(group) for name, group in ours.items()} == {name: str(theirs[name]) for name in ours}
+    changed = ["--rates.density", "0.5", "--guidances", "none", "--max-time", "0.5", "--floaters-mult", "3"]
+    options = tyro.cli(refining.Options, args=["--data", "data", "--output-dir", "out", *changed])
+    assert options.rates.optimizers()["density"]["optimizer"].lr == 0.5 and options.guidances == ("none",)
+    assert options.refinement.distillation.max_time == 0.5 and options.refinement.regularisers.floaters_mult == 3

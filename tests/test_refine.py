@@ -22,7 +22,8 @@ from nfldm_ns.generated.scene_files import GeneratedScene, load_generated_scene,
 from nfldm_ns.generated.writing import render_views, write_generated_scene
 from nfldm_ns.method_configs.refine import nfldm_refine
 from nfldm_ns.refine.distillation import DistillationConfig
-from nfldm_ns.refine.nerfstudio_refine import RefinedField, RefineTrainer, RefineTrainerConfig
+from nfldm_ns.refine.loading import load_prior
+from nfldm_ns.refine.nerfstudio_refine import RefinedField, RefineTrainer, RefineTrainerConfig, refine_grid
 from nfldm_ns.refine.prior import Condition
 from nfldm_ns.refine.refiner import Refiner
 from nfldm_ns.refine.settings import RefinementConfig, RegulariserConfig
@@ -330,3 +331,11 @@ def test_options_of_the_command_line():
     config = tyro.cli(RefineTrainerConfig, default=copy.deepcopy(nfldm_refine.config), args=arguments)
     assert config.refinement.style == "winter wonderland" and config.refinement.strength == 0.5
     assert config.refinement.distillation.guidance == "classifier_free" and config.refinement.views.area == 4
+
+
+def test_refining_without_a_trainer_gives_the_same_scene(folders, trainer):
+    config, scene = trainer.config, load_generated_scene(folders["scene"])
+    refiner = Refiner(scene, load_prior(str(folders["variation"])), config.refinement, config.machine.seed)
+    grid = refine_grid(scene, refiner, config.optimizers, 4, config.machine.seed)
+    shown = trainer.pipeline.model.shown_grid()
+    assert torch.equal(grid.density, shown.density) and torch.equal(grid.features, shown.features)

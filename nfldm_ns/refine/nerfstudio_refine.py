@@ -16,6 +16,7 @@ import tyro
 import yaml
 from nerfstudio.engine.optimizers import Optimizers
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from nfldm_ns.autoencoder.nerfstudio_trainer import (
     CheckedOptimizers,
@@ -24,6 +25,7 @@ from nfldm_ns.autoencoder.nerfstudio_trainer import (
     first_step,
 )
 from nfldm_ns.autoencoder.run_folder import MovableTrainerConfig
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.voxel_model import VoxelGridField
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.metrics import psnr
@@ -34,7 +36,7 @@ from nfldm_ns.generated.nerfstudio_scene import (
     GeneratedScenePipelineConfig,
     present_folder,
 )
-from nfldm_ns.generated.scene_files import DESCRIPTION, load_generated_scene
+from nfldm_ns.generated.scene_files import DESCRIPTION, GeneratedScene, load_generated_scene
 from nfldm_ns.generated.writing import write_generated_scene
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -70,11 +72,68 @@ class RefinedField(VoxelGridField):
             background = background + _spread(background) * self.background_change
         return VoxelGrid(F.softplus(raw + self.density_change), features, self.aabb, background)
 
+    def changes(self) -> dict[str, list[nn.Parameter]]:
+        """The parameters by the name of their optimiser."""
+        groups = {"density": [self.density_change], "features": [self.feature_change]}
+        return groups if self.background_change is None else {**groups, "background": [self.background_change]}
+
 
 def _spread(values: Tensor) -> Tensor:
     """The standard deviation of what is not 0; 1 if that is nothing."""
     used = values.detach()[values.detach() != 0]
     return used.std() if used.numel() > 1 else values.new_tensor(1.0)
+
+
+# Steps, with and without nerfstudio's trainer
+
+
+def step_losses(
+    refiner: Refiner, grid: VoxelGrid, renderer: SceneAutoencoder, step: int, total_steps: int, seed: int
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Losses and numbers of one step (`Refiner.losses`), which depend on seed, step and weights alone."""
+    number = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
+    generator = torch.Generator().manual_seed(number)
+    return refiner.losses(grid, renderer, step / max(total_steps - 1, 1), generator)
+
+
+def make_optimizers(
+    optimizers: Mapping[str, Any], parameters: dict[str, list[nn.Parameter]], total_steps: int
+) -> CheckedOptimizers:
+    """Optimisers by their configurations, with schedules that end with the run."""
+    groups = copy.deepcopy(dict(optimizers))
+    for group in groups.values():
+        if isinstance(group["scheduler"], CosineScheduleConfig) and group["scheduler"].max_steps is None:
+            group["scheduler"].max_steps = total_steps
+    return CheckedOptimizers(groups, parameters)
+
+
+def refine_grid(
+    scene: GeneratedScene, refiner: Refiner, optimizers: Mapping[str, Any], steps: int, seed: int = 0
+) -> VoxelGrid:
+    """The voxels that `ns-train nfldm-refine` ends with, without its run: nothing is written or shown.
+
+    Args:
+        scene: on the refiner's device.
+        refiner: of the scene.
+        optimizers: of density, features and background, as in `RefineTrainerConfig`.
+        steps: of the whole refinement.
+        seed: of what its steps draw.
+
+    Raises:
+        FloatingPointError: if a step has no finite gradient.
+    """
+    field = RefinedField(scene.grid).to(scene.grid.device)
+    groups = make_optimizers(optimizers, field.changes(), steps)
+    scaler = GradScaler(enabled=False)
+    for step in range(steps):
+        groups.zero_grad_all()
+        losses, _ = step_losses(refiner, field.grid(), scene.renderer, step, steps, seed)
+        torch.stack(list(losses.values())).sum().backward()
+        groups.optimizer_scaler_step_some(scaler, list(groups.parameters))
+        for name in groups.parameters:
+            groups.scheduler_step(name)
+    with torch.no_grad():
+        return field.grid()
 
 
 @dataclass
@@ -99,9 +158,7 @@ class RefineModel(GeneratedSceneModel):
         self.decoder.decoder.requires_grad_(self.config.tune_decoder)
 
     def get_param_groups(self) -> dict[str, list[nn.Parameter]]:
-        groups = {"density": [self.field.density_change], "features": [self.field.feature_change]}
-        if self.field.background_change is not None:
-            groups["background"] = [self.field.background_change]
+        groups = self.field.changes()
         if self.config.tune_decoder:
             groups["decoder"] = list(self.decoder.decoder.parameters())
         return groups
@@ -130,11 +187,7 @@ class RefinePipeline(GeneratedScenePipeline):
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Losses of a few views, drawn at random; `FloatingPointError` if the prior says nothing finite."""
         refiner, seed, total_steps = self._refiner
-        number = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
-        generator = torch.Generator().manual_seed(number)
-        losses, metrics = refiner.losses(
-            self.model.shown_grid(), self.model.renderer(), step / max(total_steps - 1, 1), generator
-        )
+        losses, metrics = step_losses(refiner, self.model.shown_grid(), self.model.renderer(), step, total_steps, seed)
         return {}, losses, metrics
 
     @exit_on_bad_input()
@@ -232,11 +285,7 @@ class RefineTrainer(WholeCheckpointTrainer):
     def setup_optimizers(self) -> Optimizers:
         """Optimisers, with schedules that end with the run."""
         self.config.write_config()  # now, because the viewer needs the run's folder next
-        groups = copy.deepcopy(self.config.optimizers)
-        for group in groups.values():
-            if isinstance(group["scheduler"], CosineScheduleConfig) and group["scheduler"].max_steps is None:
-                group["scheduler"].max_steps = self.total_steps
-        return CheckedOptimizers(groups, self.pipeline.get_param_groups())
+        return make_optimizers(self.config.optimizers, self.pipeline.get_param_groups(), self.total_steps)
 
     @exit_on_bad_input()
     def train_iteration(self, step: int) -> Any:
