@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,7 +14,7 @@ from nfldm_ns.diffusion.pipeline import NFLDMPipeline, assemble_pipeline
 from nfldm_ns.diffusion.training import make_scheduler
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from tests.synthetic import AABB, FAR, NEAR
+from tests.synthetic import AABB, BEV_CLASSES, FAR, NEAR
 
 BACKGROUND_CHANNELS = 2
 LATENT_SIZES = {
@@ -62,19 +65,26 @@ def small_latent_autoencoder(seed: int = 0, **changes) -> LatentAutoencoder:
     return LatentAutoencoder(**sizes).eval()
 
 
-def small_pipeline(seed: int = 0, **changes) -> NFLDMPipeline:
-    """All stages with random weights, two cameras per trajectory; `changes` are of stage 2."""
+def small_pipeline(seed: int = 0, maps: Mapping[str, Any] | None = None, **changes) -> NFLDMPipeline:
+    """All stages with random weights, two cameras per trajectory; `changes` are of stage 2.
+
+    Args:
+        maps: what the denoisers know of semantic maps, by default nothing; the classes are those of `tests.synthetic`.
+    """
+    maps = maps or {}
     latent_autoencoder = small_latent_autoencoder(seed, **changes)
     global_dim = latent_autoencoder.global_dim
     shapes = {"coarse_shape": latent_autoencoder.coarse_shape, "code_dim": global_dim + 2 * 5}
     denoisers = (
-        GlobalDenoiser(global_dim, 2, (16.0, 16.0, 16.0, 16.0), (32, 32), **DENOISER_SIZES["global"]),
-        CoarseDenoiser(**shapes, **DENOISER_SIZES["coarse"]),
-        FineDenoiser(latent_autoencoder.fine_shape, **shapes, **DENOISER_SIZES["fine"])
+        GlobalDenoiser(global_dim, 2, (16.0, 16.0, 16.0, 16.0), (32, 32), **DENOISER_SIZES["global"], **maps),
+        CoarseDenoiser(**shapes, **DENOISER_SIZES["coarse"], **maps),
+        FineDenoiser(latent_autoencoder.fine_shape, **shapes, **DENOISER_SIZES["fine"], **maps)
         if latent_autoencoder.config.use_fine
         else None,
     )
-    return assemble_pipeline(small_scene_autoencoder(seed), latent_autoencoder, *denoisers, scheduler=make_scheduler())
+    classes = BEV_CLASSES if maps else ()
+    stages = (small_scene_autoencoder(seed), latent_autoencoder, *denoisers)
+    return assemble_pipeline(*stages, scheduler=make_scheduler(), bev_classes=classes)
 
 
 def random_grid(

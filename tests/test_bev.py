@@ -8,23 +8,37 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from nfldm_ns.commands import edit, sample
+from nfldm_ns.demo.denoisers import load_latents, save_latents
 from nfldm_ns.diffusion.bev import MapEncoder, to_grid_order, turn_map
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.latent_memory import encode_latents
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, check_agreement, load_pipeline, scene_generators
+from nfldm_ns.diffusion.sampling import sample_scenes
 from nfldm_ns.diffusion.training import (
     STAGES,
     DiffusionLosses,
     DiffusionTrainingConfig,
     evaluate_denoiser,
     held_out_errors,
+    make_scheduler,
+    new_denoiser,
+    save_pipeline,
     train_denoiser,
 )
+from nfldm_ns.diffusion.validation import DenoiserPictures
+from nfldm_ns.editing.region import box_region
+from nfldm_ns.editing.resampling import resample_region
+from nfldm_ns.editing.scenes import load_scene
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_store import encode_collection, model_hash
+from nfldm_ns.scenes.bev_maps import read_drawn_map
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
+from nfldm_ns.scenes.writing import bev_png, write_bev
 from nfldm_ns.training import ItemDraws, Schedule
-from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
+from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_pipeline, small_scene_autoencoder
 from tests.synthetic import AABB, BEV_CLASSES, BEV_SIZE, make_box_room_collection
 
 SCHEDULE = Schedule(max_steps=6, batch_size=2, log_every=2, checkpoint_every=3)
@@ -233,3 +247,221 @@ def test_maps_that_are_missing_are_named(store, memory, latent_autoencoder, tmp_
     collection.bev_classes = []
     with pytest.raises(UserInputError, match="collection.json names no bev_classes"):
         collection.load_bev("room_001")
+
+
+def test_latents_with_maps_survive_the_way_to_another_process(memory, tmp_path):
+    save_latents(tmp_path / "latents", memory)
+    loaded = load_latents(tmp_path / "latents")
+    assert torch.equal(loaded.maps, memory.maps) and loaded.bev_classes == memory.bev_classes
+
+
+# The pipeline
+
+
+def map_pipeline(**changes):
+    """A pipeline that knows maps, with weights that are not zero."""
+    pipeline = small_pipeline(maps={**MAPS, **changes})
+    for name in ("global_denoiser", "coarse_denoiser", "fine_denoiser"):
+        learned(getattr(pipeline, name))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def file_map(seed=0):
+    return random_maps(1, seed)[0].to(torch.uint8)
+
+
+def test_saved_and_loaded_pipeline_follows_the_map_as_before(tmp_path):
+    pipeline = map_pipeline()
+    pipeline.save_pretrained(tmp_path)
+    expected = pipeline(2, scene_generators(0, 2), num_inference_steps=2, bev=file_map())
+    for again in (load_pipeline(tmp_path), NFLDMPipeline.from_pretrained(tmp_path)):
+        assert again.bev_classes == BEV_CLASSES and again.bev_size == (BEV_SIZE, BEV_SIZE)
+        output = again(2, scene_generators(0, 2), num_inference_steps=2, bev=file_map().expand(2, -1, -1))
+        assert torch.equal(output.grids.density, expected.grids.density)
+        assert torch.equal(output.cameras.camera_to_worlds, expected.cameras.camera_to_worlds)
+    without = pipeline(2, scene_generators(0, 2), num_inference_steps=2)
+    other = pipeline(2, scene_generators(0, 2), num_inference_steps=2, bev=1 - file_map())
+    for name in ("global_latent", "coarse", "fine"):
+        values = [getattr(output.latents, name) for output in (expected, without, other)]
+        assert not torch.allclose(values[0], values[1]) and not torch.allclose(values[0], values[2]), name
+    half = pipeline.to(torch.bfloat16)(1, scene_generators(0, 1), num_inference_steps=1, bev=file_map())
+    assert bool(half.grids.density.isfinite().all())
+
+
+def test_the_pipeline_gives_the_denoisers_the_map_as_voxels_lie():
+    pipeline, seen = map_pipeline(), []
+    pipeline.fine_denoiser.map_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    pipeline(1, num_inference_steps=1, bev=file_map())
+    assert torch.equal(seen[0][0], file_map().flip(0).long())
+
+
+def test_guidance_leads_away_from_no_code_and_no_map():
+    def coarse(pipeline, scale, **arguments):
+        arguments |= {"num_inference_steps": 1, "scene_code": torch.zeros(1, 18), "output_type": "latent"}
+        return pipeline(1, scene_generators(0, 1), guidance_scale=scale, **arguments).latents.coarse
+
+    pipeline = map_pipeline()
+    plain, without = coarse(pipeline, 1.0, bev=file_map()), coarse(pipeline, 1.0)
+    strong = coarse(pipeline, 3.0, bev=file_map())
+    torch.testing.assert_close(strong, without + 3 * (plain - without), atol=1e-3, rtol=1e-3)
+    with pytest.raises(ValueError, match="--condition-dropout, but CoarseDenoiser always saw the scene code"):
+        coarse(pipeline, 3.0)
+    with pytest.raises(ValueError, match="--condition-dropout or --bev-dropout, but CoarseDenoiser always saw both"):
+        coarse(map_pipeline(bev_dropout=0.0), 3.0, bev=file_map())
+
+
+def test_maps_that_the_pipeline_does_not_know_are_refused():
+    pipeline = map_pipeline()
+    with pytest.raises(UserInputError, match="trained without BEV maps"):
+        small_pipeline()(1, bev=file_map())
+    with pytest.raises(UserInputError, match=r"map is \(8, 16\) \(height, width\), but those .* are \(16, 16\)"):
+        pipeline(1, bev=file_map()[:8])
+    with pytest.raises(UserInputError, match=r"the class 2, but the generator knows \[0, 1\]"):
+        pipeline(1, bev=file_map() + 1)
+    with pytest.raises(ValueError, match="one map or one per scene"):
+        pipeline(3, bev=random_maps(2))
+    with pytest.raises(ValueError, match="whole numbers"):
+        pipeline(1, bev=file_map().float())
+
+
+def test_components_that_know_other_maps_are_refused():
+    other = small_pipeline()
+    for name in ("global_denoiser", "coarse_denoiser", "fine_denoiser"):
+        mixed = map_pipeline()
+        mixed.register_modules(**{name: getattr(other, name)})
+        with pytest.raises(UserInputError, match="number of BEV classes"):
+            check_agreement(mixed)
+    pipeline = map_pipeline()
+    pipeline.coarse_denoiser.register_to_config(bev_size=(8, 8))
+    with pytest.raises(UserInputError, match="size of BEV maps of coarse_denoiser"):
+        check_agreement(pipeline)
+    pipeline = map_pipeline()
+    pipeline.register_to_config(bev_classes=[])
+    with pytest.raises(UserInputError, match="number of BEV classes of global_denoiser is 2, but that of model_index"):
+        check_agreement(pipeline)
+
+
+def test_trained_denoisers_become_a_pipeline_if_all_know_the_same_maps(memory, latent_autoencoder, tmp_path):
+    short = replace(TRAINING, schedule=replace(SCHEDULE, max_steps=1))
+    for stage in STAGES:
+        config = replace(short, condition="none" if stage == "fine" else "bev")
+        train(stage, memory, latent_autoencoder, tmp_path / stage, config)
+    with pytest.raises(UserInputError, match="know BEV maps, that of fine knows none: train all with one --condition"):
+        save_pipeline(tmp_path, small_scene_autoencoder(), latent_autoencoder)
+    (tmp_path / "fine").rename(tmp_path / "plain")
+    train("fine", memory, latent_autoencoder, tmp_path / "fine", short)
+    pipeline = load_pipeline(save_pipeline(tmp_path, small_scene_autoencoder(), latent_autoencoder))
+    assert pipeline.bev_classes == BEV_CLASSES and pipeline.bev_size == (BEV_SIZE, BEV_SIZE)
+
+
+# Maps that were drawn
+
+
+def test_drawn_maps_are_read_by_their_colours(tmp_path):
+    bev = file_map().numpy()
+    write_bev(tmp_path / "bev.png", bev, BEV_CLASSES)
+    palette = Image.open(tmp_path / "bev.png")
+    palette.convert("RGB").save(tmp_path / "rgb.png")
+    palette.convert("RGBA").save(tmp_path / "rgba.png")
+    palette.convert("RGB").quantize(5).save(tmp_path / "other.png")  # a palette of its own
+    for name in ("bev", "rgb", "rgba", "other"):
+        found = read_drawn_map(tmp_path / f"{name}.png", BEV_CLASSES, (BEV_SIZE, BEV_SIZE))
+        assert found.dtype == np.uint8 and np.array_equal(found, bev), name
+
+
+def test_each_mistake_in_a_drawn_map_is_named(tmp_path):
+    path, size = tmp_path / "map.png", (BEV_SIZE, BEV_SIZE)
+    colours = np.zeros((BEV_SIZE, BEV_SIZE, 3), np.uint8)
+
+    def refuse(image, match):
+        image.save(path)
+        with pytest.raises(UserInputError, match=match):
+            read_drawn_map(path, BEV_CLASSES, size)
+
+    allowed = r"void \(0, 0, 0\), floor \(160, 160, 160\)"
+    colours[3, 5], colours[7, 1] = (160, 160, 161), (9, 9, 9)
+    wrong = rf"column 5, row 3 of .*map.png .* has the colour \(160, 160, 161\), which is no class: .*{allowed}"
+    refuse(Image.fromarray(colours), wrong)
+    clear = Image.fromarray(np.zeros((BEV_SIZE, BEV_SIZE, 4), np.uint8))
+    refuse(clear, f"column 0, row 0 .* is transparent.*{allowed}")
+    refuse(Image.new("L", size), f"has mode L, but a map is an RGB or palette image.*{allowed}")
+    refuse(Image.new("RGB", (20, 10)), "is 20 x 10 pixels, but the generator's maps are 16 x 16")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserInputError, match="not a readable image"):
+        read_drawn_map(path, BEV_CLASSES, size)
+    with pytest.raises(UserInputError, match="There is no map"):
+        read_drawn_map(tmp_path / "nowhere.png", BEV_CLASSES, size)
+
+
+# Commands
+
+
+def expect_one_sentence(main, args, capsys, *words):
+    with pytest.raises(SystemExit) as exit_info:
+        main([str(arg) for arg in args])
+    error = capsys.readouterr().err
+    assert exit_info.value.code == 2 and error.startswith("error: ") and "Traceback" not in error
+    assert all(word in error for word in words), error
+
+
+def test_sampling_and_editing_with_maps(tmp_path, capsys):
+    pipeline, plain = tmp_path / "pipeline", tmp_path / "plain"
+    map_pipeline().save_pretrained(pipeline)
+    small_pipeline().save_pretrained(plain)
+    drawn = [tmp_path / "a.png", tmp_path / "b.png"]
+    for seed, path in enumerate(drawn):
+        path.write_bytes(bev_png(file_map(seed).numpy(), BEV_CLASSES))
+    few = ["--num-inference-steps", "2", "--device", "cpu"]
+    arguments = [pipeline, "--num-scenes", "2", *few, "--output-dir"]
+    sample.main([str(a) for a in [*arguments, tmp_path / "two", "--bev", *drawn]])
+    sample.main([str(a) for a in [*arguments, tmp_path / "one", "--bev", drawn[0], "--guidance-scale", "2"]])
+    for i, path in enumerate(drawn):
+        folder = tmp_path / "two" / f"scene_{i:06d}"
+        assert (folder / "bev.png").read_bytes() == path.read_bytes()
+        assert load_scene(folder).provenance["bev"] == "bev.png"
+    assert (tmp_path / "one" / "scene_000001" / "bev.png").read_bytes() == drawn[0].read_bytes()
+    assert load_scene(tmp_path / "one" / "scene_000000").provenance["guidance_scale"] == 2
+    first = load_scene(tmp_path / "two" / "scene_000000")
+    loaded = load_pipeline(pipeline)
+    alone = next(sample_scenes(loaded, tmp_path / "c", 1, num_inference_steps=2, maps=[file_map().numpy()]))
+    assert torch.equal(load_scene(alone).grid.density, first.grid.density), "the command does the same"
+
+    expect_one_sentence(sample.main, [*arguments, tmp_path / "x", "--bev", *drawn, drawn[0]], capsys, "3 maps for 2")
+    command = [plain, *few, "--output-dir", tmp_path / "x"]
+    expect_one_sentence(sample.main, [*command, "--bev", drawn[0]], capsys, "without BEV maps", "--condition bev")
+    expect_one_sentence(sample.main, [*command, "--guidance-scale", "2"], capsys, "--condition-dropout")
+    Image.new("RGB", (BEV_SIZE, BEV_SIZE), (1, 2, 3)).save(tmp_path / "wrong.png")
+    command = [pipeline, *few, "--output-dir", tmp_path / "x", "--bev", tmp_path / "wrong.png"]
+    expect_one_sentence(sample.main, command, capsys, "column 0, row 0", "(1, 2, 3)", "floor (160, 160, 160)")
+    assert not (tmp_path / "x").exists()
+
+    region = ["--box", "0", "0", "3", "3", *few, "--output-dir", tmp_path / "edited", "--resamplings", "1"]
+    command = ["resample", tmp_path / "two" / "scene_000000", *region]
+    edit.main([str(a) for a in [*command, "--bev", drawn[1]]])
+    folder = tmp_path / "edited" / "scene_000000_resampled_000000"
+    assert (folder / "bev.png").read_bytes() == drawn[1].read_bytes()
+    grid = load_scene(folder).grid
+    box = box_region(first.grid, (0, 0, 3, 3))
+    unlike = resample_region(loaded, first, box, num_inference_steps=2, resamplings=1)
+    assert not torch.allclose(grid.density, unlike.grid.density), "the map counts"
+    assert torch.equal(grid.density[..., 0, 0], first.grid.density[..., 0, 0]), "beyond the seam nothing changes"
+    expect_one_sentence(edit.main, [*command, "--pipeline", plain, "--bev", drawn[1]], capsys, "without BEV maps")
+    command = ["interpolate", tmp_path / "two" / "scene_000000", tmp_path / "two" / "scene_000001", *few]
+    expect_one_sentence(edit.main, command, capsys, "was sampled with a map")
+
+
+@pytest.mark.parametrize("stage", ["global", "fine"])
+def test_pictures_while_training_show_the_map(stage, memory, latent_autoencoder):
+    seen = []
+    psi = learned(new_denoiser(stage, {**DENOISER_SIZES[stage], **MAPS}, memory, latent_autoencoder)).eval()
+    psi.map_encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    pictures = DenoiserPictures(stage, psi, make_scheduler(), memory, latent_autoencoder, small_scene_autoencoder())
+    widths = {name: image.width for name, image in pictures().items()}
+    assert torch.equal(seen[0], memory.maps[:, 0].long())
+    memory_without = replace(memory, maps=None)
+    plain = new_denoiser(stage, DENOISER_SIZES[stage], memory_without, latent_autoencoder).eval()
+    shown = DenoiserPictures(
+        stage, plain, make_scheduler(), memory_without, latent_autoencoder, small_scene_autoencoder()
+    )()
+    assert all(widths[name] > image.width for name, image in shown.items()), "one column more"

@@ -12,6 +12,8 @@ import tyro
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from nfldm_ns.diffusion.pipeline import NFLDMPipeline
     from nfldm_ns.editing.region import Region
     from nfldm_ns.generated.scene_files import GeneratedScene
@@ -86,6 +88,8 @@ class Resample:
     seed: int = 0
     num_scenes: int = 1
     """How many variants to sample."""
+    bev: Path | None = None
+    """A map of the scene from above, as for nfldm-sample, that the region is to follow."""
     seam: float = 1.0
     """Width in metres of the soft seam around the region; beyond, the voxels stay as they are."""
     pipeline: Path | None = None
@@ -106,6 +110,7 @@ class Resample:
     def run(self) -> None:
         from nfldm_ns.editing.resampling import resample_region
         from nfldm_ns.editing.scenes import load_scene, write_edited_scene
+        from nfldm_ns.scenes.writing import bev_png
 
         _check_numbers(self.num_inference_steps, self.seam, self.strength, self.resamplings, self.jump_length)
         if self.num_scenes < 1:
@@ -113,6 +118,8 @@ class Resample:
         scene = load_scene(self.scene)
         region = self._region(scene.grid)
         pipeline, where = _load_pipeline(self.pipeline, scene, self.device)
+        bev = self._map(pipeline, where)
+        drawn = None if bev is None else bev_png(bev, pipeline.bev_classes)
         for seed in range(self.seed, self.seed + self.num_scenes):
             edited = resample_region(
                 pipeline,
@@ -125,10 +132,20 @@ class Resample:
                 resamplings=self.resamplings,
                 jump_length=self.jump_length,
                 source=where,
+                bev=bev,
             )
             folder = _destination(self.output_dir, f"{_name(self.scene)}_resampled_{seed:06d}")
-            write_edited_scene(folder, edited, region)
+            write_edited_scene(folder, edited, region, drawn)
             print(folder)
+
+    def _map(self, pipeline: NFLDMPipeline, where: str) -> np.ndarray | None:
+        from nfldm_ns.scenes.bev_maps import read_drawn_map
+
+        if self.bev is None:
+            return None
+        if pipeline.bev_size is None:
+            raise UserInputError(f"{where} was trained without BEV maps: leave out --bev.")
+        return read_drawn_map(self.bev, pipeline.bev_classes, pipeline.bev_size)
 
     def _region(self, grid: VoxelGrid) -> Region:
         from nfldm_ns.editing.region import box_region, mask_region

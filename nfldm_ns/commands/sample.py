@@ -2,11 +2,17 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.models import GENERATOR
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 
 
 @dataclass
@@ -24,6 +30,11 @@ class Sample:
     """Scenes go to scene_<seed>/ in here, and pictures of all of them to contact_sheet.png."""
     num_inference_steps: int = 30
     """Denoising steps of each of the three latents."""
+    bev: tuple[Path, ...] = ()
+    """A map of the scene from above, north up, or one per scene: images of the size and in the colours of the maps that
+    the generator was trained with (bev.png in its collection's scenes). Without, scenes are sampled without a map."""
+    guidance_scale: float = 1.0
+    """Above 1 scenes follow their code and map more than the training's."""
     batch_size: int = 1
     """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
     device: str | None = None
@@ -47,6 +58,7 @@ class Sample:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         pipeline = load_pipeline(self.pipeline).to(device)
+        maps = self._maps(pipeline)
         require_writable(self.output_dir)
         scenes = sample_scenes(
             pipeline,
@@ -56,6 +68,8 @@ class Sample:
             num_inference_steps=self.num_inference_steps,
             batch_size=self.batch_size,
             source=str(self.pipeline),
+            guidance_scale=self.guidance_scale,
+            maps=maps,
         )
         folders = []
         for folder in track(scenes, "Sampling scenes", total=self.num_scenes):
@@ -65,6 +79,26 @@ class Sample:
         write_png(sheet, contact_sheet(folders))
         print(f"Pictures of all: {sheet}")
         print(f"Walk through the first: ns-viewer --load-config {folders[0] / 'config.yml'}")
+
+    def _maps(self, pipeline: "NFLDMPipeline") -> "list[np.ndarray]":
+        """The maps, read and checked; also checks that the generator can be guided as asked."""
+        from nfldm_ns.scenes.bev_maps import read_drawn_map
+
+        if len(self.bev) not in (0, 1, self.num_scenes):
+            raise UserInputError(
+                f"--bev has {len(self.bev)} maps for {self.num_scenes} scenes: give one for all, or one per scene."
+            )
+        if self.bev and pipeline.bev_size is None:
+            raise UserInputError(
+                f"{self.pipeline} was trained without BEV maps: leave out --bev, or train a generator with "
+                "'nfldm-train-diffusion --condition bev'."
+            )
+        try:
+            pipeline.require_guidance(self.guidance_scale, with_map=bool(self.bev))
+        except ValueError as error:
+            raise UserInputError(f"--guidance-scale cannot be other than 1 here: {error}.") from None
+        size = pipeline.bev_size or (0, 0)
+        return [read_drawn_map(path, pipeline.bev_classes, size) for path in self.bev]
 
 
 def main(args: list[str] | None = None) -> None:

@@ -91,8 +91,10 @@ class TrainDiffusion:
             held_out = encode_latents(store, latent_autoencoder, scenes, False, views, with_maps=True)
         scene_autoencoder = store.load_autoencoder()
         given = given_settings(self)
-        names = ("prediction_type", "zero_terminal_snr", "loss_weighting", "min_snr_gamma", "condition_dropout")
-        names += ("condition", "bev_dropout")
+        names = (
+            *("prediction_type", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
+            *("condition_dropout", "condition", "bev_dropout"),
+        )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
             training = preset.training[stage]

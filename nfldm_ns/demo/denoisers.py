@@ -6,7 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.sharedctypes import SynchronizedArray
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from nfldm_ns.autoencoder.checkpoints import read_safetensors
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage, train_denoiser
 from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
-from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.scenes.collection import bev_class, read_json
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 POLL_S = 0.5
-_TENSORS = ("scene_code", "coarse", "coarse_codes", "fine")
+_TENSORS = ("scene_code", "coarse", "coarse_codes", "fine", "maps")
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,15 @@ def save_latents(folder: Path, memory: LatentMemory) -> None:
     """Writes latents to a folder, whole or not at all."""
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        save_file({name: getattr(memory, name).contiguous() for name in _TENSORS}, temporary / "latents.safetensors")
+        tensors = {name: getattr(memory, name) for name in _TENSORS if getattr(memory, name) is not None}
+        save_file({name: value.contiguous() for name, value in tensors.items()}, temporary / "latents.safetensors")
         write_json(
             temporary / "latents.json",
             {
                 "num_cameras": memory.num_cameras,
                 "intrinsics": list(memory.intrinsics),
                 "image_size": list(memory.image_size),
+                "bev_classes": [asdict(bev_class) for bev_class in memory.bev_classes],
             },
         )
 
@@ -63,10 +65,11 @@ def load_latents(folder: Path) -> LatentMemory:
     """What `save_latents` wrote."""
     tensors, rest = read_safetensors(folder / "latents.safetensors"), read_json(folder / "latents.json")
     return LatentMemory(
-        **tensors,
+        **{name: tensors.get(name) for name in _TENSORS},  # type: ignore[arg-type]
         num_cameras=rest["num_cameras"],
         intrinsics=tuple(rest["intrinsics"]),
         image_size=tuple(rest["image_size"]),
+        bev_classes=tuple(bev_class(entry) for entry in rest.get("bev_classes", [])),
     )
 
 

@@ -359,7 +359,7 @@ class FineDenoiser(ModelMixin, ConfigMixin):
             drop_code: scenes that are to be predicted without their code.
         """
         _require_map_fits(self, bev)
-        size, count = sample.shape[-2:], len(sample)
+        size, count = (sample.shape[-2], sample.shape[-1]), len(sample)
         code = _without(self.code(scene_code), drop_code)
         tokens = self.token(code)[:, None]
         guide = self.project_coarse(self.coarse(coarse.flatten(1, 2)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,13 +14,14 @@ from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerM
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from nerfstudio.cameras.cameras import Cameras
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.diffusion.bev import to_grid_order
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.inpainting import Inpainting, inpaint
 from nfldm_ns.diffusion.trajectory import trajectory_to_cameras
@@ -28,7 +29,7 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.models import GENERATOR, resolve_model, shipped_models
-from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.scenes.collection import BevClass, bev_class, read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 
@@ -63,6 +64,8 @@ class NFLDMPipeline(DiffusionPipeline):
         temperatures: standard deviations of the initial noise of g, c and f that scenes are sampled with by default.
             Below 1 trades variety for quality; with a deterministic scheduler 0 gives the most typical sample. Briefly
             trained models want a low one for f, whose details they can hardly predict.
+        bev_classes: id, name and color of each class of the semantic maps that the denoisers know, as `collection.json`
+            has them; none for denoisers without maps.
     """
 
     _optional_components: ClassVar[list[str]] = ["fine_denoiser"]
@@ -82,9 +85,11 @@ class NFLDMPipeline(DiffusionPipeline):
         fine_denoiser: FineDenoiser,
         scheduler: SchedulerMixin,
         temperatures: Sequence = (1.0, 1.0, 1.0),  # diffusers' check of types knows plain classes only
+        bev_classes: Sequence = (),
     ) -> None:
         super().__init__()
-        self.register_to_config(temperatures=tuple(temperatures))
+        classes = [{**entry, "color": list(entry["color"])} for entry in bev_classes]
+        self.register_to_config(temperatures=tuple(temperatures), bev_classes=classes)
         self.register_modules(
             scene_autoencoder=scene_autoencoder,
             latent_autoencoder=latent_autoencoder,
@@ -118,6 +123,17 @@ class NFLDMPipeline(DiffusionPipeline):
         """Of the denoisers."""
         return self.coarse_denoiser.dtype  # type: ignore[return-value]
 
+    @property
+    def bev_classes(self) -> tuple[BevClass, ...]:
+        """Classes of the semantic maps that the denoisers know; none where they know no maps."""
+        return tuple(bev_class(entry) for entry in self.config.bev_classes)
+
+    @property
+    def bev_size(self) -> tuple[int, int] | None:
+        """(height, width) of these maps."""
+        size = self.global_denoiser.config.bev_size
+        return None if size is None else tuple(size)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -131,6 +147,7 @@ class NFLDMPipeline(DiffusionPipeline):
         noise: Sequence[Tensor] | None = None,
         scene_code: Float[Tensor, "scenes code"] | None = None,
         inpainting: Inpainting | None = None,
+        bev: Shaped[Tensor, "*scenes height width"] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_dict: bool = True,
@@ -143,13 +160,18 @@ class NFLDMPipeline(DiffusionPipeline):
             output_type: "grid", or "latent" to skip decoding.
             clip: limits sampled latents to this many standard deviations; None leaves them alone.
             temperatures: of g, c and f, instead of the pipeline's own.
-            guidance_scale: how much psi_c and psi_f follow the scene code: 1 as trained, above 1 the more
-                (classifier-free guidance, Ho & Salimans 2022). Needs denoisers trained with `condition_dropout`.
+            guidance_scale: how much the denoisers follow their conditions: 1 as trained, above 1 the more
+                (classifier-free guidance, Ho & Salimans 2022). What they predict is moved away from what they predict
+                without the scene code (psi_c and psi_f, if trained with `condition_dropout`) and without the map (all
+                three, if there is one and they were trained with `bev_dropout`), both dropped at once. c, which
+                guides psi_f, is never dropped. Needs denoisers trained with one of the two.
             noise: standard normal noise of g, c and f to begin with, instead of the generator's; see `draw_noise`.
             scene_code: g and the trajectory, in their own units, if they are given and c and f alone are sampled; c and
                 f begin with the noise that they would begin with otherwise.
             inpainting: samples c and f in a region only and keeps those of a given scene elsewhere; then `scene_code`
                 is that scene's.
+            bev: semantic maps from above, one for all scenes or one each: class ids, whole numbers, the north in the
+                first row as in the files of collections. None samples without a map.
             callback_on_step_end: called as `callback(pipeline, step, timestep, kwargs)` after each step, as diffusers'
                 pipelines do; `kwargs` holds what was asked for. What it returns under "latents" is gone on with.
                 `pipeline.stage` tells which latent is sampled, `pipeline.num_timesteps` how many steps that takes.
@@ -159,12 +181,15 @@ class NFLDMPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: for arguments that make no sense.
+            UserInputError: if the denoisers know no maps, or maps of another size or of other classes.
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         steps = self._check_inputs(
-            num_scenes, generator, num_inference_steps, output_type, guidance_scale, callback_on_step_end_tensor_inputs
+            num_scenes, generator, num_inference_steps, output_type, callback_on_step_end_tensor_inputs
         )
+        self.require_guidance(guidance_scale, with_map=bev is not None)
+        maps = {} if bev is None else {"bev": self.prepare_maps(bev, num_scenes)}
         if inpainting is not None and scene_code is None:
             raise ValueError("inpainting needs the scene_code of the scene whose latents it keeps")
         chosen = self.config.temperatures if temperatures is None else temperatures
@@ -182,7 +207,7 @@ class NFLDMPipeline(DiffusionPipeline):
         def sample(stage: str, denoiser: Any, **conditions: Tensor) -> Tensor:
             self._stage, self._guidance_scale = stage, guidance_scale
             start = begin(stage, denoiser) * warmth[stage]
-            cast = {name: value.to(start.dtype) for name, value in conditions.items()}
+            cast = {name: value.to(start.dtype) for name, value in conditions.items()} | maps
             run: Callable[..., Tensor] = self.denoise
             if inpainting is not None:
                 run = partial(inpaint, self, inpainting=inpainting, stage=stage, temperature=warmth[stage])
@@ -235,7 +260,6 @@ class NFLDMPipeline(DiffusionPipeline):
         generator: Generators,
         num_inference_steps: int | Sequence[int],
         output_type: str,
-        guidance_scale: float,
         tensor_inputs: Sequence[str],
     ) -> dict[str, int]:
         """Steps by stage, if all arguments make sense."""
@@ -252,14 +276,50 @@ class NFLDMPipeline(DiffusionPipeline):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs has to be in {self._callback_tensor_inputs}, but has {unknown}"
             )
+        return dict(zip(STAGES, steps, strict=True))
+
+    def require_guidance(self, guidance_scale: float, with_map: bool = False) -> None:
+        """Raises `ValueError` unless psi_c and psi_f can do without something that they see."""
         guided = [d for d in (self.coarse_denoiser, self.fine_denoiser) if d is not None]
-        untrained = [denoiser for denoiser in guided if not denoiser.config.condition_dropout]
+        untrained = [d for d in guided if not d.config.condition_dropout and not (with_map and d.config.bev_dropout)]
         if guidance_scale != 1 and untrained:
             raise ValueError(
-                f"guidance_scale {guidance_scale} needs denoisers trained with --condition-dropout, but "
-                f"{type(untrained[0]).__name__} always saw the scene code"
+                f"guidance_scale {guidance_scale} needs denoisers trained with --condition-dropout"
+                f"{' or --bev-dropout' if with_map else ''}, but {type(untrained[0]).__name__} always saw "
+                f"{'both' if with_map else 'the scene code'}"
             )
-        return dict(zip(STAGES, steps, strict=True))
+
+    def prepare_maps(
+        self, bev: Shaped[Tensor, "*scenes height width"], num_scenes: int
+    ) -> Int[Tensor, "scenes height width"]:
+        """Maps as a user gives them (north up, one or one per scene) as the denoisers want them.
+
+        Raises:
+            ValueError: for another number of maps, or numbers that are not whole.
+            UserInputError: if the denoisers know no maps, or maps of another size or of other classes.
+        """
+        size, ids = self.bev_size, [c.id for c in self.bev_classes]
+        if size is None:
+            raise UserInputError(
+                "The generator was trained without BEV maps: leave the map out, or train one with --condition bev."
+            )
+        if bev.is_floating_point() or bev.is_complex():
+            raise ValueError(f"bev holds class ids, whole numbers, not {bev.dtype}")
+        if tuple(bev.shape[-2:]) != size:
+            raise UserInputError(
+                f"A BEV map is {tuple(bev.shape[-2:])} (height, width), but those of the generator are {size}: resize "
+                "it without smoothing."
+            )
+        unknown = sorted(set(bev.unique().tolist()) - set(ids))
+        if unknown:
+            raise UserInputError(
+                f"A BEV map has the class {unknown[0]}, but the generator knows {ids}: repair the map."
+            )
+        if bev.ndim == 2:
+            bev = bev[None]
+        if bev.ndim != 3 or len(bev) not in (1, num_scenes):
+            raise ValueError(f"bev is one map or one per scene, not {tuple(bev.shape)} for {num_scenes} scenes")
+        return to_grid_order(bev).long().expand(num_scenes, -1, -1).to(self._execution_device)
 
     def prepare_noise(
         self, num_scenes: int, denoiser: nn.Module, generator: Generators
@@ -323,12 +383,17 @@ class NFLDMPipeline(DiffusionPipeline):
         return self.scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[0]
 
     def _predict(self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        """The prediction, away from what it is without the scene code where that is wanted."""
+        """The prediction, away from what it is without scene code and map where that is wanted."""
         predicted = denoiser(latents, timestep, **conditions)
-        if not conditions or self._guidance_scale == 1:
-            return predicted
+        dropped = {}
         everywhere = torch.ones(len(latents), dtype=torch.bool, device=latents.device)
-        without = denoiser(latents, timestep, **conditions, drop_code=everywhere)
+        if "scene_code" in conditions and denoiser.config.condition_dropout:  # type: ignore[union-attr]
+            dropped["drop_code"] = everywhere
+        if "bev" in conditions and denoiser.config.bev_dropout:  # type: ignore[union-attr]
+            dropped["drop_bev"] = everywhere
+        if not dropped or self._guidance_scale == 1:
+            return predicted
+        without = denoiser(latents, timestep, **conditions, **dropped)
         return without + self._guidance_scale * (predicted - without)
 
     def _step_arguments(self, generator: Generators) -> dict[str, Any]:
@@ -471,12 +536,24 @@ def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline")
             ("shape of c", "fine_denoiser", shape_of_c, "latent_autoencoder", stage2.coarse_shape),
             ("size of the scene code", "fine_denoiser", fine.config.code_dim, "global_denoiser", code_dim),
         ]
+    number, size = "number of BEV classes", "size of BEV maps"
+    for name, denoiser in (("coarse_denoiser", pipeline.coarse_denoiser), ("fine_denoiser", fine)):
+        if denoiser is not None:
+            known = denoiser.config
+            facts.append((number, name, known.bev_classes, "global_denoiser", global_config.bev_classes))
+            facts.append((size, name, _size(known.bev_size), "global_denoiser", pipeline.bev_size))
+    named = 1 + max((c.id for c in pipeline.bev_classes), default=-1)
+    facts.append((number, "global_denoiser", global_config.bev_classes, "model_index.json", named))
     for what, name, value, other, expected in facts:
         if value != expected:
             raise UserInputError(
                 f"In {where} the {what} of {name} is {value}, but that of {other} is {expected}: "
                 "use components of one training."
             )
+
+
+def _size(size: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if size is None else tuple(size)
 
 
 def assemble_pipeline(
@@ -487,6 +564,7 @@ def assemble_pipeline(
     fine_denoiser: FineDenoiser | None,
     scheduler: DPMSolverMultistepScheduler,
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    bev_classes: Sequence[BevClass] = (),
 ) -> NFLDMPipeline:
     """A checked pipeline, all on the CPU in single precision and evaluation mode."""
     for model in (scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser):
@@ -500,6 +578,7 @@ def assemble_pipeline(
         fine_denoiser,  # type: ignore[arg-type]  # optional, but diffusers' check of types knows plain classes only
         scheduler,
         temperatures,
+        [asdict(entry) for entry in bev_classes],
     )
     check_agreement(pipeline)
     return pipeline

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
+from jaxtyping import UInt8
 
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
 from nfldm_ns.generated.writing import write_generated_scene
 from nfldm_ns.latents.voxel_store import model_hash
 from nfldm_ns.scenes.views import index_cameras
+from nfldm_ns.scenes.writing import bev_png
+
+BEV_FILE = "bev.png"
 
 
 def sampling_record(pipeline: NFLDMPipeline, num_inference_steps: int, source: str = "") -> dict[str, Any]:
@@ -35,20 +40,37 @@ def sample_scenes(
     num_inference_steps: int = 30,
     batch_size: int = 1,
     source: str = "",
+    guidance_scale: float = 1.0,
+    maps: Sequence[UInt8[np.ndarray, "height width"]] = (),
 ) -> Iterator[Path]:
     """Samples scenes and writes each as a folder `scene_<seed + i>`, as it becomes ready.
 
     Args:
         source: where the pipeline is from, for the record.
+        guidance_scale: of the pipeline's call.
+        maps: semantic maps, north up: none, one for all scenes, or one per scene. A scene's folder gets its own as
+            `bev.png`, as scenes of collections have them.
 
     Yields:
         the folders.
     """
     pipeline.set_progress_bar_config(disable=True)
     record = {"command": "nfldm-sample", **sampling_record(pipeline, num_inference_steps, source)}
+    if guidance_scale != 1:
+        record["guidance_scale"] = guidance_scale
+    if maps:
+        record["bev"] = BEV_FILE
+        maps = list(maps) * num_scenes if len(maps) == 1 else maps
     for first in range(0, num_scenes, batch_size):
         count = min(batch_size, num_scenes - first)
-        output = pipeline(count, scene_generators(seed + first, count), num_inference_steps=num_inference_steps)
+        chosen = maps[first : first + count]
+        output = pipeline(
+            count,
+            scene_generators(seed + first, count),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            bev=torch.from_numpy(np.stack(chosen)) if chosen else None,
+        )
         grids = output.grids
         assert grids is not None
         for i in range(count):
@@ -61,5 +83,6 @@ def sample_scenes(
                 index_cameras(output.cameras.to("cpu"), i),
                 {name: value[i] for name, value in output.latents.to("cpu").state_dict().items()},
                 {"seed": scene_seed, **record},
+                attachments={BEV_FILE: bev_png(chosen[i], pipeline.bev_classes)} if chosen else None,
             )
             yield folder

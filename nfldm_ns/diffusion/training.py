@@ -25,7 +25,7 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.training import public_config
 from nfldm_ns.latents.voxel_store import model_hash
-from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.scenes.collection import bev_class, read_json
 from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training import (
     ItemDraws,
@@ -546,8 +546,16 @@ def save_pipeline(
         raise UserInputError(
             f"Some denoisers in {output_dir} were trained with zero terminal SNR, others without: train them alike."
         )
+    classes = [run.get("bev_classes", []) for run in runs.values()]
+    if any(found != classes[0] for found in classes):
+        without = [stage for stage, found in zip(runs, classes, strict=True) if not found]
+        what = f"that of {without[0]} knows none" if without else "of different classes"
+        raise UserInputError(
+            f"Some denoisers in {output_dir} know BEV maps, {what}: train all with one --condition, on one collection."
+        )
     components: dict[str, Any] = {f"{stage}_denoiser": denoisers.get(stage) for stage in STAGES}
     components["scheduler"] = make_scheduler(types.pop(), zero_snr.pop())
+    components["bev_classes"] = [bev_class(entry) for entry in classes[0]]
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)

@@ -88,6 +88,9 @@ def _noise_of(pipeline: NFLDMPipeline, scene: GeneratedScene, num_inference_step
     """The noise that a scene was sampled from, made sure of by sampling its latents again."""
     require_pipeline_of(pipeline, scene)
     latents, seed = latents_of(pipeline, scene), scene.provenance.get("seed")
+    if "bev" in scene.provenance:
+        name = scene.provenance.get("folder", "A scene")
+        raise UserInputError(f"{name} was sampled with a map, which has no way to another: give scenes without maps.")
     known = isinstance(seed, int)
     if known:
         noise = pipeline.draw_noise(1, scene_generators(seed, 1))  # type: ignore[arg-type]

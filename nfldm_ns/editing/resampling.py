@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
+import torch
+from jaxtyping import UInt8
+
 from nfldm_ns.diffusion.inpainting import Inpainting
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
-from nfldm_ns.diffusion.sampling import sampling_record
+from nfldm_ns.diffusion.sampling import BEV_FILE, sampling_record
 from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.editing.region import Region
 from nfldm_ns.editing.scenes import latents_of, require_pipeline_of, scene_code_of, with_latents
@@ -27,6 +31,7 @@ def resample_region(
     resamplings: int = 3,
     jump_length: int = 3,
     source: str = "",
+    bev: UInt8[np.ndarray, "height width"] | None = None,
 ) -> GeneratedScene:
     """Samples c in a region anew, then f given the new c, and blends the new V into the old one.
 
@@ -38,6 +43,7 @@ def resample_region(
         seam_m: width of the soft seam around the region, in metres.
         strength, resamplings, jump_length: see `Inpainting`.
         source: where the pipeline is from, for the record.
+        bev: a semantic map of the whole scene, north up, that the new part is to follow.
 
     Raises:
         UserInputError: if the scene has no latents, or is of another pipeline.
@@ -55,6 +61,8 @@ def resample_region(
         **sampling_record(pipeline, num_inference_steps, source),
         "sources": [scene.provenance],
     }
+    if bev is not None:
+        record["bev"] = BEV_FILE
     if region.covers_nothing:
         return replace(scene, provenance=record)
     inpainting = region_inpainting(
@@ -66,6 +74,7 @@ def resample_region(
         num_inference_steps=num_inference_steps,
         scene_code=scene_code_of(pipeline, scene),
         inpainting=inpainting,
+        bev=None if bev is None else torch.from_numpy(bev),
     )
     assert output.grids is not None
     grid = blend_voxels(scene.grid, output.grids.to("cpu"), region.weights(seam_m))

@@ -15,6 +15,7 @@ from torch import Tensor
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+from nfldm_ns.diffusion.sampling import BEV_FILE
 from nfldm_ns.diffusion.trajectory import cameras_to_trajectory
 from nfldm_ns.editing.region import Region
 from nfldm_ns.errors import UserInputError
@@ -157,9 +158,15 @@ def _require_decoder(scene: GeneratedScene, autoencoder: SceneAutoencoder, whose
         )
 
 
-def write_edited_scene(folder: Path, scene: GeneratedScene, region: Region | None = None) -> None:
-    """Writes a scene as a folder, with the region that was edited as `region.png` (north up, white inside)."""
-    attachments: dict[str, bytes] = {}
+def write_edited_scene(
+    folder: Path, scene: GeneratedScene, region: Region | None = None, bev_map: bytes | None = None
+) -> None:
+    """Writes a scene as a folder, with the region that was edited as `region.png` (north up, white inside).
+
+    Args:
+        bev_map: a PNG of the map that the edit followed, becomes `bev.png`.
+    """
+    attachments: dict[str, bytes] = {} if bev_map is None else {BEV_FILE: bev_map}
     if region is not None:
         buffer = io.BytesIO()
         region.picture().save(buffer, format="PNG")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ class BevClass:
     id: int
     name: str
     color: tuple[int, int, int]
+
+
+def bev_class(entry: Mapping[str, Any]) -> BevClass:
+    """A class as JSON files have it."""
+    return BevClass(entry["id"], entry["name"], tuple(entry["color"]))
 
 
 @dataclass
@@ -122,7 +128,7 @@ class SceneCollection:
             image_size=(width, height),
             splits={name: [str(i) for i in description["splits"].get(name, [])] for name in SPLITS},
             places=dict(description.get("scenes", {})),
-            bev_classes=[BevClass(c["id"], c["name"], tuple(c["color"])) for c in description.get("bev_classes", [])],
+            bev_classes=[bev_class(entry) for entry in description.get("bev_classes", [])],
             made_by=dict(description.get("made_by", {})),
         )
 

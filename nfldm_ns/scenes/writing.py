@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -131,12 +132,19 @@ def write_depth(path: Path, depth: Float[np.ndarray, "height width"]) -> None:
 
 def write_bev(path: Path, bev: UInt8[np.ndarray, "height width"], classes: Sequence[BevClass]) -> None:
     """Writes class ids as a palette PNG in the colours of the classes."""
+    path.write_bytes(bev_png(bev, classes))
+
+
+def bev_png(bev: UInt8[np.ndarray, "height width"], classes: Sequence[BevClass]) -> bytes:
+    """Class ids as a palette PNG in the colours of the classes."""
     image = Image.fromarray(bev)
     palette = [0] * 768
     for bev_class in classes:
         palette[3 * bev_class.id : 3 * bev_class.id + 3] = bev_class.color
     image.putpalette(palette)
-    image.save(path)
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def write_scene(
