@@ -19,6 +19,7 @@ from nfldm_ns.diffusion.training import (
     DiffusionTrainingConfig,
     diffusion_target,
     evaluate_denoiser,
+    load_denoiser,
     loss_weights,
     make_scheduler,
     predicted_velocity,
@@ -280,7 +281,7 @@ def test_latents_are_those_of_the_turned_scenes(store, latent_autoencoder, memor
 def train(stage, memory, latent_autoencoder, folder, config=TRAINING, **kwargs):
     progress = kwargs.pop("on_progress", lambda share, losses: None)
     sizes = kwargs.pop("sizes", DENOISER_SIZES[stage])
-    return train_denoiser(stage, memory, latent_autoencoder, folder, sizes, config, on_progress=progress)
+    return train_denoiser(stage, memory, latent_autoencoder, folder, sizes, config, on_progress=progress, **kwargs)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -300,6 +301,19 @@ def test_resumed_training_is_equal_to_the_bit(stage, memory, latent_autoencoder,
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
     assert [line["step"] for line in read_metrics(tmp_path / "parts")] == [2, 4, 6]
+
+
+def test_training_begins_from_a_given_denoiser(memory, latent_autoencoder, tmp_path):
+    first = train("coarse", memory, latent_autoencoder, tmp_path / "first")
+    still = replace(TRAINING, schedule=replace(TRAINING.schedule, learning_rate=0.0, seed=1))
+    again = train(
+        "coarse", memory, latent_autoencoder, tmp_path / "again", still, initial=load_denoiser(tmp_path / "first")
+    )
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in first.state_dict().items())
+    other = replace(still, condition_dropout=0.5)
+    with pytest.raises(UserInputError, match=r"does not fit .*\(condition_dropout\)"):
+        train("coarse", memory, latent_autoencoder, tmp_path / "other", other, initial=first)
+    assert not (tmp_path / "other" / "run.json").exists()
 
 
 @pytest.mark.parametrize("stage", STAGES)

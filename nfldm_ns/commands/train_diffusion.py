@@ -10,6 +10,7 @@ from nfldm_ns.commands.schedule import ReportTo, given_settings, is_first_proces
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 if TYPE_CHECKING:
+    from nfldm_ns.diffusion.training import Denoiser, Stage
     from nfldm_ns.latents.voxel_store import VoxelStore
 
 HELD_OUT_SCENES = 64
@@ -59,6 +60,8 @@ class TrainDiffusion:
     and without a map."""
     bev_dropout: float | None = None
     """Share of scenes whose map they do not see (0.15 by default), drawn apart from `--condition-dropout`."""
+    initial_weights: Path | None = None
+    """The output folder of an earlier training, of the same preset and options, to begin from."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
     validation_steps: int | None = None
@@ -107,6 +110,7 @@ class TrainDiffusion:
                 preset.models[stage],
                 training,
                 scene_autoencoder=scene_autoencoder,
+                initial=self._initial(stage),
             )
             if held_out is not None and is_first_process():
                 errors = held_out_errors(stage, denoiser, held_out, training)
@@ -117,6 +121,19 @@ class TrainDiffusion:
             return
         saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, preset.temperatures)
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
+
+    def _initial(self, stage: "Stage") -> "Denoiser | None":
+        from nfldm_ns.diffusion.training import load_denoiser
+
+        if self.initial_weights is None:
+            return None
+        denoiser = load_denoiser(self.initial_weights / stage)
+        if denoiser is None:
+            raise UserInputError(
+                f"{self.initial_weights / stage} holds no trained denoiser: give the --output-dir of a finished "
+                "training."
+            )
+        return denoiser
 
     def _require_its_voxels(self, store: "VoxelStore") -> None:
         """Raises `UserInputError` where the run of stage 2 says that it learned voxels of another stage 1."""

@@ -341,6 +341,7 @@ def train_denoiser(
     config: DiffusionTrainingConfig,
     *,
     scene_autoencoder: SceneAutoencoder | None = None,
+    initial: Denoiser | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Denoiser:
     """Trains one denoiser, continuing an interrupted run.
@@ -350,9 +351,13 @@ def train_denoiser(
         output_dir: becomes a run folder (see `RunFolder`) with the averaged weights in `denoiser/`.
         model_config: sizes of the denoiser; the latents' shapes come from `latent_autoencoder`.
         scene_autoencoder: stage 1, for sample renders every `validation_steps`; None for none.
+        initial: a denoiser of the same configuration to begin from, for a longer training.
 
     Returns:
         the denoiser with averaged weights, in evaluation mode.
+
+    Raises:
+        UserInputError: if the settings, the latents, their maps or the initial denoiser do not fit together.
     """
     training_scheduler(config)  # refuses what cannot be, before anything is written
     accelerator = new_accelerator(config.schedule, output_dir)
@@ -376,6 +381,9 @@ def train_denoiser(
     }
     if config.condition == "bev":
         identity["bev_classes"] = [asdict(bev_class) for bev_class in memory.bev_classes]
+    if initial is not None:
+        _begin_from(initial, denoiser)
+        identity["initial_weights"] = model_hash(initial)
     folder = RunFolder(output_dir, identity, accelerator)
     ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
 
@@ -405,6 +413,17 @@ def train_denoiser(
             denoiser.save_pretrained(temporary)
     accelerator.wait_for_everyone()
     return denoiser.eval()
+
+
+def _begin_from(initial: Denoiser, denoiser: Denoiser) -> None:
+    given, wanted = public_config(initial), public_config(denoiser)
+    differing = sorted(name for name in {*given, *wanted} if given.get(name) != wanted.get(name))
+    if type(initial) is not type(denoiser) or differing:
+        raise UserInputError(
+            f"The initial {type(initial).__name__} does not fit what is to be trained "
+            f"({', '.join(differing) or type(denoiser).__name__}): give one of the same preset and options."
+        )
+    load_exactly(denoiser, initial.state_dict(), "the initial denoiser")
 
 
 @torch.no_grad()
