@@ -304,6 +304,7 @@ def test_another_kind_of_pipeline(broken):
 
 def test_half_precision_on_disk_is_single_precision_in_use(folder, tmp_path):
     save_in_half_precision(folder, tmp_path / "half")
+    assert str(tmp_path) not in (tmp_path / "half" / "model_index.json").read_text(), "not where it was made"
     whole, half = load_pipeline(folder), load_pipeline(tmp_path / "half")
     for name in ("scene_autoencoder", "latent_autoencoder", "global_denoiser", "coarse_denoiser", "fine_denoiser"):
         expected, found = getattr(whole, name).state_dict(), getattr(half, name).state_dict()

@@ -31,7 +31,7 @@ from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.models import GENERATOR, resolve_model, shipped_models
 from nfldm_ns.scenes.collection import BevClass, bev_class, read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.scenes.writing import atomic_path
+from nfldm_ns.scenes.writing import atomic_path, write_json
 
 STAGES = ("global", "coarse", "fine")
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -505,6 +505,8 @@ def save_in_half_precision(pipeline: Path | str, folder: Path | str) -> None:
             parameter.data = parameter.data.half()
     with atomic_path(Path(folder)) as temporary:
         smaller.save_pretrained(temporary)
+        index = temporary / smaller.config_name
+        write_json(index, {k: v for k, v in read_json(index).items() if k != "_name_or_path"})  # where it was made
 
 
 def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline") -> None:
