@@ -388,8 +388,7 @@ class MeanDifference(torch.nn.Module):
 
 def drawing_pipeline() -> NFLDMPipeline:
     """A pipeline that takes maps, and makes of each a scene with walls where the map has none of the floor."""
-    pipeline = small_pipeline()
-    pipeline.coarse_denoiser.register_to_config(bev_classes=2)
+    pipeline = small_pipeline(maps={"bev_classes": 2, "bev_size": (16, 16), "bev_dropout": 0.1})
 
     class Drawing(NFLDMPipeline):
         def __call__(self, *args: Any, bev: torch.Tensor | None = None, guidance_scale: float = 1.0, **kwargs: Any):

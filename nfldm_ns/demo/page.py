@@ -296,7 +296,7 @@ def generated_section(looks: Sequence[SampleLook]) -> Section:
 def shipped_section(looks: Sequence[SampleLook]) -> Section:
     """Scenes of the model that comes with the package."""
     text = (
-        f"`{GENERATOR}` comes with this package: the same method, trained longer on bright rooms of many maps. This "
+        f"`{GENERATOR}` comes with this package: the same method, trained for hours on rooms of made-up mazes. This "
         "is what `nfldm-sample` shows without any training; nothing is selected here either."
     )
     return Section("From the model that comes with the package", text, _pictures_of(looks))
