@@ -78,7 +78,7 @@ class Options:
     """denoising steps of each latent"""
     first_scene: int = 0
     """seed of the first sampled scene; further ones count up"""
-    region: str = "box 2 -4 8 4"
+    region: str = "box 2 -4 7 4"
     """what is resampled, in the words of nfldm-edit combine --where"""
     place: str = "x > 1.5"
     """where the second of two combined scenes is seen"""

@@ -46,7 +46,7 @@ def test_same_seed_same_room_and_half_precision_is_only_storage(pipeline):
     assert pipeline.coarse_denoiser.dtype == torch.float32
     assert torch.equal(first.grids.density, second.grids.density)
     assert first.grids.features.isfinite().all() and first.grids.density.isfinite().all()
-    torch.testing.assert_close(first.grids.aabb, torch.tensor([[-8.0, -8.0, -2.5], [8.0, 8.0, 4.0]]))
+    torch.testing.assert_close(first.grids.aabb, torch.tensor([[-7.5, -7.5, -2.2], [7.5, 7.5, 3.9]]))
 
 
 def test_diffusers_loads_it_too(pipeline):
@@ -66,7 +66,7 @@ def test_its_scenes_can_be_edited_without_naming_it(tmp_path):
     scenes, edited = tmp_path / "scenes", tmp_path / "edited"
     quick = ["--num-inference-steps", "2", "--device", "cpu"]
     sample.main(["--num-scenes", "1", *quick, "--output-dir", str(scenes)])
-    box = ["--box", "0", "-8", "8", "0", "--resamplings", "1"]
+    box = ["--box", "0", "-7", "7", "0", "--resamplings", "1"]
     edit.main(["resample", str(scenes / "scene_000000"), *box, *quick, "--output-dir", str(edited)])
     made = json.loads(next(edited.glob("*/scene.json")).read_text())["provenance"]
     assert made["pipeline"] == GENERATOR
