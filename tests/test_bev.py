@@ -38,6 +38,7 @@ from nfldm_ns.scenes.bev_maps import read_drawn_map
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 from nfldm_ns.scenes.writing import bev_png, write_bev
 from nfldm_ns.training import ItemDraws, Schedule
+from tests.interruption import Interrupted, interrupt
 from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_pipeline, small_scene_autoencoder
 from tests.synthetic import AABB, BEV_CLASSES, BEV_SIZE, make_box_room_collection
 
@@ -193,13 +194,6 @@ def train(stage, memory, latent_autoencoder, folder, config=TRAINING, on_progres
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_training_with_maps_is_equal_to_the_bit(stage, memory, latent_autoencoder, tmp_path):
     whole = train(stage, memory, latent_autoencoder, tmp_path / "whole")
-
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(share, losses):
-        if share > 0.6:
-            raise Interrupted
 
     with pytest.raises(Interrupted):
         train(stage, memory, latent_autoencoder, tmp_path / "parts", on_progress=interrupt)

@@ -36,6 +36,7 @@ from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
 from nfldm_ns.scenes.views import rotate_cameras90
 from nfldm_ns.training import Schedule, read_metrics
+from tests.interruption import Interrupted, interrupt
 from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
 from tests.synthetic import AABB, make_box_room_collection, surround_cameras
 
@@ -287,13 +288,6 @@ def train(stage, memory, latent_autoencoder, folder, config=TRAINING, **kwargs):
 @pytest.mark.parametrize("stage", STAGES)
 def test_resumed_training_is_equal_to_the_bit(stage, memory, latent_autoencoder, tmp_path):
     whole = train(stage, memory, latent_autoencoder, tmp_path / "whole")
-
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(share, losses):
-        if share > 0.6:
-            raise Interrupted
 
     with pytest.raises(Interrupted):
         train(stage, memory, latent_autoencoder, tmp_path / "parts", on_progress=interrupt)

@@ -31,6 +31,7 @@ from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection, model_ha
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training import Schedule, batch_indices, read_metrics
+from tests.interruption import Interrupted, interrupt
 from tests.small_models import (
     LATENT_SIZES,
     random_grid,
@@ -489,13 +490,6 @@ def test_every_scene_comes_once_per_epoch_in_an_order_that_only_the_seed_decides
 
 def test_resumed_training_is_equal_to_the_bit(store, tmp_path):
     whole = train(store, tmp_path / "whole")
-
-    class Interrupted(Exception):
-        pass
-
-    def interrupt(share, losses):
-        if share > 0.6:
-            raise Interrupted
 
     with pytest.raises(Interrupted):
         train_latent_autoencoder(store, tmp_path / "parts", LATENT_SIZES, TRAINING, on_progress=interrupt)

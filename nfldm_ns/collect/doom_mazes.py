@@ -85,15 +85,18 @@ class MazeWad:
     def map_lumps(self, name: str) -> dict[str, bytes]:
         """The raw lumps of one maze; those that the game builds itself are empty."""
         maze = self.read_map(name)
-        lumps = dict.fromkeys(("THINGS", "LINEDEFS", "SIDEDEFS", "VERTEXES", "SEGS", "SSECTORS", "NODES"), b"")
-        lumps |= {
+        return {
             "THINGS": maze.things.tobytes(),
             "LINEDEFS": maze.lines.tobytes(),
             "SIDEDEFS": maze.sides.tobytes(),
             "VERTEXES": maze.vertices.tobytes(),
+            "SEGS": b"",
+            "SSECTORS": b"",
+            "NODES": b"",
             "SECTORS": maze.sectors.tobytes(),
+            "REJECT": b"",
+            "BLOCKMAP": b"",
         }
-        return lumps | {"REJECT": b"", "BLOCKMAP": b""}
 
     def read_map(self, name: str) -> DoomMap:
         if name not in maze_names():
@@ -158,7 +161,7 @@ class _Builder:
         columns = (2, width - 3) if width >= 10 else ((width - 1) // 2,)
         for row in rows:
             for column in columns:
-                room[row : row + 1, column : column + 1] = _PILLAR
+                room[row, column] = _PILLAR
 
     def _join(self) -> None:
         for tiles in (self._tiles, self._tiles.T):
