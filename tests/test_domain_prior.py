@@ -17,9 +17,15 @@ from nfldm_ns.commands.train_prior import main
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.prior_presets import PRIOR_PRESETS
 from nfldm_ns.refine.distillation import DistillationConfig, distill
-from nfldm_ns.refine.domain_prior import PixelDenoiser, load_domain_prior
-from nfldm_ns.refine.images import centre_square, collection_paths, example_images, read_square_images
-from nfldm_ns.refine.prior import rows_of
+from nfldm_ns.refine.domain_prior import RENDERED, UNKNOWN, PixelDenoiser, load_domain_prior
+from nfldm_ns.refine.images import (
+    centre_square,
+    collection_paths,
+    example_images,
+    read_square_images,
+    render_paths,
+)
+from nfldm_ns.refine.prior import pick, repeat, rows_of
 from nfldm_ns.refine.prior_training import PriorTrainingConfig, train_prior
 from nfldm_ns.training import Schedule
 from tests.pretrained import require_weights
@@ -76,9 +82,39 @@ def test_a_prior_learns_a_collection_of_one_colour(tmp_path, box_room_collection
     )
     x = torch.full((4, 3, 16, 16), 0.8).requires_grad_()
     config = DistillationConfig(guidance="none", max_time=0.7)
-    condition = {"embedding": prior.clean_embeddings[:4]}
-    distilled = distill(prior, x, condition, None, config, 0.0, torch.Generator().manual_seed(0))
+    distilled = distill(
+        prior, x, pick(prior.clean_condition(), range(4)), None, config, 0.0, torch.Generator().manual_seed(0)
+    )
     assert (distilled.gradient.mean((1, 2, 3)) > 0).all(), "brighter than the domain: descending makes it darker"
+
+
+def test_a_prior_learns_what_tells_renders_from_clean_images(tmp_path, box_room_collection):
+    """Clean images are dark and renders bright: away from renders is darker."""
+    require_weights("lpips-alex")
+    root = tmp_path / "dark"
+    shutil.copytree(box_room_collection.root, root)
+    for path in root.glob("scenes/*/images/*.png"):
+        Image.fromarray(np.full((32, 32, 3), 60, np.uint8)).save(path)
+    scene = tmp_path / "generated" / "scene_000000"
+    (scene / "images").mkdir(parents=True)
+    (scene / "scene.json").write_text("{}")
+    Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(scene / "images" / "source_00.png")
+    longer = Schedule(max_steps=150, batch_size=8, learning_rate=1e-2, warmup_steps=5, log_every=20, report_to="none")
+    training = replace(TRAINING, schedule=longer, render_share=0.5, condition_dropout=0.5)
+    collection = type(box_room_collection).open(root)
+    made = train_prior(collection, tmp_path / "run", MODEL, training, generated=[tmp_path / "generated"])
+    assert json.loads((made / "prior.json").read_text())["made_by"]["renders"] == 1
+    prior = load_domain_prior(made)
+    pixels = torch.full((4, 3, 16, 16), 0.5)
+    noisy, timestep = torch.zeros(4, 3, 16, 16), torch.full((4,), 700)
+    nothing = prior.unconditional()["embedding"].expand(4, -1)
+    rendered = {**prior.render_condition(pixels), "embedding": nothing}
+    clean = {**prior.condition(pixels), "embedding": nothing}
+    signal, sigma = prior.signal_and_noise(timestep)
+    dark, bright = (
+        ((noisy - sigma * prior.predict_noise(noisy, timestep, given)) / signal).mean() for given in (clean, rendered)
+    )
+    assert dark < -0.2 < 0.2 < bright, (dark, bright)
 
 
 def test_conditions_of_a_prior(folder):
@@ -88,7 +124,7 @@ def test_conditions_of_a_prior(folder):
     assert condition["embedding"].shape == (2, 1152) and rows_of(prior.clean_condition()) == 36
     assert torch.allclose(prior.condition(images[1:])["embedding"], condition["embedding"][1:], atol=1e-4)
     noisy, timestep = torch.randn(2, 3, 16, 16), torch.tensor([3, 999])
-    nothing = {"embedding": prior.unconditional()["embedding"].expand(2, -1)}
+    nothing = repeat(prior.unconditional(), 2)
     dropped = prior.denoiser(noisy, timestep, condition["embedding"], torch.tensor([True, True]))
     assert torch.allclose(prior.denoise(noisy, timestep, nothing), dropped, atol=1e-6)
     with pytest.raises(UserInputError, match="no words"):
@@ -126,6 +162,19 @@ def test_the_command_trains_what_it_is_told(box_room_collection, tmp_path, capsy
     assert ending.value.code == 2 and "cannot be halved" in capsys.readouterr().err
 
 
+def test_patches_are_places_of_the_network():
+    denoiser = PixelDenoiser(**MODEL, embedding_dim=8, patch_size=2, knows_renders=True)
+    sample, timestep, embedding = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, 8)
+    predicted = denoiser(sample, timestep, embedding)
+    assert predicted.shape == sample.shape and denoiser.unet.config.sample_size == 8
+    unknown = denoiser(sample, timestep, embedding, origin=torch.tensor([UNKNOWN, UNKNOWN]))
+    rendered = denoiser(sample, timestep, embedding, origin=torch.tensor([RENDERED, UNKNOWN]))
+    assert torch.equal(predicted, unknown)
+    assert not torch.allclose(predicted[0], rendered[0]) and torch.allclose(predicted[1], rendered[1], atol=1e-6)
+    with pytest.raises(ValueError, match="patches of 2"):
+        PixelDenoiser(**{**MODEL, "image_size": 18}, patch_size=2)
+
+
 def test_the_small_prior_ships_below_10_megabytes():
     count = sum(parameter.numel() for parameter in PixelDenoiser(**PRIOR_PRESETS["small"].model).parameters())
     assert count < 5e6 and 2 * (count + 256 * 1472) < 10e6
@@ -151,6 +200,8 @@ def test_examples_come_from_files_folders_scenes_and_collections(box_room_collec
     assert example_images(scene, 16).shape == example_images(scene / "images", 16).shape == (12, 3, 16, 16)
     one = example_images(scene / "images" / "source_00.png", 32)
     assert one.shape == (1, 3, 32, 32) and one.min() >= 0 and 0.3 < one.max() <= 1
+    with pytest.raises(UserInputError, match="no images of generated scenes"):
+        render_paths([scene])
     with pytest.raises(UserInputError, match="There is no"):
         example_images(tmp_path / "nothing", 16)
     with pytest.raises(UserInputError, match="no images"):

@@ -26,6 +26,9 @@ class TrainPrior:
     preset: Literal["tiny", "small"] = "small"
     image_size: int = 64
     """Side of the images in pixels: middle squares, resized where they are larger or smaller."""
+    renders: tuple[Path, ...] = ()
+    """Generated scenes, or folders of them: the prior also learns their images, and to tell them from clean ones, so
+    that negative guidance knows what to move away from."""
     max_images: int | None = None
     """Learn from this many images, evenly chosen; all are kept in memory (12 KB each at 64 x 64)."""
     max_steps: int | None = None
@@ -60,7 +63,9 @@ class TrainPrior:
         if self.condition_dropout is not None:
             training = replace(training, condition_dropout=self.condition_dropout)
         model = {**preset.model, "image_size": self.image_size}
-        folder = train_prior(collection, self.output_dir, model, training, max_images=self.max_images)
+        folder = train_prior(
+            collection, self.output_dir, model, training, max_images=self.max_images, generated=self.renders
+        )
         if is_first_process():
             loss = read_json(folder / "prior.json")["made_by"]["held_out_loss"]
             print(f"The prior is in {folder}; its loss on held-out images is {loss}")

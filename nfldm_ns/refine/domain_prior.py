@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from jaxtyping import Bool, Float, Int
@@ -32,21 +33,24 @@ VERSION = 1
 DESCRIPTION = "prior.json"
 DENOISER, SCHEDULER, EMBEDDINGS = "denoiser", "scheduler", "clean_images.safetensors"
 EMBEDDED_AT_ONCE = 32
+CLEAN, RENDERED, UNKNOWN = range(3)  # where an image is from, for priors that know renders
 SMALLEST_EMBEDDED = 64  # pixels; AlexNet has nothing left of much smaller images
 
 EmbeddingNetwork = Literal["vgg", "alex"]
 
 
 class PixelDenoiser(ModelMixin, ConfigMixin):
-    """A U-Net on pixels in [-1, 1], conditioned on an embedding of an image.
+    """A U-Net on pixels in [-1, 1], conditioned on an embedding of an image and on where it is from.
 
     Args:
-        image_size: side of the images in pixels, a multiple of `2 ** (len(channels) - 1)`.
+        image_size: side of the images in pixels, a multiple of `patch_size * 2 ** (len(channels) - 1)`.
         embedding_dim: size of the embedding.
         channels: widths at each resolution, finest first.
         attention: where self-attention is used; the lowest resolution always has it in the middle.
         layers: residual layers per resolution.
         head_dim: channels per attention head.
+        patch_size: side in pixels of the patches that the U-Net sees as one place; 2 is three times as fast as 1.
+        knows_renders: it learns to tell renders from clean images, too; without, `origin` changes nothing.
     """
 
     config_name = "config.json"
@@ -60,15 +64,19 @@ class PixelDenoiser(ModelMixin, ConfigMixin):
         attention: tuple[bool, ...] = (False, False, True, True),
         layers: int = 1,
         head_dim: int = 32,
+        patch_size: int = 1,
+        knows_renders: bool = False,
     ) -> None:
         super().__init__()
-        if image_size % 2 ** (len(channels) - 1):
-            raise ValueError(f"images of {image_size} pixels cannot be halved {len(channels) - 1} times")
+        if image_size % (patch_size * 2 ** (len(channels) - 1)):
+            patches = "" if patch_size == 1 else f"cut into patches of {patch_size} and "
+            raise ValueError(f"images of {image_size} pixels cannot be {patches}halved {len(channels) - 1} times")
         self.embedding = Normaliser(embedding_dim)
+        self.origin = nn.Embedding(3, embedding_dim, padding_idx=UNKNOWN) if knows_renders else None
         self.unet = UNet2DConditionModel(
-            sample_size=image_size,
-            in_channels=3,
-            out_channels=3,
+            sample_size=image_size // patch_size,
+            in_channels=3 * patch_size**2,
+            out_channels=3 * patch_size**2,
             block_out_channels=tuple(channels),
             down_block_types=tuple("AttnDownBlock2D" if flag else "DownBlock2D" for flag in attention),
             mid_block_type="UNetMidBlock2D",
@@ -91,6 +99,7 @@ class PixelDenoiser(ModelMixin, ConfigMixin):
         timestep: Int[Tensor, "batch"],
         embedding: Float[Tensor, "batch dim"],
         drop: Bool[Tensor, "batch"] | None = None,
+        origin: Int[Tensor, "batch"] | None = None,
     ) -> Float[Tensor, "batch 3 size size"]:
         """Predicts from noisy pixels.
 
@@ -98,11 +107,15 @@ class PixelDenoiser(ModelMixin, ConfigMixin):
             embedding: in its own units.
             drop: images that are to be predicted without their embedding: with the mean embedding, as those of scene
                 codes (`CoarseDenoiser`).
+            origin: CLEAN, RENDERED or UNKNOWN; by default the last.
         """
         code = self.embedding(embedding)
         if drop is not None:
             code = code.masked_fill(drop[:, None], 0.0)
-        return self.unet(sample, timestep, None, class_labels=code).sample
+        if self.origin is not None and origin is not None:
+            code = code + self.origin(origin)
+        patches = F.pixel_unshuffle(sample, self.config.patch_size)
+        return F.pixel_shuffle(self.unet(patches, timestep, None, class_labels=code).sample, self.config.patch_size)
 
 
 class ImageEmbedder(nn.Module):
@@ -168,17 +181,23 @@ class DomainPrior(ImagePrior):
             raise UserInputError(
                 "This prior knows the images of one domain and no words: give an image or a folder of images as style."
             )
-        return {"embedding": self.embedder(images.to(self.device))}
+        return self._condition(self.embedder(images.to(self.device)), CLEAN)
+
+    def render_condition(self, images: Tensor) -> Condition:
+        return self._condition(self.embedder(images.to(self.device)), RENDERED)
 
     def clean_condition(self) -> Condition:
         """Of the images of its collection that it keeps embeddings of."""
-        return {"embedding": self.clean_embeddings}
+        return self._condition(self.clean_embeddings, CLEAN)
 
     def unconditional(self) -> Condition:
-        return {"embedding": self.denoiser.embedding.mean[None]}
+        return self._condition(self.denoiser.embedding.mean[None], UNKNOWN)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        return self.denoiser(noisy, timestep, condition["embedding"])
+        return self.denoiser(noisy, timestep, condition["embedding"], origin=condition["origin"])
+
+    def _condition(self, embedding: Float[Tensor, "rows dim"], origin: int) -> Condition:
+        return {"embedding": embedding, "origin": torch.full((len(embedding),), origin, device=self.device)}
 
 
 @dataclass

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.generated.scene_files import DESCRIPTION
 from nfldm_ns.scenes.collection import SceneCollection, read_transforms
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -58,6 +59,33 @@ def collection_paths(collection: SceneCollection, split: str) -> list[Path]:
     return paths
 
 
+def render_paths(folders: Sequence[Path]) -> list[Path]:
+    """The images of generated scenes.
+
+    Args:
+        folders: scenes, or folders of scenes as `nfldm-sample` leaves them.
+
+    Raises:
+        UserInputError: if one has none.
+    """
+    paths: list[Path] = []
+    for folder in folders:
+        scenes = (
+            [folder] if (folder / DESCRIPTION).is_file() else sorted(p.parent for p in folder.glob(f"*/{DESCRIPTION}"))
+        )
+        found = [path for scene in scenes for path in _images_in(scene / "images")]
+        if not found:
+            raise UserInputError(f"There are no images of generated scenes in {folder}: make some with 'nfldm-sample'.")
+        paths += found
+    return paths
+
+
+def _images_in(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+
+
 def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor, "images 3 size size"]:
     """At most `most` images in [0, 1] of an image file, a folder of images, a scene collection or a scene.
 
@@ -73,7 +101,7 @@ def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor
         paths = collection_paths(SceneCollection.open(path), "train")
     elif path.is_dir():
         folder = path / "images" if (path / "transforms.json").is_file() else path
-        paths = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+        paths = _images_in(folder)
     else:
         raise UserInputError(f"There is no {path}: give an image, a folder of images, a scene or a scene collection.")
     if not paths:

@@ -63,6 +63,10 @@ class ImagePrior(nn.Module, ABC):
             UserInputError: if the model cannot be conditioned on that.
         """
 
+    def render_condition(self, images: Float[Tensor, "batch 3 height width"]) -> Condition:
+        """The condition that stands for renders in [0, 1], of which this is known; by default that of any images."""
+        return self.condition(images)
+
     @abstractmethod
     def unconditional(self) -> Condition:
         """The condition, of one row, that says nothing."""

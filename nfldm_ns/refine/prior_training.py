@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,16 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.galleries import image_grid
 from nfldm_ns.latents.training import public_config
 from nfldm_ns.refine.domain_prior import (
+    CLEAN,
+    RENDERED,
+    UNKNOWN,
     EmbeddingNetwork,
     ImageEmbedder,
     PixelDenoiser,
     PriorDescription,
     save_domain_prior,
 )
-from nfldm_ns.refine.images import collection_paths, read_square_images
+from nfldm_ns.refine.images import collection_paths, read_square_images, render_paths
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.tracking import Pictures
 from nfldm_ns.training import (
@@ -64,7 +68,9 @@ class PriorTrainingConfig:
     embedding_noise: float = 0.1
     """Standard deviation of noise on embeddings, relative to theirs: those of renders are never exact."""
     condition_dropout: float = 0.1
-    """Share of images whose embedding is hidden, for classifier-free guidance."""
+    """Share of images whose embedding is hidden, and share of those whose origin is, for guidance."""
+    render_share: float = 0.35
+    """Share of renders among the images it learns from, where there are some."""
     mirror: bool = True
     """Also learn from mirrored images."""
     ema_decay: float = 0.999
@@ -77,6 +83,7 @@ class PriorLosses:
     Args:
         wrapped: the denoiser, as the accelerator wraps it.
         images: `[N, 3, S, S]`, 8 bits.
+        renders: `[R, 3, S, S]`, 8 bits: what it learns to tell from them; there may be none.
     """
 
     def __init__(
@@ -90,7 +97,9 @@ class PriorLosses:
         rank: int = 0,
         world_size: int = 1,
         joint_batch_size: int | None = None,
+        renders: UInt8[Tensor, "renders 3 size size"] | None = None,
     ) -> None:
+        self.renders = images[:0] if renders is None else renders
         self.wrapped, self.denoiser, self.embedder = wrapped, denoiser, embedder
         self.images, self.config, self.device = images, config, device
         self.rank, self.world_size = rank, world_size
@@ -114,6 +123,12 @@ class PriorLosses:
     ) -> Float[Tensor, ""]:
         """Of some images."""
         pixels = self.images[indices].to(self.device).float() / 255
+        origin = torch.full((len(indices),), CLEAN, device=self.device)
+        if augment and len(self.renders):
+            rendered = draws.uniform().to(self.device) < self.config.render_share
+            renders = self.renders[draws.integers(len(self.renders)).cpu()].to(self.device).float() / 255
+            pixels = torch.where(rendered.view(-1, 1, 1, 1), renders, pixels)
+            origin = origin.masked_fill(rendered, RENDERED)
         if augment and self.config.mirror:
             mirrored = draws.integers(2).bool().to(self.device)
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
@@ -124,8 +139,9 @@ class PriorLosses:
             spread = self.config.embedding_noise * self.denoiser.embedding.std
             embedding = embedding + spread * draws.normal(embedding)
             drop = draws.uniform().to(self.device) < self.config.condition_dropout
+            origin = origin.masked_fill(draws.uniform().to(self.device) < self.config.condition_dropout, UNKNOWN)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
-        predicted = self.wrapped(noisy, timestep, embedding, drop).float()
+        predicted = self.wrapped(noisy, timestep, embedding, drop, origin).float()
         return F.mse_loss(predicted, diffusion_target(self.scheduler, clean, noise, timestep))
 
 
@@ -142,8 +158,9 @@ class PriorPictures:
         self.noise = ItemDraws(0, range(len(images)), device).normal(self.images.to(device))
 
     def __call__(self) -> Pictures:
+        origin = torch.full((len(self.embedding),), CLEAN, device=self.embedding.device)
         conditioned, free = (
-            sample_latents(self.denoiser, self.scheduler, self.noise, PICTURE_STEPS, embedding=embedding)
+            sample_latents(self.denoiser, self.scheduler, self.noise, PICTURE_STEPS, embedding=embedding, origin=origin)
             for embedding in (self.embedding, self.denoiser.embedding.mean.expand_as(self.embedding))
         )
         columns = {
@@ -173,6 +190,7 @@ def train_prior(
     config: PriorTrainingConfig,
     *,
     max_images: int | None = None,
+    generated: Sequence[Path] = (),
     on_progress: ProgressCallback | None = None,
 ) -> Path:
     """Trains a prior on the training scenes' images, continuing an interrupted run.
@@ -181,6 +199,7 @@ def train_prior(
         output_dir: becomes a run folder (see `RunFolder`) with the averaged weights in `prior/`.
         model_config: sizes of `PixelDenoiser`.
         max_images: kept in memory, evenly chosen from all scenes; None for all.
+        generated: scenes, or folders of scenes, whose images it learns to tell from clean ones.
 
     Returns:
         the prior's folder; its `prior.json` tells the loss on held-out images.
@@ -190,10 +209,12 @@ def train_prior(
     size = int(model_config.get("image_size", 64))
     embedder = ImageEmbedder(config.embedding, size).to(accelerator.device)
     try:
-        denoiser = PixelDenoiser(**{**model_config, "embedding_dim": embedder.dim})
+        sizes = {**model_config, "embedding_dim": embedder.dim, "knows_renders": bool(generated)}
+        denoiser = PixelDenoiser(**sizes)
     except ValueError as error:
         raise UserInputError(f"The prior cannot be built ({error}): choose another --image-size.") from None
     images = _read(collection, "train", max_images, size)
+    renders = read_square_images(render_paths(generated), size) if generated else images[:0]
     held_out = next((split for split in ("val", "test") if collection.splits[split]), "train")
     held_out_images = _read(collection, held_out, NUM_HELD_OUT, size)
     denoiser.to(accelerator.device)
@@ -201,6 +222,7 @@ def train_prior(
     identity = {
         "kind": "image prior",
         "collection": {"name": collection.name, "scenes": len(collection.splits["train"]), "images": len(images)},
+        "renders": len(renders),
         "model": public_config(denoiser),
         "embedding": config.embedding,
         "seed": config.schedule.seed,
@@ -211,7 +233,7 @@ def train_prior(
 
     def make_losses(wrapped: nn.Module) -> PriorLosses:
         share = (accelerator.process_index, accelerator.num_processes, joint_batch_size(config.schedule, accelerator))
-        return PriorLosses(wrapped, denoiser, embedder, images, config, accelerator.device, *share)
+        return PriorLosses(wrapped, denoiser, embedder, images, config, accelerator.device, *share, renders=renders)
 
     render = None
     if config.schedule.validation_steps:
@@ -236,6 +258,7 @@ def train_prior(
             "collection": collection.name,
             "licence": collection.licence,
             "images": len(images),
+            "renders": len(renders),
             "steps": config.schedule.max_steps,
             "seed": config.schedule.seed,
             "held_out_split": held_out,

@@ -92,8 +92,8 @@ class Refiner:
             self.start_renderer.render(self.start, cameras[:, first : first + RENDERED_AT_ONCE]).rgb[0]
             for first in range(0, NUM_INITIAL_RENDERS, RENDERED_AT_ONCE)
         ]
-        conditions = [self.prior.condition(torch.cat(renders).clamp(0, 1))]
-        conditions += [self.prior.condition(self._examples(folder)) for folder in self.config.negative_scenes]
+        conditions = [self.prior.render_condition(torch.cat(renders).clamp(0, 1))]
+        conditions += [self.prior.render_condition(self._examples(folder)) for folder in self.config.negative_scenes]
         return join(conditions)
 
     def _examples(self, path: Path) -> Float[Tensor, "images 3 size size"]:
