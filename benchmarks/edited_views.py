@@ -285,17 +285,22 @@ def mean(values: list[float]) -> float:
 
 
 def kid(reference: Features, fake: Features) -> dict[str, float]:
-    """KID of views of scenes, and its standard error by a jackknife over groups of scenes (NaN for few scenes)."""
+    """KID of views of scenes, and its standard error by a jackknife over groups of scenes (not for few)."""
 
     def distance(left_out: int | None) -> float:
         kept = [f if left_out is None else f[torch.arange(len(f)) % GROUPS != left_out] for f in (reference, fake)]
         return kernel_distance(*(features.flatten(0, 1) for features in kept)).mean
 
-    error = float("nan")
+    result = {"kid": distance(None)}
     if min(len(reference), len(fake)) >= 2 * GROUPS:
         parts = torch.tensor([distance(group) for group in range(GROUPS)], dtype=torch.float64)
-        error = float(((GROUPS - 1) * parts.var(correction=0)).sqrt())
-    return {"kid": distance(None), "kid_error": error}
+        result["kid_error"] = float(((GROUPS - 1) * parts.var(correction=0)).sqrt())
+    return result
+
+
+def kid_cells(found: dict[str, float]) -> list[float | None]:
+    """Of a table: KID and its standard error, which few scenes do not have."""
+    return [found["kid"], found.get("kid_error")]
 
 
 def seen_outside(

@@ -44,6 +44,7 @@ from edited_views import (
     harmonise,
     interpolate,
     kid,
+    kid_cells,
     mean,
     paint_block,
     resample,
@@ -247,7 +248,7 @@ def resample_tables(found: dict[str, Any], options: Options) -> list[Table]:
     caption = f"Outside of `{options.region}` (seam {options.seam:g} m), against before, in views that see some of it."
     columns = ["pixels", "views", "mean PSNR (dB)", "least", "views of 35 dB or more (%)"]
     inside = [
-        [title, found["diversity"][lpips], *found["kid"][name].values()]
+        [title, found["diversity"][lpips], *kid_cells(found["kid"][name])]
         for title, name, lpips in (
             ("resampled", "resampled", "resampled"),
             ("not resampled", "not resampled", "other scenes"),
@@ -284,7 +285,7 @@ def combine_tables(found: dict[str, Any], options: Options) -> list[Table]:
         f"Views across the seam of `{options.place}` ({options.seam:g} m; harmonised with {options.harmonise:g} of the "
         f"steps) to those of {options.num_scenes} other scenes that are not combined; {options.num_scenes} scenes each."
     )
-    rows = [[name, *values.values()] for name, values in found["kid"].items()]
+    rows = [[name, *kid_cells(values)] for name, values in found["kid"].items()]
     return [Table(["", "KID", "standard error"], rows, caption, digits=4)]
 
 
