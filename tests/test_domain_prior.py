@@ -17,7 +17,7 @@ from nfldm_ns.commands.train_prior import main
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.prior_presets import PRIOR_PRESETS
 from nfldm_ns.refine.distillation import DistillationConfig, distill
-from nfldm_ns.refine.domain_prior import RENDERED, UNKNOWN, PixelDenoiser, load_domain_prior
+from nfldm_ns.refine.domain_prior import RENDERED, UNKNOWN, PriorDenoiser, load_domain_prior
 from nfldm_ns.refine.images import (
     centre_square,
     collection_paths,
@@ -163,7 +163,7 @@ def test_the_command_trains_what_it_is_told(box_room_collection, tmp_path, capsy
 
 
 def test_patches_are_places_of_the_network():
-    denoiser = PixelDenoiser(**MODEL, embedding_dim=8, patch_size=2, knows_renders=True)
+    denoiser = PriorDenoiser(**MODEL, embedding_dim=8, patch_size=2, knows_renders=True)
     sample, timestep, embedding = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, 8)
     predicted = denoiser(sample, timestep, embedding)
     assert predicted.shape == sample.shape and denoiser.unet.config.sample_size == 8
@@ -172,11 +172,11 @@ def test_patches_are_places_of_the_network():
     assert torch.equal(predicted, unknown)
     assert not torch.allclose(predicted[0], rendered[0]) and torch.allclose(predicted[1], rendered[1], atol=1e-6)
     with pytest.raises(ValueError, match="patches of 2"):
-        PixelDenoiser(**{**MODEL, "image_size": 18}, patch_size=2)
+        PriorDenoiser(**{**MODEL, "image_size": 18}, patch_size=2)
 
 
 def test_the_small_prior_ships_below_10_megabytes():
-    count = sum(parameter.numel() for parameter in PixelDenoiser(**PRIOR_PRESETS["small"].model).parameters())
+    count = sum(parameter.numel() for parameter in PriorDenoiser(**PRIOR_PRESETS["small"].model).parameters())
     assert count < 5e6 and 2 * (count + 256 * 1472) < 10e6
 
 

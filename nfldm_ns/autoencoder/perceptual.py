@@ -33,11 +33,15 @@ class PerceptualNetwork(nn.Module):
         """Channels of each level of features, finest first."""
         return tuple(self.metric.chns)
 
-    def features(self, images: Float[Tensor, "batch 3 height width"]) -> Features:
-        """Activations of all levels, for images in [-1, 1]."""
-        scaled = self.metric.scaling_layer(images).contiguous(memory_format=torch.channels_last)
+    def features(self, images: Float[Tensor, "batch 3 height width"], num_levels: int | None = None) -> Features:
+        """Activations of all levels, or of the first ones, for images in [-1, 1]."""
+        count = len(self.channels) if num_levels is None else num_levels
+        hidden = self.metric.scaling_layer(images).contiguous(memory_format=torch.channels_last)
+        levels = []
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            levels = self.metric.net(scaled)
+            for level in range(1, count + 1):
+                hidden = getattr(self.metric.net, f"slice{level}")(hidden)
+                levels.append(hidden)
         return [level.float() for level in levels]
 
     def distance(self, first: Features, second: Features) -> Float[Tensor, "batch"]:

@@ -103,7 +103,7 @@ def guided_noise(
     opposite: Condition | None,
     scale: float,
 ) -> Float[Tensor, "batch channels h w"]:
-    """`scale eps_hat(x | y) + (1 - scale) eps_hat(x | y')`, in one pass of the network.
+    """`scale eps_hat(x | y) + (1 - scale) eps_hat(x | y')`, in one pass of the network, or by the prior's `contrast`.
 
     Args:
         condition: y.
@@ -111,6 +111,9 @@ def guided_noise(
     """
     if opposite is None or scale == 1:
         return prior.predict_noise(noisy, timestep, condition)
+    contrast = prior.contrast(noisy, timestep, condition, opposite)
+    if contrast is not None:
+        return prior.predict_noise(noisy, timestep, condition) + (scale - 1) * contrast
     both = prior.predict_noise(torch.cat([noisy, noisy]), torch.cat([timestep] * 2), join([condition, opposite]))
     towards, away = both.chunk(2)
     return scale * towards + (1 - scale) * away

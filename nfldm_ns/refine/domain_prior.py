@@ -1,4 +1,4 @@
-"""A small pixel diffusion model of one domain: a prior that needs no hub, trained on a collection's own images.
+"""A small image diffusion model of one domain: a prior that needs no hub, trained on a collection's own images.
 
 It is conditioned on an embedding of an image by the network of LPIPS, which training stage 1 needs anyway: the means of
 its activations at all levels, so both what an image shows and its colours and textures. (Not by the Inception of FID,
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.embeddings import get_timestep_embedding
 from jaxtyping import Bool, Float, Int
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -25,32 +26,40 @@ from nfldm_ns.diffusion.denoisers import Normaliser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.refine.prior import Condition, ImagePrior, resize_square
+from nfldm_ns.refine.spaces import REDUCTION, FeatureSpace, PixelSpace, Space, make_space, space_shape
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 FORMAT = "nfldm-image-prior"
 VERSION = 1
 DESCRIPTION = "prior.json"
-DENOISER, SCHEDULER, EMBEDDINGS = "denoiser", "scheduler", "clean_images.safetensors"
+DENOISER, SCHEDULER = "denoiser", "scheduler"
+EMBEDDINGS, SPACE = "clean_images.safetensors", "space.safetensors"
 EMBEDDED_AT_ONCE = 32
 CLEAN, RENDERED, UNKNOWN = range(3)  # where an image is from, for priors that know renders
+TIME_DIM = 64
 SMALLEST_EMBEDDED = 64  # pixels; AlexNet has nothing left of much smaller images
 
 EmbeddingNetwork = Literal["vgg", "alex"]
 
 
-class PixelDenoiser(ModelMixin, ConfigMixin):
-    """A U-Net on pixels in [-1, 1], conditioned on an embedding of an image and on where it is from.
+class PriorDenoiser(ModelMixin, ConfigMixin):
+    """A U-Net on images or their features, conditioned on an embedding of an image.
+
+    One that knows renders is conditioned on where an image is from, too, and has a small network that tells this of
+    noisy images.
 
     Args:
-        image_size: side of the images in pixels, a multiple of `patch_size * 2 ** (len(channels) - 1)`.
+        image_size: side of the images in pixels; samples must be divisible by `patch_size * 2 ** (len(channels) - 1)`.
         embedding_dim: size of the embedding.
         channels: widths at each resolution, finest first.
         attention: where self-attention is used; the lowest resolution always has it in the middle.
         layers: residual layers per resolution.
         head_dim: channels per attention head.
-        patch_size: side in pixels of the patches that the U-Net sees as one place; 2 is three times as fast as 1.
-        knows_renders: it learns to tell renders from clean images, too; without, `origin` changes nothing.
+        patch_size: side of the patches that the U-Net sees as one place.
+        space: what it diffuses.
+        knows_renders: it learns to tell renders from clean images; without, `origin` changes nothing.
+        judge_width: channels of the network that tells them apart.
     """
 
     config_name = "config.json"
@@ -65,18 +74,23 @@ class PixelDenoiser(ModelMixin, ConfigMixin):
         layers: int = 1,
         head_dim: int = 32,
         patch_size: int = 1,
+        space: Space = "pixels",
         knows_renders: bool = False,
+        judge_width: int = 128,
     ) -> None:
         super().__init__()
-        if image_size % (patch_size * 2 ** (len(channels) - 1)):
+        sample_channels, size = space_shape(space, image_size)
+        if size % (patch_size * 2 ** (len(channels) - 1)) or (space == "features" and image_size % REDUCTION):
+            what = f"images of {image_size} pixels" if size == image_size else f"features of {image_size} pixels"
             patches = "" if patch_size == 1 else f"cut into patches of {patch_size} and "
-            raise ValueError(f"images of {image_size} pixels cannot be {patches}halved {len(channels) - 1} times")
+            raise ValueError(f"{what} cannot be {patches}halved {len(channels) - 1} times")
         self.embedding = Normaliser(embedding_dim)
         self.origin = nn.Embedding(3, embedding_dim, padding_idx=UNKNOWN) if knows_renders else None
+        self.judge = OriginJudge(sample_channels, judge_width) if knows_renders else None
         self.unet = UNet2DConditionModel(
-            sample_size=image_size // patch_size,
-            in_channels=3 * patch_size**2,
-            out_channels=3 * patch_size**2,
+            sample_size=size // patch_size,
+            in_channels=sample_channels * patch_size**2,
+            out_channels=sample_channels * patch_size**2,
             block_out_channels=tuple(channels),
             down_block_types=tuple("AttnDownBlock2D" if flag else "DownBlock2D" for flag in attention),
             mid_block_type="UNetMidBlock2D",
@@ -91,23 +105,26 @@ class PixelDenoiser(ModelMixin, ConfigMixin):
 
     @property
     def sample_shape(self) -> tuple[int, int, int]:
-        return 3, self.config.image_size, self.config.image_size
+        channels, size = space_shape(self.config.space, self.config.image_size)
+        return channels, size, size
 
     def forward(
         self,
-        sample: Float[Tensor, "batch 3 size size"],
+        sample: Float[Tensor, "batch channels size size"],
         timestep: Int[Tensor, "batch"],
         embedding: Float[Tensor, "batch dim"],
         drop: Bool[Tensor, "batch"] | None = None,
         origin: Int[Tensor, "batch"] | None = None,
-    ) -> Float[Tensor, "batch 3 size size"]:
-        """Predicts from noisy pixels.
+        judge: bool = False,
+    ) -> Any:
+        """Predicts from noisy samples.
 
         Args:
             embedding: in its own units.
             drop: images that are to be predicted without their embedding: with the mean embedding, as those of scene
                 codes (`CoarseDenoiser`).
             origin: CLEAN, RENDERED or UNKNOWN; by default the last.
+            judge: also returns what `judge` says.
         """
         code = self.embedding(embedding)
         if drop is not None:
@@ -115,7 +132,39 @@ class PixelDenoiser(ModelMixin, ConfigMixin):
         if self.origin is not None and origin is not None:
             code = code + self.origin(origin)
         patches = F.pixel_unshuffle(sample, self.config.patch_size)
-        return F.pixel_shuffle(self.unet(patches, timestep, None, class_labels=code).sample, self.config.patch_size)
+        predicted = F.pixel_shuffle(
+            self.unet(patches, timestep, None, class_labels=code).sample, self.config.patch_size
+        )
+        if not judge:
+            return predicted
+        assert self.judge is not None
+        return predicted, self.judge(sample, timestep)
+
+
+class OriginJudge(nn.Module):
+    """Tells clean images from renders in noise: log-odds log p(clean | x_t) - log p(rendered | x_t), place by place.
+
+    Args:
+        in_channels: of noisy samples.
+        width: of its layers.
+    """
+
+    def __init__(self, in_channels: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, width, 1)
+        self.time = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(3)
+        )
+        self.last = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 1, 1))
+
+    def forward(
+        self, sample: Float[Tensor, "batch channels size size"], timestep: Int[Tensor, "batch"]
+    ) -> Float[Tensor, "batch size size"]:
+        hidden = self.first(sample) + self.time(get_timestep_embedding(timestep, TIME_DIM))[:, :, None, None]
+        for layer in self.layers:
+            hidden = hidden + layer(hidden)
+        return self.last(hidden)[:, 0]
 
 
 class ImageEmbedder(nn.Module):
@@ -149,10 +198,11 @@ class ImageEmbedder(nn.Module):
 
 
 class DomainPrior(ImagePrior):
-    """A trained `PixelDenoiser` with what it needs.
+    """A trained `PriorDenoiser` with what it needs.
 
     Args:
-        denoiser: of images.
+        denoiser: of images or their features.
+        space: that it diffuses.
         scheduler: the noise it was trained with.
         embedder: makes its conditions.
         clean_embeddings: `[K, E]`, of images of its collection: what a refined scene is to look like by default.
@@ -162,26 +212,26 @@ class DomainPrior(ImagePrior):
 
     def __init__(
         self,
-        denoiser: PixelDenoiser,
+        denoiser: PriorDenoiser,
+        space: PixelSpace | FeatureSpace,
         scheduler: DDPMScheduler,
         embedder: ImageEmbedder,
         clean_embeddings: Float[Tensor, "images dim"],
     ) -> None:
         super().__init__(denoiser.config.image_size, scheduler.alphas_cumprod, scheduler.config.prediction_type)
-        self.denoiser, self.embedder = denoiser, embedder
+        self.denoiser, self.space, self.embedder = denoiser, space, embedder
         self.register_buffer("clean_embeddings", clean_embeddings, persistent=False)
         self.eval().requires_grad_(False)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pixels in [-1, 1]."""
-        return 2 * resize_square(images.float(), self.image_size) - 1
+        return self.space(images)
 
     def condition(self, images: Tensor | None = None, text: str | None = None) -> Condition:
         if text is not None or images is None:
             raise UserInputError(
                 "This prior knows the images of one domain and no words: give an image or a folder of images as style."
             )
-        return self._condition(self.embedder(images.to(self.device)), CLEAN)
+        return self._condition(self.embedder(images.to(self.device)), UNKNOWN)
 
     def render_condition(self, images: Tensor) -> Condition:
         return self._condition(self.embedder(images.to(self.device)), RENDERED)
@@ -195,6 +245,22 @@ class DomainPrior(ImagePrior):
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         return self.denoiser(noisy, timestep, condition["embedding"], origin=condition["origin"])
+
+    def contrast(
+        self, noisy: Tensor, timestep: Tensor, condition: Condition, opposite: Condition
+    ) -> Float[Tensor, "batch channels size size"] | None:
+        """Of clean images and renders it is what its judge says, by Bayes' rule: -sigma times the gradient of log-odds.
+
+        The scores of both differ by little, and the errors of two denoisings by much.
+        """
+        clean = bool((condition["origin"] == CLEAN).all()) and bool((opposite["origin"] == RENDERED).all())
+        if self.denoiser.judge is None or not clean:
+            return None
+        with torch.enable_grad():
+            sample = noisy.detach().requires_grad_()
+            odds = self.denoiser.judge(sample, timestep).mean((1, 2)).sum()
+            (gradient,) = torch.autograd.grad(odds, sample)
+        return -self.signal_and_noise(timestep)[1] * gradient
 
     def _condition(self, embedding: Float[Tensor, "rows dim"], origin: int) -> Condition:
         return {"embedding": embedding, "origin": torch.full((len(embedding),), origin, device=self.device)}
@@ -215,7 +281,8 @@ class PriorDescription:
 
 def save_domain_prior(
     folder: Path,
-    denoiser: PixelDenoiser,
+    denoiser: PriorDenoiser,
+    space: PixelSpace | FeatureSpace,
     scheduler: DDPMScheduler,
     clean_embeddings: Float[Tensor, "images dim"],
     description: PriorDescription,
@@ -226,6 +293,8 @@ def save_domain_prior(
         denoiser.save_config(temporary / DENOISER)
         state = {name: value.detach().cpu().half().contiguous() for name, value in denoiser.state_dict().items()}
         save_file(state, temporary / DENOISER / WEIGHTS)
+        if isinstance(space, FeatureSpace):
+            save_file({k: v.cpu().contiguous() for k, v in space.statistics().items()}, temporary / SPACE)
         scheduler.save_config(temporary / SCHEDULER)
         save_file({"embeddings": clean_embeddings.cpu().half().contiguous()}, temporary / EMBEDDINGS)
         content = {"format": FORMAT, "version": VERSION, "embedding": description.embedding}
@@ -250,7 +319,7 @@ def load_domain_prior(folder: Path | str) -> DomainPrior:
     if not known or (description.get("format"), description.get("version")) != (FORMAT, VERSION):
         raise UserInputError(f"{folder / DESCRIPTION} is not of format {FORMAT}, version {VERSION}: train it again.")
     try:
-        denoiser = PixelDenoiser.from_config(read_json(folder / DENOISER / "config.json"))
+        denoiser = PriorDenoiser.from_config(read_json(folder / DENOISER / "config.json"))
         scheduler = DDPMScheduler.from_config(read_json(folder / SCHEDULER / "scheduler_config.json"))
     except (TypeError, ValueError) as error:
         raise UserInputError(f"The prior {folder} cannot be used ({error}): train it again.") from None
@@ -262,4 +331,8 @@ def load_domain_prior(folder: Path | str) -> DomainPrior:
     embedder = ImageEmbedder(description["embedding"], denoiser.config.image_size)
     if embedder.dim != denoiser.config.embedding_dim:
         raise UserInputError(f"{folder / DESCRIPTION} names another embedding than its denoiser has: train it again.")
-    return DomainPrior(denoiser, scheduler, embedder, embeddings.float())
+    space = make_space(denoiser.config.space, denoiser.config.image_size)
+    if isinstance(space, FeatureSpace):
+        network = {name: value for name, value in space.state_dict().items() if name.startswith("network.")}
+        load_exactly(space, {**network, **read_safetensors(folder / SPACE)}, folder / SPACE)
+    return DomainPrior(denoiser, space, scheduler, embedder, embeddings.float())

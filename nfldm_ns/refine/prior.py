@@ -77,6 +77,16 @@ class ImagePrior(nn.Module, ABC):
     ) -> Float[Tensor, "batch channels h w"]:
         """What the network predicts, by `prediction_type`."""
 
+    def contrast(
+        self,
+        noisy: Float[Tensor, "batch channels h w"],
+        timestep: Int[Tensor, "batch"],
+        condition: Condition,
+        opposite: Condition,
+    ) -> Float[Tensor, "batch channels h w"] | None:
+        """eps_hat(x | y) - eps_hat(x | y'), if the model knows it better than by denoising twice; else None."""
+        return None
+
     def signal_and_noise(
         self, timestep: Int[Tensor, "batch"]
     ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:

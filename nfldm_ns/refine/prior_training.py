@@ -31,11 +31,12 @@ from nfldm_ns.refine.domain_prior import (
     UNKNOWN,
     EmbeddingNetwork,
     ImageEmbedder,
-    PixelDenoiser,
+    PriorDenoiser,
     PriorDescription,
     save_domain_prior,
 )
 from nfldm_ns.refine.images import collection_paths, read_square_images, render_paths
+from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, make_space
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.tracking import Pictures
 from nfldm_ns.training import (
@@ -89,7 +90,8 @@ class PriorLosses:
     def __init__(
         self,
         wrapped: nn.Module,
-        denoiser: PixelDenoiser,
+        denoiser: PriorDenoiser,
+        space: PixelSpace | FeatureSpace,
         embedder: ImageEmbedder,
         images: UInt8[Tensor, "images 3 size size"],
         config: PriorTrainingConfig,
@@ -100,7 +102,7 @@ class PriorLosses:
         renders: UInt8[Tensor, "renders 3 size size"] | None = None,
     ) -> None:
         self.renders = images[:0] if renders is None else renders
-        self.wrapped, self.denoiser, self.embedder = wrapped, denoiser, embedder
+        self.wrapped, self.denoiser, self.space, self.embedder = wrapped, denoiser, space, embedder
         self.images, self.config, self.device = images, config, device
         self.rank, self.world_size = rank, world_size
         self.joint_batch_size = joint_batch_size or config.schedule.batch_size
@@ -113,15 +115,16 @@ class PriorLosses:
         positions = batch_positions(*share, self.rank, self.world_size)
         step, first = divmod(positions.start, self.joint_batch_size)
         timestep = self.timesteps(self.joint_batch_size, schedule.seed + step)[first : first + len(indices)]
-        return {"loss": self.loss(indices, timestep, ItemDraws(schedule.seed, positions, self.device))}
+        losses = self.losses(indices, timestep, ItemDraws(schedule.seed, positions, self.device))
+        return {"loss": torch.stack(list(losses.values())).sum(), **{k: v.detach() for k, v in losses.items()}}
 
     def timesteps(self, count: int, seed: int) -> Int[Tensor, "count"]:
         return spread_timesteps(count, self.scheduler.config.num_train_timesteps, seed)
 
-    def loss(
+    def losses(
         self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws, augment: bool = True
-    ) -> Float[Tensor, ""]:
-        """Of some images."""
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Of some images: of velocities, and of a judge (binary cross-entropy) if there is one and augmented images."""
         pixels = self.images[indices].to(self.device).float() / 255
         origin = torch.full((len(indices),), CLEAN, device=self.device)
         if augment and len(self.renders):
@@ -133,7 +136,9 @@ class PriorLosses:
             mirrored = draws.integers(2).bool().to(self.device)
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         embedding, drop = self.embedder(pixels), None
-        clean, timestep = 2 * pixels - 1, timestep.to(self.device)
+        with torch.no_grad():
+            clean, timestep = self.space(pixels), timestep.to(self.device)
+        rendered = (origin == RENDERED).float()
         noise = draws.normal(clean)
         if augment:
             spread = self.config.embedding_noise * self.denoiser.embedding.std
@@ -141,21 +146,34 @@ class PriorLosses:
             drop = draws.uniform().to(self.device) < self.config.condition_dropout
             origin = origin.masked_fill(draws.uniform().to(self.device) < self.config.condition_dropout, UNKNOWN)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
-        predicted = self.wrapped(noisy, timestep, embedding, drop, origin).float()
-        return F.mse_loss(predicted, diffusion_target(self.scheduler, clean, noise, timestep))
+        target = diffusion_target(self.scheduler, clean, noise, timestep)
+        if not (augment and self.denoiser.config.knows_renders):
+            predicted = self.wrapped(noisy, timestep, embedding, drop, origin).float()
+            return {"denoising_loss": F.mse_loss(predicted, target)}
+        predicted, odds = self.wrapped(noisy, timestep, embedding, drop, origin, judge=True)
+        truth = (1 - rendered).view(-1, 1, 1).expand_as(odds)
+        return {
+            "denoising_loss": F.mse_loss(predicted.float(), target),
+            "judging_loss": F.binary_cross_entropy_with_logits(odds.float(), truth),
+        }
 
 
 class PriorPictures:
     """What the prior samples for the embeddings of held-out images, with the same noise every time."""
 
     def __init__(
-        self, denoiser: PixelDenoiser, embedder: ImageEmbedder, images: UInt8[Tensor, "images 3 size size"]
+        self,
+        denoiser: PriorDenoiser,
+        space: PixelSpace | FeatureSpace,
+        embedder: ImageEmbedder,
+        images: UInt8[Tensor, "images 3 size size"],
     ) -> None:
-        self.denoiser, self.scheduler = denoiser, make_scheduler()
+        self.denoiser, self.space, self.scheduler = denoiser, space, make_scheduler()
         self.images = images.float() / 255
         device = next(denoiser.parameters()).device
         self.embedding = embedder(self.images.to(device))
-        self.noise = ItemDraws(0, range(len(images)), device).normal(self.images.to(device))
+        like = torch.empty(len(images), *denoiser.sample_shape, device=device)
+        self.noise = ItemDraws(0, range(len(images)), device).normal(like)
 
     def __call__(self) -> Pictures:
         origin = torch.full((len(self.embedding),), CLEAN, device=self.embedding.device)
@@ -165,8 +183,8 @@ class PriorPictures:
         )
         columns = {
             "held-out image": self.images,
-            "sample for its embedding": ((conditioned + 1) / 2).clamp(0, 1).cpu(),
-            "without embedding": ((free + 1) / 2).clamp(0, 1).cpu(),
+            "sample for its embedding": self.space.preview(conditioned).cpu(),
+            "without embedding": self.space.preview(free).cpu(),
         }
         return {"prior_samples": image_grid(columns)}
 
@@ -179,7 +197,7 @@ def evaluate_prior(losses: PriorLosses, seed: int = 0) -> float:
         numbers = range(first, min(first + EVALUATION_BATCH, count))
         timestep = losses.timesteps(len(numbers), seed + first)
         draws = ItemDraws(seed, numbers, losses.device)
-        total += len(numbers) * float(losses.loss(list(numbers), timestep, draws, augment=False))
+        total += len(numbers) * float(losses.losses(list(numbers), timestep, draws, augment=False)["denoising_loss"])
     return total / count
 
 
@@ -197,7 +215,7 @@ def train_prior(
 
     Args:
         output_dir: becomes a run folder (see `RunFolder`) with the averaged weights in `prior/`.
-        model_config: sizes of `PixelDenoiser`.
+        model_config: sizes and space of `PriorDenoiser`.
         max_images: kept in memory, evenly chosen from all scenes; None for all.
         generated: scenes, or folders of scenes, whose images it learns to tell from clean ones.
 
@@ -210,13 +228,15 @@ def train_prior(
     embedder = ImageEmbedder(config.embedding, size).to(accelerator.device)
     try:
         sizes = {**model_config, "embedding_dim": embedder.dim, "knows_renders": bool(generated)}
-        denoiser = PixelDenoiser(**sizes)
+        denoiser = PriorDenoiser(**sizes)
     except ValueError as error:
         raise UserInputError(f"The prior cannot be built ({error}): choose another --image-size.") from None
     images = _read(collection, "train", max_images, size)
     renders = read_square_images(render_paths(generated), size) if generated else images[:0]
     held_out = next((split for split in ("val", "test") if collection.splits[split]), "train")
     held_out_images = _read(collection, held_out, NUM_HELD_OUT, size)
+    space = make_space(denoiser.config.space, size).to(accelerator.device)
+    space.fit(images[evenly(range(len(images)), NUM_STATISTICS)])
     denoiser.to(accelerator.device)
     denoiser.embedding.fit(_embed(embedder, images, NUM_STATISTICS))
     identity = {
@@ -233,11 +253,13 @@ def train_prior(
 
     def make_losses(wrapped: nn.Module) -> PriorLosses:
         share = (accelerator.process_index, accelerator.num_processes, joint_batch_size(config.schedule, accelerator))
-        return PriorLosses(wrapped, denoiser, embedder, images, config, accelerator.device, *share, renders=renders)
+        return PriorLosses(
+            wrapped, denoiser, space, embedder, images, config, accelerator.device, *share, renders=renders
+        )
 
     render = None
     if config.schedule.validation_steps:
-        render = PriorPictures(denoiser, embedder, held_out_images[:NUM_PICTURES])
+        render = PriorPictures(denoiser, space, embedder, held_out_images[:NUM_PICTURES])
     train(
         folder,
         denoiser,
@@ -252,7 +274,7 @@ def train_prior(
     ema.copy_to(denoiser.parameters())
     destination = Path(output_dir) / PRIOR_FOLDER
     if accelerator.is_main_process:
-        judged = PriorLosses(denoiser, denoiser, embedder, held_out_images, config, accelerator.device)
+        judged = PriorLosses(denoiser, denoiser, space, embedder, held_out_images, config, accelerator.device)
         made_by = {
             "command": "nfldm-train-prior",
             "collection": collection.name,
@@ -267,6 +289,7 @@ def train_prior(
         save_domain_prior(
             destination,
             denoiser,
+            space,
             judged.scheduler,
             _embed(embedder, images, NUM_CLEAN),
             PriorDescription(config.embedding, made_by),
