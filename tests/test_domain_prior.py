@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 from safetensors.torch import load_file
 
 from nfldm_ns.commands.train_prior import main
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.prior_presets import PRIOR_PRESETS
-from nfldm_ns.refine.distillation import DistillationConfig, distill
-from nfldm_ns.refine.domain_prior import RENDERED, UNKNOWN, PriorDenoiser, load_domain_prior
+from nfldm_ns.refine.distillation import DistillationConfig, distill, guided_noise
+from nfldm_ns.refine.domain_prior import RENDERED, UNKNOWN, DomainPrior, PriorDenoiser, load_domain_prior
 from nfldm_ns.refine.images import (
     centre_square,
     collection_paths,
@@ -27,6 +28,7 @@ from nfldm_ns.refine.images import (
 )
 from nfldm_ns.refine.prior import pick, repeat, rows_of
 from nfldm_ns.refine.prior_training import PriorTrainingConfig, train_prior
+from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, space_shape
 from nfldm_ns.training import Schedule
 from tests.pretrained import require_weights
 
@@ -109,12 +111,14 @@ def test_a_prior_learns_what_tells_renders_from_clean_images(tmp_path, box_room_
     noisy, timestep = torch.zeros(4, 3, 16, 16), torch.full((4,), 700)
     nothing = prior.unconditional()["embedding"].expand(4, -1)
     rendered = {**prior.render_condition(pixels), "embedding": nothing}
-    clean = {**prior.condition(pixels), "embedding": nothing}
+    clean = {**pick(prior.clean_condition(), range(4)), "embedding": nothing}
     signal, sigma = prior.signal_and_noise(timestep)
     dark, bright = (
         ((noisy - sigma * prior.predict_noise(noisy, timestep, given)) / signal).mean() for given in (clean, rendered)
     )
     assert dark < -0.2 < 0.2 < bright, (dark, bright)
+    towards_clean = -prior.contrast(noisy, timestep, clean, rendered)
+    assert towards_clean.mean() < 0
 
 
 def test_conditions_of_a_prior(folder):
@@ -162,6 +166,69 @@ def test_the_command_trains_what_it_is_told(box_room_collection, tmp_path, capsy
     assert ending.value.code == 2 and "cannot be halved" in capsys.readouterr().err
 
 
+def test_features_are_normalised_and_come_back_with_the_prior(box_room_collection, tmp_path):
+    require_weights("lpips-vgg")
+    require_weights("lpips-alex")
+    model = {"image_size": 32, "channels": (8, 8), "attention": (False, True), "head_dim": 8, "space": "features"}
+    made = train_prior(box_room_collection, tmp_path / "run", model, TRAINING)
+    images = read_square_images(collection_paths(box_room_collection, "train"), 32)
+    space = FeatureSpace(32)
+    space.fit(images)
+    encoded = space(images.float() / 255)
+    assert encoded.shape == (36, FeatureSpace.channels, 8, 8) == (36, *space_shape("features", 32)[:1], 8, 8)
+    assert encoded.mean((0, 2, 3)).abs().max() < 1e-3 and (encoded.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    assert torch.allclose(space.preview(encoded), torch.nn.functional.avg_pool2d(images.float() / 255, 4), atol=1e-5)
+    prior = load_domain_prior(made)
+    assert torch.allclose(prior.encode(images[:4].float() / 255), encoded[:4], atol=1e-4)
+    x = (images[:2].float() / 255).requires_grad_()
+    distilled = distill(
+        prior, x, pick(prior.clean_condition(), range(2)), None, DistillationConfig(guidance="none"), 0.5
+    )
+    distilled.loss.backward()
+    assert distilled.gradient.shape == (2, FeatureSpace.channels, 8, 8) and (x.grad.flatten(1).norm(dim=1) > 0).all()
+    (made / "space.safetensors").unlink()
+    with pytest.raises(UserInputError, match="is missing"):
+        load_domain_prior(made)
+
+
+def test_components_are_the_directions_of_greatest_variance():
+    """What a level's components keep of its variance is what an SVD of the same activations says is possible."""
+    require_weights("lpips-vgg")
+    images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    space = FeatureSpace(32)
+    space.fit(images)
+    level = space._levels(images.float() / 255)[2].movedim(1, -1).flatten(0, 2).double()[::7]
+    centred = level - level.mean(0)
+    kept = float((centred @ space.components_2.double().T).square().sum())
+    assert kept == pytest.approx(float(torch.linalg.svdvals(centred)[:48].square().sum()), rel=1e-3)
+
+
+def test_the_contrast_of_clean_images_and_renders_is_the_gradient_of_log_odds(folder):
+    """Guidance by Bayes' rule: gamma eps(y) + (1 - gamma) eps(y') with eps(y) - eps(y') = -sigma grad log-odds."""
+    plain = load_domain_prior(folder)
+    denoiser = PriorDenoiser(**MODEL, embedding_dim=1152, knows_renders=True)
+
+    class Linear(torch.nn.Module):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return 3 * sample.sum(1)
+
+    denoiser.judge = Linear()
+    prior = DomainPrior(denoiser, PixelSpace(16), plain_scheduler(folder), plain.embedder, plain.clean_embeddings)
+    noisy, timestep = torch.randn(2, 3, 16, 16), torch.tensor([100, 600])
+    clean, rendered = pick(prior.clean_condition(), [0, 1]), prior.render_condition(torch.rand(2, 3, 16, 16))
+    contrast = prior.contrast(noisy, timestep, clean, rendered)
+    sigma = prior.signal_and_noise(timestep)[1]
+    assert torch.allclose(contrast, (-sigma * 3 / 256).expand_as(noisy))
+    guided = guided_noise(prior, noisy, timestep, clean, rendered, 5.0)
+    assert torch.allclose(guided, prior.predict_noise(noisy, timestep, clean) + 4 * contrast)
+    assert prior.contrast(noisy, timestep, prior.condition(torch.rand(2, 3, 16, 16)), rendered) is None
+    assert plain.contrast(noisy, timestep, clean, rendered) is None, "it has no judge"
+
+
+def plain_scheduler(folder: Path) -> DDPMScheduler:
+    return DDPMScheduler.from_config(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+
+
 def test_patches_are_places_of_the_network():
     denoiser = PriorDenoiser(**MODEL, embedding_dim=8, patch_size=2, knows_renders=True)
     sample, timestep, embedding = torch.randn(2, 3, 16, 16), torch.tensor([3, 900]), torch.randn(2, 8)
@@ -176,8 +243,9 @@ def test_patches_are_places_of_the_network():
 
 
 def test_the_small_prior_ships_below_10_megabytes():
-    count = sum(parameter.numel() for parameter in PriorDenoiser(**PRIOR_PRESETS["small"].model).parameters())
-    assert count < 5e6 and 2 * (count + 256 * 1472) < 10e6
+    model = {**PRIOR_PRESETS["small"].model, "embedding_dim": 1152, "knows_renders": True}
+    count = sum(parameter.numel() for parameter in PriorDenoiser(**model).parameters())
+    assert count < 5e6 and 2 * (count + 256 * 1152) < 9.9e6
 
 
 # Images

@@ -12,10 +12,14 @@ from safetensors.torch import load_file
 from nfldm_ns.commands import edit, sample
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.models import GENERATOR, resolve_model, shipped_models
+from nfldm_ns.models import GENERATOR, PRIOR, resolve_model, shipped_models
+from nfldm_ns.refine.domain_prior import DomainPrior
+from nfldm_ns.refine.loading import load_prior
+from tests.pretrained import require_weights
 
 SIZE_LIMIT = 20_000_000
 """Bytes: a clone and a wheel should stay quick."""
+PRIOR_SIZE_LIMIT = 10_000_000
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +34,19 @@ def test_the_generator_is_small_and_in_half_precision():
         if isinstance(component, torch.nn.Module):
             stored = load_file(resolve_model(GENERATOR) / name / "diffusion_pytorch_model.safetensors")
             assert {stored[key].dtype for key, _ in component.named_parameters()} == {torch.float16}, name
+
+
+def test_the_prior_is_small_in_half_precision_and_tells_renders_from_clean_images():
+    files = [path for path in resolve_model(PRIOR).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= PRIOR_SIZE_LIMIT
+    stored = load_file(resolve_model(PRIOR) / "denoiser" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    require_weights("lpips-vgg")
+    require_weights("lpips-alex")
+    prior = load_prior(PRIOR)
+    assert isinstance(prior, DomainPrior) and prior.denoiser.config.knows_renders
+    with pytest.raises(UserInputError, match=PRIOR):
+        load_prior(str(resolve_model(GENERATOR) / "scheduler"))
 
 
 @pytest.mark.parametrize("name", shipped_models())

@@ -447,7 +447,7 @@ def load_pipeline(folder: Path | str = GENERATOR) -> NFLDMPipeline:
     """
     folder = resolve_model(folder)
     if not (folder / "model_index.json").is_file():
-        names = ", ".join(shipped_models())
+        names = ", ".join(shipped_models("model_index.json"))
         raise UserInputError(
             f"{folder} has no model_index.json, so it is not a trained generator: fix the path, or name one that comes "
             f"with this package ({names})."

@@ -6,6 +6,8 @@ from pathlib import Path
 
 GENERATOR = "vizdoom-rooms"
 """Name of the generator that is used where none is named."""
+PRIOR = "vizdoom-prior"
+"""Name of the prior that its scenes can be refined with."""
 
 
 def resolve_model(name_or_folder: Path | str) -> Path:
@@ -16,6 +18,6 @@ def resolve_model(name_or_folder: Path | str) -> Path:
     return shipped if is_name and not folder.exists() and shipped.is_dir() else folder
 
 
-def shipped_models() -> list[str]:
-    """Names of all models that are there."""
-    return sorted(path.parent.name for path in Path(__file__).parent.glob("*/README.md"))
+def shipped_models(containing: str = "README.md") -> list[str]:
+    """Names of the models that are there, all or those with a certain file."""
+    return sorted(path.parent.name for path in Path(__file__).parent.glob(f"*/{containing}"))

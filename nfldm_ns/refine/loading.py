@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.models import resolve_model, shipped_models
 from nfldm_ns.refine.domain_prior import DESCRIPTION, load_domain_prior
 from nfldm_ns.refine.prior import ImagePrior
 from nfldm_ns.refine.settings import Precision
@@ -18,20 +17,20 @@ def load_prior(name: str, precision: Precision = "fp32") -> ImagePrior:
     """A prior on the CPU, frozen.
 
     Args:
-        name: the folder of a prior of `nfldm-train-prior` or of its run, the folder of a diffusers pipeline, or a hub
-            id (`owner/name`).
+        name: the folder of a prior of `nfldm-train-prior` or of its run, the name of one that comes with this package,
+            the folder of a diffusers pipeline, or a hub id (`owner/name`).
         precision: of the denoisers of diffusers pipelines; in-domain priors are small and stay in single precision.
 
     Raises:
         UserInputError: if there is none, or it cannot be used.
     """
-    path = Path(name)
+    path = resolve_model(name)
     if any((folder / DESCRIPTION).is_file() for folder in (path, path / "prior")):
         return load_domain_prior(path)
     if path.exists() and not (path / "model_index.json").is_file():
         raise UserInputError(
-            f"{path} holds no prior: give the output folder of 'nfldm-train-prior', or the folder of a diffusers "
-            "pipeline."
+            f"{path} holds no prior: give the output folder of 'nfldm-train-prior', the name of one that comes with "
+            f"this package ({', '.join(shipped_models(DESCRIPTION))}), or the folder of a diffusers pipeline."
         )
     from nfldm_ns.refine.hub_priors import load_hub_prior
 

@@ -34,7 +34,8 @@ class RefinementConfig:
     """What a scene is refined to, and how."""
 
     prior: str | None = None
-    """Folder of a prior of nfldm-train-prior, folder of a diffusers pipeline, or a hub id."""
+    """vizdoom-prior for scenes of the generator that comes with this package, folder of a prior of nfldm-train-prior,
+    folder of a diffusers pipeline, or a hub id."""
     precision: Precision = "fp32"
     """Of the denoisers of diffusers pipelines."""
     style: str | None = None
@@ -58,8 +59,8 @@ class RefinementConfig:
         """Raises `UserInputError` for what cannot be, before anything is loaded."""
         if not self.prior:
             raise UserInputError(
-                "No prior was given: name the folder of one made by 'nfldm-train-prior', or a diffusers pipeline, with "
-                "--prior."
+                "No prior was given: name vizdoom-prior (for scenes of vizdoom-rooms), the folder of one made by "
+                "'nfldm-train-prior', or a diffusers pipeline, with --prior."
             )
         if not 0 < self.strength <= 1:
             raise UserInputError(
