@@ -12,17 +12,17 @@ from nfldm_ns.refine.nerfstudio_refine import RefineTrainerConfig
 
 METHOD = "nfldm-refine"
 # Of the density before softplus, of features and background in their standard deviations, of the decoder's weights.
-LEARNING_RATES = {"density": 0.05, "features": 0.01, "background": 0.01, "decoder": 1e-4}
+LEARNING_RATES = {"density": 0.005, "features": 0.02, "background": 0.02, "decoder": 1e-4}
 
 
 def refine_trainer_config() -> RefineTrainerConfig:
     """The configuration of the method, for the device that is there."""
     return RefineTrainerConfig(
         method_name=METHOD,
-        max_num_iterations=500,
-        steps_per_save=100,
+        max_num_iterations=40,
+        steps_per_save=20,
         steps_per_eval_batch=1_000_000,
-        steps_per_eval_image=50,
+        steps_per_eval_image=10,
         steps_per_eval_all_images=1_000_000,
         machine=MachineConfig(device_type="cuda" if torch.cuda.is_available() else "cpu"),
         optimizers={

@@ -218,7 +218,7 @@ def test_the_contrast_of_clean_images_and_renders_is_the_gradient_of_log_odds(fo
     clean, rendered = pick(prior.clean_condition(), [0, 1]), prior.render_condition(torch.rand(2, 3, 16, 16))
     contrast = prior.contrast(noisy, timestep, clean, rendered)
     sigma = prior.signal_and_noise(timestep)[1]
-    assert torch.allclose(contrast, (-sigma * 3 / 256).expand_as(noisy))
+    assert torch.allclose(contrast, (-sigma * 3).expand_as(noisy))
     guided = guided_noise(prior, noisy, timestep, clean, rendered, 5.0)
     assert torch.allclose(guided, prior.predict_noise(noisy, timestep, clean) + 4 * contrast)
     assert prior.contrast(noisy, timestep, prior.condition(torch.rand(2, 3, 16, 16)), rendered) is None

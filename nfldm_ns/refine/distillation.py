@@ -28,21 +28,24 @@ Guidance = Literal["none", "classifier_free", "negative"]
 class DistillationConfig:
     """How a prior is listened to."""
 
-    objective: Literal["sds", "reconstruction"] = "sds"
-    """sds: the paper's gradient. reconstruction: renders approach what the prior makes of their noisy versions in
-    `reconstruction_steps` deterministic steps (as in ReconFusion, Wu et al. 2024); steadier, and slower per step."""
+    objective: Literal["sds", "csd", "reconstruction"] = "sds"
+    """sds: the paper's gradient. csd: classifier score distillation (Yu et al. 2024), of the paper's gradient only what
+    guidance adds, eps_hat(x | y) - eps_hat(x | y'): what tells wanted images from those that y' or the unconditional
+    embedding stands for; steadier, and indifferent to the guidance scale. reconstruction: renders approach what the
+    prior makes of their noisy versions in `reconstruction_steps` deterministic steps (as in ReconFusion, Wu et al.
+    2024)."""
     guidance: Guidance = "negative"
     """none: eps_hat(x | y). classifier_free: away from what the prior believes without a condition (Ho & Salimans
     2022). negative, the paper's: away from y', embeddings of renders of the scene as it began."""
-    guidance_scale: float = 4.0
-    """gamma in `gamma eps_hat(x | y) + (1 - gamma) eps_hat(x | y')`; 1 is no guidance."""
+    guidance_scale: float = 30.0
+    """gamma in `gamma eps_hat(x | y) + (1 - gamma) eps_hat(x | y')`; 1 is no guidance. In-domain priors want much."""
     weighting: Literal["noise_variance", "uniform"] = "noise_variance"
     """w(lambda_t): 1 - alpha_bar_t as in DreamFusion (Poole et al. 2023), or 1."""
     min_time: float = 0.02
     """Least noise, as a share of the prior's timesteps."""
-    max_time: float = 0.98
-    """Most noise."""
-    time_annealing: Literal["uniform", "decreasing"] = "decreasing"
+    max_time: float = 0.4
+    """Most noise. In-domain priors change textures; 0.98 also lets a strong prior change what is there."""
+    time_annealing: Literal["uniform", "decreasing"] = "uniform"
     """uniform: any time of the range in every step. decreasing: from the most to the least noise in the course of the
     training, `max - (max - min) sqrt(progress)` (HiFA, Zhu et al. 2024)."""
     reconstruction_steps: int = 4
@@ -53,6 +56,11 @@ class DistillationConfig:
         if not 0 <= self.min_time < self.max_time <= 1:
             raise UserInputError(
                 f"Times from {self.min_time} to {self.max_time} are no range: give 0 <= min-time < max-time <= 1."
+            )
+        if self.objective == "csd" and self.guidance == "none":
+            raise UserInputError(
+                "The objective csd compares two conditions: choose --guidance negative or classifier_free, or "
+                "--objective sds."
             )
         if not math.isfinite(self.guidance_scale) or self.reconstruction_steps < 1:
             raise UserInputError("The guidance scale must be a number, and reconstruction steps at least 1.")
@@ -114,9 +122,36 @@ def guided_noise(
     contrast = prior.contrast(noisy, timestep, condition, opposite)
     if contrast is not None:
         return prior.predict_noise(noisy, timestep, condition) + (scale - 1) * contrast
+    towards, away = _both(prior, noisy, timestep, condition, opposite)
+    return scale * towards + (1 - scale) * away
+
+
+def difference_of_noise(
+    prior: ImagePrior,
+    noisy: Float[Tensor, "batch channels h w"],
+    timestep: Int[Tensor, "batch"],
+    condition: Condition,
+    opposite: Condition,
+) -> Float[Tensor, "batch channels h w"]:
+    """eps_hat(x | y) - eps_hat(x | y'), in one pass of the network, or by the prior's `contrast`."""
+    contrast = prior.contrast(noisy, timestep, condition, opposite)
+    if contrast is not None:
+        return contrast
+    towards, away = _both(prior, noisy, timestep, condition, opposite)
+    return towards - away
+
+
+def _both(
+    prior: ImagePrior,
+    noisy: Float[Tensor, "batch channels h w"],
+    timestep: Int[Tensor, "batch"],
+    condition: Condition,
+    opposite: Condition,
+) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
+    """eps_hat(x | y) and eps_hat(x | y')."""
     both = prior.predict_noise(torch.cat([noisy, noisy]), torch.cat([timestep] * 2), join([condition, opposite]))
     towards, away = both.chunk(2)
-    return scale * towards + (1 - scale) * away
+    return towards, away
 
 
 def distill(
@@ -148,6 +183,9 @@ def distill(
         if config.objective == "sds":
             predicted = guided_noise(prior, noisy, timestep, condition, opposite, config.guidance_scale)
             gradient = weight * (predicted - noise)
+        elif config.objective == "csd":
+            assert opposite is not None
+            gradient = weight * difference_of_noise(prior, noisy, timestep, condition, opposite)
         else:
             gradient = weight * (encoded - _reconstruct(prior, noisy, timestep, condition, opposite, config))
         finite = gradient.flatten(1).isfinite().all(1)

@@ -251,14 +251,15 @@ class DomainPrior(ImagePrior):
     ) -> Float[Tensor, "batch channels size size"] | None:
         """Of clean images and renders it is what its judge says, by Bayes' rule: -sigma times the gradient of log-odds.
 
-        The scores of both differ by little, and the errors of two denoisings by much.
+        The scores of both differ by little, and the errors of two denoisings by much. The log-odds of an image are the
+        sum of those of its places, as if these were independent.
         """
         clean = bool((condition["origin"] == CLEAN).all()) and bool((opposite["origin"] == RENDERED).all())
         if self.denoiser.judge is None or not clean:
             return None
         with torch.enable_grad():
             sample = noisy.detach().requires_grad_()
-            odds = self.denoiser.judge(sample, timestep).mean((1, 2)).sum()
+            odds = self.denoiser.judge(sample, timestep).sum()
             (gradient,) = torch.autograd.grad(odds, sample)
         return -self.signal_and_noise(timestep)[1] * gradient
 

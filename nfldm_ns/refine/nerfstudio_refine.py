@@ -207,7 +207,7 @@ class RefineTrainerConfig(MovableTrainerConfig):
 
     _target: type = field(default_factory=lambda: RefineTrainer)
     """target class to instantiate"""
-    max_num_iterations: int = 500
+    max_num_iterations: int = 40
     """steps of this run; after --load-dir so many further ones: give what is left of the planned steps"""
     refinement: tyro.conf.OmitArgPrefixes[RefinementConfig] = field(default_factory=RefinementConfig)
     """what the scene is refined to"""

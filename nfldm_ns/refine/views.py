@@ -23,7 +23,7 @@ TRIES = 16  # positions drawn per view until one is in free space
 class ViewSamplingConfig:
     """Cameras drawn anew in every step, uniformly over positions and directions."""
 
-    views_per_step: int = 2
+    views_per_step: int = 4
     """Renders that a step learns from."""
     region: Literal["square", "disc"] = "square"
     """Around the scene's origin, at the height of its own cameras."""
