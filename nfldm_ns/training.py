@@ -158,6 +158,11 @@ class RunFolder:
         found = sorted(self.root.glob("checkpoint-*/state.json"))
         return found[-1].parent if found else None
 
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the newest whole checkpoint; a time budget may end a training before its last one."""
+        return 0 if self.checkpoint is None else int(read_json(self.checkpoint / "state.json")["step"])
+
     def save(
         self,
         step: int,

@@ -55,7 +55,7 @@ PLAIN = DistillationConfig(guidance="none", min_time=0.4, max_time=0.6, time_ann
 def test_gradient_is_the_closed_form_in_the_mean_over_noise(weighting):
     """E[eps_hat - eps] = a sigma (x - mu) / (a^2 s^2 + sigma^2), times w."""
     prior, mean, x = GaussianPrior(), 0.3, 0.8
-    config = DistillationConfig(guidance="none", weighting=weighting, max_time=0.5)
+    config = DistillationConfig(guidance="none", weighting=weighting, max_time=0.5, time_annealing="decreasing")
     distilled = distill(
         prior, images(*[x] * 200), repeat(prior.condition(images(mean)), 200), None, config, 0.0, torch.Generator()
     )
@@ -100,6 +100,24 @@ def test_negative_guidance_moves_the_mean_away_from_the_other_condition():
     assert torch.allclose(guided, prior.predict_noise(noisy, timestep, shifted), atol=1e-5)
     plain = guided_noise(prior, noisy, timestep, wanted, None, 3.0)
     assert torch.equal(plain, guided_noise(prior, noisy, timestep, wanted, unwanted, 1.0))
+
+
+def test_classifier_score_distillation_is_what_guidance_adds():
+    """For Gaussians w (eps_hat(x | y) - eps_hat(x | y')) = w a sigma (mu' - mu) / (a^2 s^2 + sigma^2), for any x."""
+    prior, times = GaussianPrior(), {"max_time": 0.5, "time_annealing": "decreasing"}
+    wanted, unwanted = prior.condition(images(0.5, 0.6)), prior.condition(images(0.4, 0.9))
+    config = DistillationConfig(objective="csd", guidance="negative", **times)
+    x = torch.rand(2, 3, 8, 8)
+    found = distill(prior, x, wanted, unwanted, config, 0.0).gradient
+    alpha = prior.alphas_cumprod[round(0.5 * 99)]
+    signal, sigma = alpha.sqrt(), (1 - alpha).sqrt()
+    expected = sigma**2 * signal * sigma * (unwanted["mean"] - wanted["mean"]) / (signal**2 * STD**2 + sigma**2)
+    assert torch.allclose(found, expected, atol=1e-5)
+    # By much guidance, the paper's gradient becomes the same direction.
+    much = DistillationConfig(guidance="negative", guidance_scale=1e5, **times)
+    assert torch.allclose(distill(prior, x, wanted, unwanted, much, 0.0).gradient / 1e5, expected, atol=1e-4)
+    with pytest.raises(UserInputError, match="compares two conditions"):
+        DistillationConfig(objective="csd", guidance="none").check()
 
 
 @pytest.mark.parametrize("prediction_type", ["v_prediction", "sample"])

@@ -48,6 +48,7 @@ def folder(box_room_collection, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def test_a_prior_says_what_made_it(folder):
     description = json.loads((folder / "prior.json").read_text())
     assert description["made_by"]["collection"] == "box-rooms" and description["made_by"]["images"] == 3 * 12
+    assert description["made_by"]["steps"] == TRAINING.schedule.max_steps
     assert description["made_by"]["licence"] == "CC0-1.0" and 0 < description["made_by"]["held_out_loss"] < 2
     assert all(
         value.dtype == torch.float16 for path in folder.rglob("*.safetensors") for value in load_file(path).values()

@@ -281,7 +281,7 @@ def train_prior(
             "licence": collection.licence,
             "images": len(images),
             "renders": len(renders),
-            "steps": config.schedule.max_steps,
+            "steps": folder.steps,
             "seed": config.schedule.seed,
             "held_out_split": held_out,
             "held_out_loss": round(evaluate_prior(judged), 5),
