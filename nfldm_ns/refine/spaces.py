@@ -56,6 +56,8 @@ class FeatureSpace(nn.Module):
         image_size: side of the images, a multiple of 4.
     """
 
+    mean: Tensor
+    std: Tensor
     channels = 3 + sum(count * 16 // 4**level for level, count in enumerate(COMPONENTS))
 
     def __init__(self, image_size: int) -> None:
