@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.refine.prior import Condition, ImagePrior, join
+from nfldm_ns.refine.prior import Condition, ImagePrior
 
 Guidance = Literal["none", "classifier_free", "negative"]
 
@@ -122,7 +122,7 @@ def guided_noise(
     contrast = prior.contrast(noisy, timestep, condition, opposite)
     if contrast is not None:
         return prior.predict_noise(noisy, timestep, condition) + (scale - 1) * contrast
-    towards, away = _both(prior, noisy, timestep, condition, opposite)
+    towards, away = prior.predict_both(noisy, timestep, condition, opposite)
     return scale * towards + (1 - scale) * away
 
 
@@ -137,21 +137,8 @@ def difference_of_noise(
     contrast = prior.contrast(noisy, timestep, condition, opposite)
     if contrast is not None:
         return contrast
-    towards, away = _both(prior, noisy, timestep, condition, opposite)
+    towards, away = prior.predict_both(noisy, timestep, condition, opposite)
     return towards - away
-
-
-def _both(
-    prior: ImagePrior,
-    noisy: Float[Tensor, "batch channels h w"],
-    timestep: Int[Tensor, "batch"],
-    condition: Condition,
-    opposite: Condition,
-) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
-    """eps_hat(x | y) and eps_hat(x | y')."""
-    both = prior.predict_noise(torch.cat([noisy, noisy]), torch.cat([timestep] * 2), join([condition, opposite]))
-    towards, away = both.chunk(2)
-    return towards, away
 
 
 def distill(

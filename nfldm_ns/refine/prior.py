@@ -106,6 +106,18 @@ class ImagePrior(nn.Module, ABC):
             return signal * predicted + noise * noisy
         return (noisy - signal * predicted) / noise
 
+    def predict_both(
+        self,
+        noisy: Float[Tensor, "batch channels h w"],
+        timestep: Int[Tensor, "batch"],
+        condition: Condition,
+        opposite: Condition,
+    ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
+        """eps_hat(x | y) and eps_hat(x | y'), in one pass of the network."""
+        both = join([condition, opposite])
+        towards, away = self.predict_noise(torch.cat([noisy, noisy]), torch.cat([timestep] * 2), both).chunk(2)
+        return towards, away
+
 
 def pick(condition: Condition, rows: Sequence[int] | Int[Tensor, "batch"]) -> Condition:
     """Some rows of a condition."""

@@ -129,7 +129,7 @@ class PriorLosses:
         origin = torch.full((len(indices),), CLEAN, device=self.device)
         if augment and len(self.renders):
             rendered = draws.uniform().to(self.device) < self.config.render_share
-            renders = self.renders[draws.integers(len(self.renders)).cpu()].to(self.device).float() / 255
+            renders = self.renders[draws.integers(len(self.renders))].to(self.device).float() / 255
             pixels = torch.where(rendered.view(-1, 1, 1, 1), renders, pixels)
             origin = origin.masked_fill(rendered, RENDERED)
         if augment and self.config.mirror:

@@ -31,7 +31,7 @@ class PixelSpace(nn.Module):
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
-        self.image_size = self.size = image_size
+        self.image_size = image_size
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels size size"]:
         return 2 * resize_square(images.float(), self.image_size) - 1
@@ -62,7 +62,7 @@ class FeatureSpace(nn.Module):
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
-        self.image_size, self.size = image_size, image_size // REDUCTION
+        self.image_size = image_size
         self.network = PerceptualNetwork(load_lpips("vgg")).requires_grad_(False).eval()
         for level, count in enumerate(COMPONENTS):
             self.register_buffer(f"centre_{level}", torch.zeros(PERCEPTUAL_CHANNELS[level]))
@@ -88,8 +88,11 @@ class FeatureSpace(nn.Module):
             rows = torch.cat(activations).double()
             centre = rows.mean(0)
             _, vectors = torch.linalg.eigh((rows - centre).T @ (rows - centre))
+            components = vectors.T.flip(0)[: COMPONENTS[level]]
+            # Their signs are arbitrary, and must not change between a run and its continuation.
+            largest = components.gather(1, components.abs().argmax(1, keepdim=True))
             getattr(self, f"centre_{level}").copy_(centre)
-            getattr(self, f"components_{level}").copy_(vectors.T.flip(0)[: COMPONENTS[level]])
+            getattr(self, f"components_{level}").copy_(components * largest.sign())
         raw = torch.cat([self._raw(part) for part in parts])
         self.mean.copy_(raw.mean((0, 2, 3)))
         self.std.copy_(raw.std((0, 2, 3)).clamp(min=1e-6))
