@@ -26,7 +26,6 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.viewer_start import FirstView
 from nfldm_ns.autoencoder.voxel_model import VoxelGridField, VoxelModel, picture_dict, single_camera
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.metrics import psnr, ssim
 from nfldm_ns.generated.scene_files import DESCRIPTION, load_generated_scene
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, read_depth
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -110,7 +109,7 @@ class GeneratedSceneModel(VoxelModel):
         Raises:
             UserInputError: if the weights of LPIPS are not on this machine.
         """
-        from nfldm_ns.evaluation.metrics import depth_mae, lpips_distance
+        from nfldm_ns.evaluation.metrics import depth_mae, lpips_distance, psnr, ssim
         from nfldm_ns.evaluation.weights import load_lpips
 
         if not hasattr(self, "_perceptual"):

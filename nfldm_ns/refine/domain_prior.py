@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,28 +26,57 @@ from nfldm_ns.diffusion.denoisers import Normaliser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.refine.prior import Condition, ImagePrior, resize_square
-from nfldm_ns.refine.spaces import REDUCTION, FeatureSpace, PixelSpace, Space, make_space, space_shape
+from nfldm_ns.refine.spaces import (
+    REDUCTION,
+    FeatureSpace,
+    PixelSpace,
+    Space,
+    canonical_signs,
+    make_space,
+    space_shape,
+)
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 FORMAT = "nfldm-image-prior"
-VERSION = 1
+VERSION = 2
 DESCRIPTION = "prior.json"
 DENOISER, SCHEDULER = "denoiser", "scheduler"
 EMBEDDINGS, SPACE = "clean_images.safetensors", "space.safetensors"
 EMBEDDED_AT_ONCE = 32
 CLEAN, RENDERED, UNKNOWN = range(3)  # where an image is from, for priors that know renders
 TIME_DIM = 64
+LEAST_SHARE = 1e-6  # of the largest variance, of a component that counts
+LEAST_LOG_VARIANCE = -2.0  # of what the judge says: nothing is certain
 SMALLEST_EMBEDDED = 64  # pixels; AlexNet has nothing left of much smaller images
 
 EmbeddingNetwork = Literal["vgg", "alex"]
 
 
+class Judgement(NamedTuple):
+    """What a judge says of noisy samples, place by place.
+
+    Attributes:
+        odds: `[B, h, w]`, log p(clean | x_t) - log p(rendered | x_t); None if it does not know renders.
+        mean: `[B, K, h, w]`, of the components of the embedding.
+        log_variance: `[B, K, 1, 1]`, of the components given the noisy sample.
+    """
+
+    odds: Tensor | None
+    mean: Tensor
+    log_variance: Tensor
+
+    def log_likelihood(self, components: Float[Tensor, "batch components"]) -> Float[Tensor, "batch components h w"]:
+        """log p(components | x_t) of normal distributions, up to a constant."""
+        error = (components[:, :, None, None] - self.mean).square()
+        return -0.5 * (error * torch.exp(-self.log_variance) + self.log_variance)
+
+
 class PriorDenoiser(ModelMixin, ConfigMixin):
     """A U-Net on images or their features, conditioned on an embedding of an image.
 
-    One that knows renders is conditioned on where an image is from, too, and has a small network that tells this of
-    noisy images.
+    A small network beside it, the judge, tells of noisy images what their embedding is. One that knows renders is
+    conditioned on where an image is from, too, and its judge tells that as well.
 
     Args:
         image_size: side of the images in pixels; samples must be divisible by `patch_size * 2 ** (len(channels) - 1)`.
@@ -59,10 +88,12 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         patch_size: side of the patches that the U-Net sees as one place.
         space: what it diffuses.
         knows_renders: it learns to tell renders from clean images; without, `origin` changes nothing.
-        judge_width: channels of the network that tells them apart.
+        judge_width: channels of the judge.
+        judged_components: principal components of embeddings that the judge tells, at most as many as these have.
     """
 
     config_name = "config.json"
+    components: Tensor
 
     @register_to_config
     def __init__(
@@ -77,6 +108,7 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         space: Space = "pixels",
         knows_renders: bool = False,
         judge_width: int = 128,
+        judged_components: int = 64,
     ) -> None:
         super().__init__()
         sample_channels, size = space_shape(space, image_size)
@@ -86,7 +118,9 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
             raise ValueError(f"{what} cannot be {patches}halved {len(channels) - 1} times")
         self.embedding = Normaliser(embedding_dim)
         self.origin = nn.Embedding(3, embedding_dim, padding_idx=UNKNOWN) if knows_renders else None
-        self.judge = OriginJudge(sample_channels, judge_width) if knows_renders else None
+        count = min(judged_components, embedding_dim)
+        self.register_buffer("components", torch.zeros(count, embedding_dim))
+        self.judge = Judge(sample_channels, judge_width, count, knows_renders)
         self.unet = UNet2DConditionModel(
             sample_size=size // patch_size,
             in_channels=sample_channels * patch_size**2,
@@ -107,6 +141,20 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
     def sample_shape(self) -> tuple[int, int, int]:
         channels, size = space_shape(self.config.space, self.config.image_size)
         return channels, size, size
+
+    def fit(self, embeddings: Float[Tensor, "images dim"]) -> None:
+        """Takes on the statistics of embeddings: means, standard deviations, whitened principal components."""
+        self.embedding.fit(embeddings)
+        normalised = self.embedding(embeddings.to(self.components)).double()
+        variances, vectors = torch.linalg.eigh(normalised.T @ normalised / len(normalised))
+        count = len(self.components)
+        variances, vectors = variances.flip(0)[:count], canonical_signs(vectors.T.flip(0)[:count])
+        known = variances > LEAST_SHARE * variances[0]  # few images span few directions
+        self.components.copy_(torch.where(known[:, None], vectors / variances.clamp(min=1e-12).sqrt()[:, None], 0.0))
+
+    def project(self, embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch components"]:
+        """The whitened principal components of embeddings, which the judge tells."""
+        return self.embedding(embedding) @ self.components.T
 
     def forward(
         self,
@@ -135,36 +183,37 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         predicted = F.pixel_shuffle(
             self.unet(patches, timestep, None, class_labels=code).sample, self.config.patch_size
         )
-        if not judge:
-            return predicted
-        assert self.judge is not None
-        return predicted, self.judge(sample, timestep)
+        return (predicted, self.judge(sample, timestep)) if judge else predicted
 
 
-class OriginJudge(nn.Module):
-    """Tells clean images from renders in noise: log-odds log p(clean | x_t) - log p(rendered | x_t), place by place.
+class Judge(nn.Module):
+    """Tells of noisy samples, place by place, what embedding their image has, and whether it is clean or rendered.
 
     Args:
         in_channels: of noisy samples.
         width: of its layers.
+        components: of embeddings.
+        knows_renders: it tells where images are from.
     """
 
-    def __init__(self, in_channels: int, width: int) -> None:
+    def __init__(self, in_channels: int, width: int, components: int, knows_renders: bool) -> None:
         super().__init__()
         self.first = nn.Conv2d(in_channels, width, 1)
         self.time = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width))
         self.layers = nn.ModuleList(
             nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(3)
         )
-        self.last = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 1, 1))
+        self.odds = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, 1, 1)) if knows_renders else None
+        self.mean = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, components, 1))
+        self.log_variance = nn.Sequential(nn.Linear(TIME_DIM, TIME_DIM), nn.SiLU(), nn.Linear(TIME_DIM, components))
 
-    def forward(
-        self, sample: Float[Tensor, "batch channels size size"], timestep: Int[Tensor, "batch"]
-    ) -> Float[Tensor, "batch size size"]:
-        hidden = self.first(sample) + self.time(get_timestep_embedding(timestep, TIME_DIM))[:, :, None, None]
+    def forward(self, sample: Float[Tensor, "batch channels size size"], timestep: Int[Tensor, "batch"]) -> Judgement:
+        time = get_timestep_embedding(timestep, TIME_DIM)
+        hidden = self.first(sample) + self.time(time)[:, :, None, None]
         for layer in self.layers:
             hidden = hidden + layer(hidden)
-        return self.last(hidden)[:, 0]
+        log_variance = self.log_variance(time)[:, :, None, None].clamp(min=LEAST_LOG_VARIANCE)
+        return Judgement(None if self.odds is None else self.odds(hidden)[:, 0], self.mean(hidden), log_variance)
 
 
 class ImageEmbedder(nn.Module):
@@ -231,17 +280,17 @@ class DomainPrior(ImagePrior):
             raise UserInputError(
                 "This prior knows the images of one domain and no words: give an image or a folder of images as style."
             )
-        return self._condition(self.embedder(images.to(self.device)), UNKNOWN)
+        return self._condition(self.embedder(images.to(self.device)), CLEAN, exact=True)
 
     def render_condition(self, images: Tensor) -> Condition:
-        return self._condition(self.embedder(images.to(self.device)), RENDERED)
+        return self._condition(self.embedder(images.to(self.device)), RENDERED, exact=True)
 
     def clean_condition(self) -> Condition:
-        """Of the images of its collection that it keeps embeddings of."""
-        return self._condition(self.clean_embeddings, CLEAN)
+        """Of the images of its collection that it keeps embeddings of: examples of how clean images look."""
+        return self._condition(self.clean_embeddings, CLEAN, exact=False)
 
     def unconditional(self) -> Condition:
-        return self._condition(self.denoiser.embedding.mean[None], UNKNOWN)
+        return self._condition(self.denoiser.embedding.mean[None], UNKNOWN, exact=False)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         return self.denoiser(noisy, timestep, condition["embedding"], origin=condition["origin"])
@@ -249,22 +298,37 @@ class DomainPrior(ImagePrior):
     def contrast(
         self, noisy: Tensor, timestep: Tensor, condition: Condition, opposite: Condition
     ) -> Float[Tensor, "batch channels size size"] | None:
-        """Of clean images and renders it is what its judge says, by Bayes' rule: -sigma times the gradient of log-odds.
+        """What its judge says, by Bayes' rule: -sigma times the gradient of log p(y | x_t) - log p(y' | x_t).
 
-        The scores of both differ by little, and the errors of two denoisings by much. The log-odds of an image are the
-        sum of those of its places, as if these were independent.
+        The scores of two conditions differ by little, and the errors of two denoisings by much. Where y is of clean
+        images and y' of renders, y and y' are these; where y is the embedding of a style, they are the embeddings, too.
+        What the judge says of the places of an image is added up, as if they were independent. None for conditions
+        that it cannot tell apart.
         """
-        clean = bool((condition["origin"] == CLEAN).all()) and bool((opposite["origin"] == RENDERED).all())
-        if self.denoiser.judge is None or not clean:
+        origins = bool((condition["origin"] == CLEAN).all() and (opposite["origin"] == RENDERED).all())
+        origins = origins and self.denoiser.config.knows_renders
+        style = bool(condition["exact"].all())
+        if not (origins or style):
             return None
         with torch.enable_grad():
             sample = noisy.detach().requires_grad_()
-            odds = self.denoiser.judge(sample, timestep).sum()
-            (gradient,) = torch.autograd.grad(odds, sample)
+            judgement = self.denoiser.judge(sample, timestep)
+            evidence = judgement.odds.sum() if origins else 0.0
+            if style:
+                evidence = evidence + judgement.log_likelihood(self.denoiser.project(condition["embedding"])).sum()
+                if bool(opposite["exact"].all()):
+                    evidence = evidence - judgement.log_likelihood(self.denoiser.project(opposite["embedding"])).sum()
+            (gradient,) = torch.autograd.grad(evidence, sample)
         return -self.signal_and_noise(timestep)[1] * gradient
 
-    def _condition(self, embedding: Float[Tensor, "rows dim"], origin: int) -> Condition:
-        return {"embedding": embedding, "origin": torch.full((len(embedding),), origin, device=self.device)}
+    def _condition(self, embedding: Float[Tensor, "rows dim"], origin: int, exact: bool) -> Condition:
+        """`exact`: these embeddings are meant, not images of their kind."""
+        count = len(embedding)
+        return {
+            "embedding": embedding,
+            "origin": torch.full((count,), origin, device=self.device),
+            "exact": torch.full((count,), exact, device=self.device),
+        }
 
 
 @dataclass

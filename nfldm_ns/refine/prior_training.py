@@ -31,6 +31,7 @@ from nfldm_ns.refine.domain_prior import (
     UNKNOWN,
     EmbeddingNetwork,
     ImageEmbedder,
+    Judgement,
     PriorDenoiser,
     PriorDescription,
     save_domain_prior,
@@ -52,7 +53,7 @@ from nfldm_ns.training import (
 )
 
 PRIOR_FOLDER = "prior"
-NUM_STATISTICS = 512  # images whose embeddings give their mean and standard deviation
+NUM_STATISTICS = 1024  # images that features and embeddings have their statistics of
 NUM_CLEAN = 256  # of which the prior keeps embeddings
 NUM_HELD_OUT = 256
 NUM_PICTURES, PICTURE_STEPS = 6, 30
@@ -124,7 +125,10 @@ class PriorLosses:
     def losses(
         self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws, augment: bool = True
     ) -> dict[str, Float[Tensor, ""]]:
-        """Of some images: of velocities, and of a judge (binary cross-entropy) if there is one and augmented images."""
+        """Of some images: of velocities and, of augmented images, of the judge.
+
+        Of its embeddings these are negative log-likelihoods, of where images are from binary cross-entropies.
+        """
         pixels = self.images[indices].to(self.device).float() / 255
         origin = torch.full((len(indices),), CLEAN, device=self.device)
         if augment and len(self.renders):
@@ -136,6 +140,7 @@ class PriorLosses:
             mirrored = draws.integers(2).bool().to(self.device)
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         embedding, drop = self.embedder(pixels), None
+        shown = self.denoiser.project(embedding)
         with torch.no_grad():
             clean, timestep = self.space(pixels), timestep.to(self.device)
         rendered = (origin == RENDERED).float()
@@ -147,15 +152,19 @@ class PriorLosses:
             origin = origin.masked_fill(draws.uniform().to(self.device) < self.config.condition_dropout, UNKNOWN)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         target = diffusion_target(self.scheduler, clean, noise, timestep)
-        if not (augment and self.denoiser.config.knows_renders):
+        if not augment:
             predicted = self.wrapped(noisy, timestep, embedding, drop, origin).float()
             return {"denoising_loss": F.mse_loss(predicted, target)}
-        predicted, odds = self.wrapped(noisy, timestep, embedding, drop, origin, judge=True)
-        truth = (1 - rendered).view(-1, 1, 1).expand_as(odds)
-        return {
+        predicted, judgement = self.wrapped(noisy, timestep, embedding, drop, origin, judge=True)
+        judgement = Judgement(*(None if part is None else part.float() for part in judgement))
+        losses = {
             "denoising_loss": F.mse_loss(predicted.float(), target),
-            "judging_loss": F.binary_cross_entropy_with_logits(odds.float(), truth),
+            "embedding_loss": -judgement.log_likelihood(shown).mean(),
         }
+        if judgement.odds is not None:
+            truth = (1 - rendered).view(-1, 1, 1).expand_as(judgement.odds)
+            losses["origin_loss"] = F.binary_cross_entropy_with_logits(judgement.odds, truth)
+        return losses
 
 
 class PriorPictures:
@@ -238,7 +247,7 @@ def train_prior(
     space = make_space(denoiser.config.space, size).to(accelerator.device)
     space.fit(images[evenly(range(len(images)), NUM_STATISTICS)])
     denoiser.to(accelerator.device)
-    denoiser.embedding.fit(_embed(embedder, images, NUM_STATISTICS))
+    denoiser.fit(_embed(embedder, images, NUM_STATISTICS))
     identity = {
         "kind": "image prior",
         "collection": {"name": collection.name, "scenes": len(collection.splits["train"]), "images": len(images)},

@@ -88,11 +88,8 @@ class FeatureSpace(nn.Module):
             rows = torch.cat(activations).double()
             centre = rows.mean(0)
             _, vectors = torch.linalg.eigh((rows - centre).T @ (rows - centre))
-            components = vectors.T.flip(0)[: COMPONENTS[level]]
-            # Their signs are arbitrary, and must not change between a run and its continuation.
-            largest = components.gather(1, components.abs().argmax(1, keepdim=True))
             getattr(self, f"centre_{level}").copy_(centre)
-            getattr(self, f"components_{level}").copy_(components * largest.sign())
+            getattr(self, f"components_{level}").copy_(canonical_signs(vectors.T.flip(0)[: COMPONENTS[level]]))
         raw = torch.cat([self._raw(part) for part in parts])
         self.mean.copy_(raw.mean((0, 2, 3)))
         self.std.copy_(raw.std((0, 2, 3)).clamp(min=1e-6))
@@ -111,6 +108,11 @@ class FeatureSpace(nn.Module):
             projected = torch.einsum("bchw,kc->bkhw", centred, getattr(self, f"components_{level}"))
             parts.append(F.pixel_unshuffle(projected, REDUCTION // 2**level))
         return torch.cat(parts, dim=1)
+
+
+def canonical_signs(vectors: Float[Tensor, "vectors dim"]) -> Float[Tensor, "vectors dim"]:
+    """Eigenvectors whose largest element is positive: their signs are a solver's, and must not differ between runs."""
+    return vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
 
 
 def make_space(name: Space, image_size: int) -> PixelSpace | FeatureSpace:
