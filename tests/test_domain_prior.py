@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,14 @@ from nfldm_ns.commands.train_prior import main
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.prior_presets import PRIOR_PRESETS
 from nfldm_ns.refine.distillation import DistillationConfig, distill, guided_noise
-from nfldm_ns.refine.domain_prior import RENDERED, UNKNOWN, DomainPrior, PriorDenoiser, load_domain_prior
+from nfldm_ns.refine.domain_prior import (
+    RENDERED,
+    UNKNOWN,
+    DomainPrior,
+    Judgement,
+    PriorDenoiser,
+    load_domain_prior,
+)
 from nfldm_ns.refine.images import (
     centre_square,
     collection_paths,
@@ -73,18 +81,18 @@ def test_a_resumed_training_gives_the_same_weights(folder, box_room_collection, 
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
-def of_one_colour(collection: SceneCollection, root: Path, value: int) -> SceneCollection:
-    """A copy of a collection whose images are all of one grey."""
+def in_greys(collection: SceneCollection, root: Path, *values: int) -> SceneCollection:
+    """A copy of a collection whose images are each of one grey, in turns."""
     shutil.copytree(collection.root, root)
-    for path in root.glob("scenes/*/images/*.png"):
-        Image.fromarray(np.full((32, 32, 3), value, np.uint8)).save(path)
+    for number, path in enumerate(sorted(root.glob("scenes/*/images/*.png"))):
+        Image.fromarray(np.full((32, 32, 3), values[number % len(values)], np.uint8)).save(path)
     return SceneCollection.open(root)
 
 
-def test_a_prior_learns_a_collection_of_one_colour(tmp_path, box_room_collection):
+def test_a_prior_learns_a_collection_in_greys(tmp_path, box_room_collection):
     """Of a domain of grey images it must know that they are grey: a noisy image's clean part."""
     require_weights("lpips-alex")
-    grey = of_one_colour(box_room_collection, tmp_path / "grey", 100)
+    grey = in_greys(box_room_collection, tmp_path / "grey", 100)
     longer = Schedule(max_steps=40, batch_size=4, learning_rate=1e-2, warmup_steps=5, log_every=20, report_to="none")
     prior = load_domain_prior(train_prior(grey, tmp_path / "run", MODEL, replace(TRAINING, schedule=longer)))
     x = torch.full((4, 3, 16, 16), 0.8).requires_grad_()
@@ -98,12 +106,12 @@ def test_a_prior_learns_a_collection_of_one_colour(tmp_path, box_room_collection
 def test_a_prior_learns_what_tells_renders_from_clean_images(tmp_path, box_room_collection):
     """Clean images are dark and renders bright: away from renders is darker."""
     require_weights("lpips-alex")
-    dark_images = of_one_colour(box_room_collection, tmp_path / "dark", 60)
+    dark_images = in_greys(box_room_collection, tmp_path / "dark", 60)
     scene = tmp_path / "generated" / "scene_000000"
     (scene / "images").mkdir(parents=True)
     (scene / "scene.json").write_text("{}")
     Image.fromarray(np.full((32, 32, 3), 200, np.uint8)).save(scene / "images" / "source_00.png")
-    longer = Schedule(max_steps=150, batch_size=8, learning_rate=1e-2, warmup_steps=5, log_every=20, report_to="none")
+    longer = Schedule(max_steps=200, batch_size=8, learning_rate=1e-2, warmup_steps=5, log_every=20, report_to="none")
     training = replace(TRAINING, schedule=longer, render_share=0.5, condition_dropout=0.5)
     made = train_prior(dark_images, tmp_path / "run", MODEL, training, generated=[tmp_path / "generated"])
     assert json.loads((made / "prior.json").read_text())["made_by"]["renders"] == 1
@@ -118,8 +126,22 @@ def test_a_prior_learns_what_tells_renders_from_clean_images(tmp_path, box_room_
         ((noisy - sigma * prior.predict_noise(noisy, timestep, given)) / signal).mean() for given in (clean, rendered)
     )
     assert dark < -0.2 < 0.2 < bright, (dark, bright)
-    towards_clean = -prior.contrast(noisy, timestep, clean, rendered)
-    assert towards_clean.mean() < 0
+    assert prior.contrast(noisy, timestep, clean, rendered).mean() > 0, "descending makes it darker"
+
+
+def test_a_style_pulls_towards_its_brightness(tmp_path, box_room_collection):
+    """Of a domain of dark and bright images, without any renders: a noisy grey becomes what the style is."""
+    require_weights("lpips-alex")
+    greys = in_greys(box_room_collection, tmp_path / "greys", 60, 200)
+    longer = Schedule(max_steps=60, batch_size=8, learning_rate=1e-2, warmup_steps=5, log_every=20, report_to="none")
+    prior = load_domain_prior(train_prior(greys, tmp_path / "run", MODEL, replace(TRAINING, schedule=longer)))
+    noisy, timestep = torch.zeros(2, 3, 16, 16), torch.tensor([300, 700])
+    dark, bright = (prior.condition(torch.full((2, 3, 16, 16), value / 255)) for value in (60, 200))
+    for opposite in (repeat(prior.unconditional(), 2), prior.render_condition(torch.full((2, 3, 16, 16), 0.5))):
+        darker, brighter = (
+            prior.contrast(noisy, timestep, style, opposite).mean((1, 2, 3)) for style in (dark, bright)
+        )
+        assert (darker > 0).all() and (brighter < 0).all(), "a step descends along it"
 
 
 def test_conditions_of_a_prior(folder):
@@ -208,17 +230,27 @@ def test_components_are_the_directions_of_greatest_variance():
     )
 
 
-def test_the_contrast_of_clean_images_and_renders_is_the_gradient_of_log_odds(folder):
-    """Guidance by Bayes' rule: gamma eps(y) + (1 - gamma) eps(y') with eps(y) - eps(y') = -sigma grad log-odds."""
+class LinearJudge(torch.nn.Module):
+    """Odds and the mean of every component are multiples of the sum of a place's channels."""
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> Judgement:
+        total = sample.sum(1)
+        mean = 0.5 * total[:, None].expand(-1, 64, -1, -1)
+        return Judgement(3 * total, mean, torch.full((len(sample), 64, 1, 1), math.log(2.0)))
+
+
+def with_linear_judge(folder: Path) -> DomainPrior:
     plain = load_domain_prior(folder)
     denoiser = PriorDenoiser(**MODEL, embedding_dim=1152, knows_renders=True)
+    denoiser.fit(plain.clean_embeddings)
+    denoiser.judge = LinearJudge()
+    scheduler = DDPMScheduler.from_config(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+    return DomainPrior(denoiser, PixelSpace(16), scheduler, plain.embedder, plain.clean_embeddings)
 
-    class Linear(torch.nn.Module):
-        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            return 3 * sample.sum(1)
 
-    denoiser.judge = Linear()
-    prior = DomainPrior(denoiser, PixelSpace(16), plain_scheduler(folder), plain.embedder, plain.clean_embeddings)
+def test_the_contrast_of_clean_images_and_renders_is_the_gradient_of_log_odds(folder):
+    """Guidance by Bayes' rule: gamma eps(y) + (1 - gamma) eps(y') with eps(y) - eps(y') = -sigma grad log-odds."""
+    plain, prior = load_domain_prior(folder), with_linear_judge(folder)
     noisy, timestep = torch.randn(2, 3, 16, 16), torch.tensor([100, 600])
     clean, rendered = pick(prior.clean_condition(), [0, 1]), prior.render_condition(torch.rand(2, 3, 16, 16))
     contrast = prior.contrast(noisy, timestep, clean, rendered)
@@ -226,12 +258,34 @@ def test_the_contrast_of_clean_images_and_renders_is_the_gradient_of_log_odds(fo
     assert torch.allclose(contrast, (-sigma * 3).expand_as(noisy))
     guided = guided_noise(prior, noisy, timestep, clean, rendered, 5.0)
     assert torch.allclose(guided, prior.predict_noise(noisy, timestep, clean) + 4 * contrast)
-    assert prior.contrast(noisy, timestep, prior.condition(torch.rand(2, 3, 16, 16)), rendered) is None
-    assert plain.contrast(noisy, timestep, clean, rendered) is None, "it has no judge"
+    assert prior.contrast(noisy, timestep, clean, repeat(prior.unconditional(), 2)) is None, "no embedding is meant"
+    assert plain.contrast(noisy, timestep, clean, rendered) is None, "it does not know renders"
 
 
-def plain_scheduler(folder: Path) -> DDPMScheduler:
-    return DDPMScheduler.from_config(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
+def test_the_contrast_of_a_style_is_the_gradient_of_its_embedding_likelihood(folder):
+    """By hand: grad log N(y; x/2, 2) = (y - x/2) / 4 for each component and channel, minus that of a known y'."""
+    prior = with_linear_judge(folder)
+    noisy, timestep = torch.randn(2, 3, 16, 16), torch.tensor([100, 600])
+    style, renders = prior.condition(torch.rand(2, 3, 16, 16)), prior.render_condition(torch.rand(2, 3, 16, 16))
+    sigma = prior.signal_and_noise(timestep)[1]
+    y, other = (prior.denoiser.project(given["embedding"])[:, :, None, None] for given in (style, renders))
+    pull = ((y - 0.5 * noisy.sum(1, keepdim=True)) / 4).sum(1, keepdim=True)
+    free = prior.contrast(noisy, timestep, style, repeat(prior.unconditional(), 2))
+    assert torch.allclose(free, (-sigma * pull).expand_as(noisy), atol=1e-4)
+    negative = prior.contrast(noisy, timestep, style, renders)
+    expected = -sigma * (3 + ((y - other) / 4).sum(1, keepdim=True))
+    assert torch.allclose(negative, expected.expand_as(noisy), atol=1e-4)
+
+
+def test_embeddings_are_whitened():
+    denoiser = PriorDenoiser(**MODEL, embedding_dim=12, judged_components=5)
+    generator = torch.Generator().manual_seed(0)
+    embeddings = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator) + 3
+    denoiser.fit(embeddings)
+    components = denoiser.project(embeddings)
+    assert torch.allclose(components.T @ components / 200, torch.eye(5), atol=1e-3)
+    denoiser.fit(embeddings[:3])  # spans two directions
+    assert [bool(row.any()) for row in denoiser.components] == [True, True, False, False, False]
 
 
 def test_patches_are_places_of_the_network():
