@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 from comparisons import VariantOptions, find_result, fingerprint, stored
@@ -32,7 +32,7 @@ from latent_ablations import Change, model_arguments, open_store, settings
 from sampled_views import SampleJudge, SampleOptions, work_device
 from torch import nn
 
-from nfldm_ns.diffusion.latent_memory import encode_latents
+from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline
 from nfldm_ns.diffusion.training import (
     STAGES,
@@ -94,6 +94,8 @@ class Options(VariantOptions, SampleOptions):
     """training steps of each latent auto-encoder; by default the preset's"""
     denoiser_steps: tuple[int, int, int] | None = None
     """training steps of the denoisers of g, c and f; by default the preset's"""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """of the denoisers' trainings; by default the preset's"""
     temperatures: tuple[float, float, float] | None = None
     """of the initial noise of g, c and f; by default the preset's"""
 
@@ -106,9 +108,13 @@ class Options(VariantOptions, SampleOptions):
         """Trainings of stage 3."""
         steps = dict(zip(STAGES, self.denoiser_steps or (None,) * 3, strict=True))
         return {
-            stage: replace(training, schedule=cut(training.schedule, steps[stage], seed), **variant.training)
+            stage: replace(training, schedule=self._schedule(training.schedule, steps[stage], seed), **variant.training)
             for stage, training in DIFFUSION_PRESETS[self.base].training.items()
         }
+
+    def _schedule(self, schedule: Schedule, max_steps: int | None, seed: int) -> Schedule:
+        precision = self.mixed_precision or schedule.mixed_precision
+        return replace(cut(schedule, max_steps, seed), mixed_precision=precision)
 
 
 def cut(schedule: Schedule, max_steps: int | None, seed: int) -> Schedule:
@@ -125,6 +131,7 @@ class Trainer:
 
     store: VoxelStore
     folder: Path
+    _encoded: tuple[tuple[str, bool], LatentMemory] | None = None
 
     def stage2(self, model_config: dict[str, Any], training: LatentTrainingConfig) -> LatentAutoencoder:
         """A latent auto-encoder trained from nothing."""
@@ -153,13 +160,21 @@ class Trainer:
         }
         run = self._run("stage3", made_with)
         if missing := [stage for stage in stages if load_denoiser(run / stage) is None]:
-            latent_autoencoder.to(work_device())
-            memory = encode_latents(self.store, latent_autoencoder, self.store.splits["train"], quarter_turns)
+            memory = self._memory(latent_autoencoder, quarter_turns)
             for stage in missing:
                 train_denoiser(stage, memory, latent_autoencoder, run / stage, models[stage], training[stage])
         if not (run / "pipeline").is_dir():
             save_pipeline(run, self.store.load_autoencoder(), latent_autoencoder)
         return run
+
+    def _memory(self, latent_autoencoder: LatentAutoencoder, quarter_turns: bool) -> LatentMemory:
+        """Latents of the training scenes; the last ones are kept, as variants that share them follow each other."""
+        wanted = (model_hash(latent_autoencoder), quarter_turns)
+        if self._encoded is None or self._encoded[0] != wanted:
+            latent_autoencoder.to(work_device())
+            scenes = self.store.splits["train"]
+            self._encoded = (wanted, encode_latents(self.store, latent_autoencoder, scenes, quarter_turns))
+        return self._encoded[1]
 
     @property
     def voxels(self) -> dict[str, Any]:

@@ -635,3 +635,14 @@ def test_refining_has_the_defaults_of_the_method() -> None:
     options = tyro.cli(refining.Options, args=["--data", "data", "--output-dir", "out", *changed])
     assert options.rates.optimizers()["density"]["optimizer"].lr == 0.5 and options.guidances == ("none",)
     assert options.refinement.distillation.max_time == 0.5 and options.refinement.regularisers.floaters_mult == 3
+
+
+def test_the_prior_whose_memory_is_measured_has_the_sizes_of_stable_unclip():
+    """865.9 million parameters of Stable Diffusion 2.1's U-Net, and the layers for embeddings of 2 x 1024 numbers."""
+    with torch.device("meta"):
+        networks = script("refining_memory").unclip_networks()
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    assert counts["unet"] == 865_910_724 + (2048 * 1280 + 1280) + (1280 * 1280 + 1280)
+    assert counts["vae"] == 83_653_863
+    assert counts["image_encoder"] == pytest.approx(632e6, rel=0.01)
+    assert counts["text_encoder"] == pytest.approx(340e6, rel=0.01)
