@@ -177,7 +177,9 @@ def main(options: Options) -> None:
     keys = ("precision", "guidance", "views_per_step", "peak_gib", "seconds_per_step")
     caption = "Refining at the paper's sizes with a prior of Stable unCLIP's."
     print(
-        Table([key.replace("_", " ") for key in keys], [[found[k] for k in keys]], caption, (0, 0, 0, 2, 1)).markdown()
+        Table(
+            [key.replace("_", " ") for key in keys], [[found[k] for k in keys]], caption, digits=(0, 0, 0, 2, 1)
+        ).markdown()
     )
 
 
