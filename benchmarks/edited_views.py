@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import combinations
@@ -17,7 +17,7 @@ import torch
 from comparisons import use_threads
 from jaxtyping import Bool, Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
-from sampled_views import work_device
+from sampled_views import jackknife, work_device
 from torch import Tensor, nn
 
 from nfldm_ns.choice import evenly
@@ -46,7 +46,6 @@ ACROSS = (-45.0, 0.0, 45.0)  # likewise: views that show its border and what lie
 BLOCK_M = 2.0  # edge of the wall that is painted into maps
 BLOCK_AT_M = 3.0  # from the origin
 EDIT_SEEDS = 10_000  # from the seeds of scenes, so that no edit begins with the noise of its scene
-GROUPS = 10  # of scenes, of which the jackknife leaves out one at a time
 
 Images = Float[Tensor, "views 3 height width"]
 Features = Float[Tensor, "scenes views features"]
@@ -284,23 +283,20 @@ def mean(values: list[float]) -> float:
     return float(torch.tensor(values, dtype=torch.float64).nanmean())
 
 
-def kid(reference: Features, fake: Features) -> dict[str, float]:
-    """KID of views of scenes, and its standard error by a jackknife over groups of scenes (not for few)."""
+def kid(reference: Features, fake: Features) -> dict[str, float | None]:
+    """KID of views of scenes, and its standard error by a jackknife over groups of scenes (None for few)."""
 
-    def distance(left_out: int | None) -> float:
-        kept = [f if left_out is None else f[torch.arange(len(f)) % GROUPS != left_out] for f in (reference, fake)]
-        return kernel_distance(*(features.flatten(0, 1) for features in kept)).mean
+    def distance(mask: Callable[[int], Tensor]) -> float:
+        kept = (features[mask(len(features))].flatten(0, 1) for features in (reference, fake))
+        return kernel_distance(*kept).mean
 
-    result = {"kid": distance(None)}
-    if min(len(reference), len(fake)) >= 2 * GROUPS:
-        parts = torch.tensor([distance(group) for group in range(GROUPS)], dtype=torch.float64)
-        result["kid_error"] = float(((GROUPS - 1) * parts.var(correction=0)).sqrt())
-    return result
+    value, error = jackknife(distance, min(len(reference), len(fake)))
+    return {"kid": value, "kid_error": error}
 
 
-def kid_cells(found: dict[str, float]) -> list[float | None]:
+def kid_cells(found: dict[str, float | None]) -> list[float | None]:
     """Of a table: KID and its standard error, which few scenes do not have."""
-    return [found["kid"], found.get("kid_error")]
+    return [found["kid"], found["kid_error"]]
 
 
 def seen_outside(

@@ -29,6 +29,8 @@ from nfldm_ns.scenes.writing import atomic_path
 Features = Float[Tensor, "images features"]
 Distances = dict[str, dict[str, float]]
 
+GROUPS = 10  # of scenes, of which a jackknife leaves out one at a time
+
 
 @dataclass(kw_only=True)
 class SampleOptions:
@@ -56,6 +58,20 @@ class SampleOptions:
             num_inference_steps=self.num_inference_steps,
             batch_size=self.batch_size,
         )
+
+
+def jackknife(statistic: Callable[[Callable[[int], Tensor]], float], num_scenes: int) -> tuple[float, float | None]:
+    """A statistic of sets of scenes, and its standard error from leaving out every tenth of them, ten times.
+
+    Args:
+        statistic: is given a function from the number of scenes of a set to a mask of those that count.
+        num_scenes: of the smallest set; below 20 there is no error.
+    """
+    whole = statistic(lambda count: torch.ones(count, dtype=torch.bool))
+    if num_scenes < 2 * GROUPS:
+        return whole, None
+    parts = [statistic(lambda count, out=out: torch.arange(count) % GROUPS != out) for out in range(GROUPS)]
+    return whole, float(((GROUPS - 1) * torch.tensor(parts, dtype=torch.float64).var(correction=0)).sqrt())
 
 
 def work_device() -> torch.device:

@@ -32,7 +32,7 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from sampled_views import Features, SampleJudge, SampleOptions, work_device
+from sampled_views import Features, SampleJudge, SampleOptions, jackknife, work_device
 from torch import Tensor
 
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline, scene_generators
@@ -53,7 +53,6 @@ SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     "euler": EulerDiscreteScheduler,
 }
 LEVELS = ("global", "coarse", "fine")
-GROUPS = 10  # of scenes, of which the jackknife leaves out one at a time
 Part = Literal["cost", "samplers", "temperatures"]
 Temperatures = tuple[float, float, float]
 
@@ -190,7 +189,7 @@ def cost_table(cost: dict[str, Any]) -> Table:
 # Samplers and temperatures
 
 
-def kid_difference(reference: Features, fake: Features, other: Features, views: int) -> tuple[float, float]:
+def kid_difference(reference: Features, fake: Features, other: Features, views: int) -> tuple[float, float | None]:
     """How much larger the KID of one set to the reference is than that of another, relative to the latter.
 
     Args:
@@ -198,19 +197,16 @@ def kid_difference(reference: Features, fake: Features, other: Features, views: 
         views: of each scene.
 
     Returns:
-        the relative difference, and its standard error by a jackknife over groups of scenes (NaN for few scenes).
+        the relative difference, and its standard error by a jackknife over groups of scenes (None for few scenes).
     """
+    num_scenes = len(fake) // views
 
-    def difference(kept: Tensor) -> float:
+    def difference(mask: Callable[[int], Tensor]) -> float:
+        kept = mask(num_scenes).repeat_interleave(views)
         first, second = (kernel_distance(reference, features[kept]).mean for features in (fake, other))
         return (first - second) / abs(second)
 
-    group = torch.arange(len(fake)) // views % GROUPS
-    whole = difference(torch.ones_like(group, dtype=torch.bool))
-    if len(fake) < 2 * GROUPS * views:
-        return whole, float("nan")
-    parts = torch.tensor([difference(group != left_out) for left_out in range(GROUPS)])
-    return whole, float(((GROUPS - 1) * parts.var(correction=0)).sqrt())
+    return jackknife(difference, num_scenes)
 
 
 def picture_difference(folder: Path, other: Path) -> float:

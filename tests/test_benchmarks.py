@@ -373,7 +373,7 @@ def test_the_difference_of_two_kids_and_its_error() -> None:
     first, second = (kernel_distance(reference, features).mean for features in (worse, fake))
     assert difference == pytest.approx(first / second - 1)
     assert 0 < error < difference
-    assert math.isnan(sampling.kid_difference(reference, worse[:20], fake[:20], 4)[1])
+    assert sampling.kid_difference(reference, worse[:20], fake[:20], 4)[1] is None
 
 
 # Editing
@@ -522,7 +522,15 @@ def test_kid_and_its_error() -> None:
     assert found["kid"] == pytest.approx(kernel_distance(reference.flatten(0, 1), fake.flatten(0, 1)).mean)
     assert 0 < found["kid_error"] < found["kid"]
     few = views.kid(reference[:5], fake)
-    assert "kid_error" not in few and views.kid_cells(few) == [few["kid"], None]
+    assert views.kid_cells(few) == [few["kid"], None]
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
+    """With ten scenes in ten groups it would be exactly s / sqrt(n); here each group has the mean of its two."""
+    values = torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
+    mean, error = script("sampled_views").jackknife(lambda mask: float(values[mask(20)].mean()), 20)
+    groups = values.view(2, 10).mean(0)
+    assert mean == pytest.approx(float(values.mean())) and error == pytest.approx(float(groups.std() / math.sqrt(10)))
 
 
 @pytest.mark.parametrize(("field", "choices"), [("fusion", Fusion), ("splatting", Splatting)])
