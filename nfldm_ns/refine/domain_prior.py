@@ -68,8 +68,9 @@ class Judgement(NamedTuple):
 
     def log_likelihood(self, components: Float[Tensor, "batch components"]) -> Float[Tensor, "batch components h w"]:
         """log p(components | x_t) of normal distributions, up to a constant."""
-        error = (components[:, :, None, None] - self.mean).square()
-        return -0.5 * (error * torch.exp(-self.log_variance) + self.log_variance)
+        error = (components[:, :, None, None] - self.mean.float()).square()
+        log_variance = self.log_variance.float()
+        return -0.5 * (error * torch.exp(-log_variance) + log_variance)
 
 
 class PriorDenoiser(ModelMixin, ConfigMixin):
@@ -313,12 +314,14 @@ class DomainPrior(ImagePrior):
         with torch.enable_grad():
             sample = noisy.detach().requires_grad_()
             judgement = self.denoiser.judge(sample, timestep)
-            evidence = judgement.odds.sum() if origins else 0.0
+            evidence = []
+            if origins:
+                evidence.append(judgement.odds)
             if style:
-                evidence = evidence + judgement.log_likelihood(self.denoiser.project(condition["embedding"])).sum()
-                if bool(opposite["exact"].all()):
-                    evidence = evidence - judgement.log_likelihood(self.denoiser.project(opposite["embedding"])).sum()
-            (gradient,) = torch.autograd.grad(evidence, sample)
+                evidence.append(judgement.log_likelihood(self.denoiser.project(condition["embedding"])))
+            if style and bool(opposite["exact"].all()):
+                evidence.append(-judgement.log_likelihood(self.denoiser.project(opposite["embedding"])))
+            (gradient,) = torch.autograd.grad(torch.stack([part.sum() for part in evidence]).sum(), sample)
         return -self.signal_and_noise(timestep)[1] * gradient
 
     def _condition(self, embedding: Float[Tensor, "rows dim"], origin: int, exact: bool) -> Condition:

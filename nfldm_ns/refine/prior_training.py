@@ -31,7 +31,6 @@ from nfldm_ns.refine.domain_prior import (
     UNKNOWN,
     EmbeddingNetwork,
     ImageEmbedder,
-    Judgement,
     PriorDenoiser,
     PriorDescription,
     save_domain_prior,
@@ -156,14 +155,13 @@ class PriorLosses:
             predicted = self.wrapped(noisy, timestep, embedding, drop, origin).float()
             return {"denoising_loss": F.mse_loss(predicted, target)}
         predicted, judgement = self.wrapped(noisy, timestep, embedding, drop, origin, judge=True)
-        judgement = Judgement(*(None if part is None else part.float() for part in judgement))
         losses = {
             "denoising_loss": F.mse_loss(predicted.float(), target),
             "embedding_loss": -judgement.log_likelihood(shown).mean(),
         }
         if judgement.odds is not None:
             truth = (1 - rendered).view(-1, 1, 1).expand_as(judgement.odds)
-            losses["origin_loss"] = F.binary_cross_entropy_with_logits(judgement.odds, truth)
+            losses["origin_loss"] = F.binary_cross_entropy_with_logits(judgement.odds.float(), truth)
         return losses
 
 
