@@ -31,8 +31,8 @@ from nfldm_ns.refine.spaces import (
     FeatureSpace,
     PixelSpace,
     Space,
-    canonical_signs,
     make_space,
+    principal_components,
     space_shape,
 )
 from nfldm_ns.scenes.collection import read_json
@@ -147,11 +147,10 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         """Takes on the statistics of embeddings: means, standard deviations, whitened principal components."""
         self.embedding.fit(embeddings)
         normalised = self.embedding(embeddings.to(self.components)).double()
-        variances, vectors = torch.linalg.eigh(normalised.T @ normalised / len(normalised))
-        count = len(self.components)
-        variances, vectors = variances.flip(0)[:count], canonical_signs(vectors.T.flip(0)[:count])
+        squares, directions = principal_components(normalised, len(self.components))
+        variances = squares[:, None] / len(normalised)
         known = variances > LEAST_SHARE * variances[0]  # few images span few directions
-        self.components.copy_(torch.where(known[:, None], vectors / variances.clamp(min=1e-12).sqrt()[:, None], 0.0))
+        self.components.copy_(torch.where(known, directions / variances.clamp(min=1e-12).sqrt(), 0.0))
 
     def project(self, embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch components"]:
         """The whitened principal components of embeddings, which the judge tells."""

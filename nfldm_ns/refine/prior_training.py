@@ -139,12 +139,12 @@ class PriorLosses:
             mirrored = draws.integers(2).bool().to(self.device)
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
         embedding, drop = self.embedder(pixels), None
-        shown = self.denoiser.project(embedding)
         with torch.no_grad():
             clean, timestep = self.space(pixels), timestep.to(self.device)
         rendered = (origin == RENDERED).float()
         noise = draws.normal(clean)
         if augment:
+            shown = self.denoiser.project(embedding)
             spread = self.config.embedding_noise * self.denoiser.embedding.std
             embedding = embedding + spread * draws.normal(embedding)
             drop = draws.uniform().to(self.device) < self.config.condition_dropout

@@ -87,9 +87,8 @@ class FeatureSpace(nn.Module):
         for level, activations in enumerate(zip(*found, strict=True)):
             rows = torch.cat(activations).double()
             centre = rows.mean(0)
-            _, vectors = torch.linalg.eigh((rows - centre).T @ (rows - centre))
             getattr(self, f"centre_{level}").copy_(centre)
-            getattr(self, f"components_{level}").copy_(canonical_signs(vectors.T.flip(0)[: COMPONENTS[level]]))
+            getattr(self, f"components_{level}").copy_(principal_components(rows - centre, COMPONENTS[level])[1])
         raw = torch.cat([self._raw(part) for part in parts])
         self.mean.copy_(raw.mean((0, 2, 3)))
         self.std.copy_(raw.std((0, 2, 3)).clamp(min=1e-6))
@@ -110,9 +109,17 @@ class FeatureSpace(nn.Module):
         return torch.cat(parts, dim=1)
 
 
-def canonical_signs(vectors: Float[Tensor, "vectors dim"]) -> Float[Tensor, "vectors dim"]:
-    """Eigenvectors whose largest element is positive: their signs are a solver's, and must not differ between runs."""
-    return vectors * vectors.gather(1, vectors.abs().argmax(1, keepdim=True)).sign()
+def principal_components(
+    centred: Float[Tensor, "rows dim"], count: int
+) -> tuple[Float[Tensor, "count"], Float[Tensor, "count dim"]]:
+    """The largest sums of squares along orthogonal directions, and these directions, the largest first.
+
+    The largest element of each direction is positive: signs are a solver's, and must not differ between runs.
+    """
+    squares, vectors = torch.linalg.eigh(centred.T @ centred)
+    directions = vectors.T.flip(0)[:count]
+    signs = directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
+    return squares.flip(0)[:count], directions * signs
 
 
 def make_space(name: Space, image_size: int) -> PixelSpace | FeatureSpace:
