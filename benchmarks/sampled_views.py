@@ -40,6 +40,8 @@ class SampleOptions:
     """sampled scenes of each; FID depends on the number of images"""
     views_per_scene: int = 4
     """images of each scene"""
+    with_source_views: bool = False
+    """real images are also the source views; more of them where a test split is small"""
     num_inference_steps: int = 30
     """denoising steps of each latent"""
     first_scene: int = 0
@@ -54,6 +56,7 @@ class SampleOptions:
         return EvaluationSettings(
             num_images=self.num_scenes * self.views_per_scene,
             views_per_scene=self.views_per_scene,
+            with_source_views=self.with_source_views,
             seed=self.first_scene,
             num_inference_steps=self.num_inference_steps,
             batch_size=self.batch_size,
@@ -107,7 +110,7 @@ class SampleJudge:
     def protocol(self) -> dict[str, Any]:
         """What the distances depend on besides the generators."""
         description = (self.collection.root / "collection.json").read_bytes()
-        names = ("num_images", "views_per_scene", "seed")
+        names = ("num_images", "views_per_scene", "with_source_views", "seed")
         return {
             "collection": hashlib.sha256(description).hexdigest(),
             **{name: value for name, value in asdict(self.settings).items() if name in names},
@@ -130,7 +133,8 @@ class SampleJudge:
             with atomic_path(pictures) as temporary:
                 temporary.mkdir()
                 for scene_id in scenes.scene_ids:
-                    views = shown_views(self.collection.load_scene(scene_id), scenes.num_views, with_source=False)
+                    scene = self.collection.load_scene(scene_id)
+                    views = shown_views(scene, scenes.num_views, self.settings.with_source_views)
                     write_pictures(temporary, scene_id, views.images)
         return self._features(self.folder, split, scenes.scene_ids, scenes.num_views)
 
@@ -176,7 +180,8 @@ class SampleJudge:
         with progress_bars() as show:
             title = show(f"Encoding {len(scenes.scene_ids)} test scenes")
             judge = SceneJudge(pipeline.to(work_device()))
-            judge_real(judge, self.collection, pictures, REFERENCE, scenes, False, title)
+            with_source = self.settings.with_source_views
+            judge_real(judge, self.collection, pictures, REFERENCE, scenes, with_source, title)
             title = show(f"Features of {self.settings.num_images} images")
             return self._features(pictures, "stage2", scenes.scene_ids, scenes.num_views, title)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.plugins.registry_dataparser import DataParserSpecification
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, SceneCollection, read_transforms
-from nfldm_ns.scenes.views import make_cameras
 
 
 @dataclass
@@ -74,20 +71,17 @@ def scene_outputs(collection: SceneCollection, scene_id: str, split: str) -> Dat
     transforms = read_transforms(folder)
     names = transforms.source_names if split == "train" else transforms.target_names
     frames = [transforms.frames[name] for name in names]
-    poses = np.stack([np.asarray(frame["transform_matrix"], dtype=np.float32)[:3, :4] for frame in frames])
-    width, height = collection.image_size
-    fx, fy, cx, cy = (torch.tensor([float(frame[key]) for frame in frames]) for key in ("fl_x", "fl_y", "cx", "cy"))
     with_depth = all("depth_file_path" in frame for frame in frames)
     return DataparserOutputs(
         image_filenames=[folder / name for name in names],
-        cameras=make_cameras(torch.from_numpy(poses), fx, fy, cx, cy, height, width),
+        cameras=transforms.cameras(names, collection.image_size),
         scene_box=SceneBox(aabb=collection.aabb.clone()),
         metadata={
             "depth_filenames": [folder / frame["depth_file_path"] for frame in frames] if with_depth else None,
             "depth_unit_scale_factor": DEPTH_UNIT_M,
             "near": collection.near,
             "far": collection.far,
-            "image_size": (height, width),
+            "image_size": collection.image_size[::-1],
             "focal_length": float(frames[0]["fl_x"]),
         },
     )

@@ -25,6 +25,7 @@ from nfldm_ns.refine.domain_prior import (
     DomainPrior,
     Judgement,
     PriorDenoiser,
+    colour_moments,
     load_domain_prior,
 )
 from nfldm_ns.refine.images import (
@@ -233,16 +234,18 @@ def test_components_are_the_directions_of_greatest_variance():
 class LinearJudge(torch.nn.Module):
     """Odds and the mean of every component are multiples of the sum of a place's channels."""
 
+    num_components = 64 + 9
+
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> Judgement:
         total = sample.sum(1)
-        mean = 0.5 * total[:, None].expand(-1, 64, -1, -1)
-        return Judgement(3 * total, mean, torch.full((len(sample), 64, 1, 1), math.log(2.0)))
+        mean = 0.5 * total[:, None].expand(-1, self.num_components, -1, -1)
+        return Judgement(3 * total, mean, torch.full((len(sample), self.num_components, 1, 1), math.log(2.0)))
 
 
 def with_linear_judge(folder: Path) -> DomainPrior:
     plain = load_domain_prior(folder)
     denoiser = PriorDenoiser(**MODEL, embedding_dim=1152, knows_renders=True)
-    denoiser.fit(plain.clean_embeddings)
+    denoiser.fit(plain.clean_embeddings, torch.rand(36, 9))
     denoiser.judge = LinearJudge()
     scheduler = DDPMScheduler.from_config(json.loads((folder / "scheduler" / "scheduler_config.json").read_text()))
     return DomainPrior(denoiser, PixelSpace(16), scheduler, plain.embedder, plain.clean_embeddings)
@@ -262,13 +265,13 @@ def test_the_contrast_of_clean_images_and_renders_is_the_gradient_of_log_odds(fo
     assert plain.contrast(noisy, timestep, clean, rendered) is None, "it does not know renders"
 
 
-def test_the_contrast_of_a_style_is_the_gradient_of_its_embedding_likelihood(folder):
+def test_the_contrast_of_a_style_is_the_gradient_of_its_likelihood(folder):
     """By hand: grad log N(y; x/2, 2) = (y - x/2) / 4 for each component and channel, minus that of a known y'."""
     prior = with_linear_judge(folder)
     noisy, timestep = torch.randn(2, 3, 16, 16), torch.tensor([100, 600])
     style, renders = prior.condition(torch.rand(2, 3, 16, 16)), prior.render_condition(torch.rand(2, 3, 16, 16))
     sigma = prior.signal_and_noise(timestep)[1]
-    y, other = (prior.denoiser.project(given["embedding"])[:, :, None, None] for given in (style, renders))
+    y, other = (given["shown"][:, :, None, None] for given in (style, renders))
     pull = ((y - 0.5 * noisy.sum(1, keepdim=True)) / 4).sum(1, keepdim=True)
     free = prior.contrast(noisy, timestep, style, repeat(prior.unconditional(), 2))
     assert torch.allclose(free, (-sigma * pull).expand_as(noisy), atol=1e-4)
@@ -281,11 +284,25 @@ def test_embeddings_are_whitened():
     denoiser = PriorDenoiser(**MODEL, embedding_dim=12, judged_components=5)
     generator = torch.Generator().manual_seed(0)
     embeddings = torch.randn(200, 12, generator=generator) @ torch.randn(12, 12, generator=generator) + 3
-    denoiser.fit(embeddings)
-    components = denoiser.project(embeddings)
-    assert torch.allclose(components.T @ components / 200, torch.eye(5), atol=1e-3)
-    denoiser.fit(embeddings[:3])  # spans two directions
-    assert [bool(row.any()) for row in denoiser.components] == [True, True, False, False, False]
+    moments = torch.rand(200, 9, generator=generator) * torch.logspace(0, -2, 9)
+    denoiser.fit(embeddings, moments)
+    shown = denoiser.describe(embeddings, moments)
+    for part in (shown[:, :5], shown[:, 5:]):
+        assert torch.allclose(part.T @ part / 200, torch.eye(part.shape[1]), atol=2e-3)
+    assert (denoiser.describe(embeddings + 1000, moments).abs() <= 4).all(), "what the domain has never seen"
+    denoiser.fit(embeddings[:3], moments[:3])  # span two directions
+    for whitening in (denoiser.judged_embedding, denoiser.judged_colours):
+        assert [bool(row.any()) for row in whitening.components[:5]] == [True, True, False, False, False]
+
+
+def test_colour_moments_of_two_colours():
+    """Of an image, half of one and half of another colour: the mean, and a quarter of the squared difference."""
+    first, second = torch.tensor([0.2, 0.4, 0.9]), torch.tensor([0.6, 0.4, 0.1])
+    image = torch.cat([first.view(3, 1, 1).expand(3, 8, 4), second.view(3, 1, 1).expand(3, 8, 4)], dim=2)[None]
+    (moments,) = colour_moments(image)
+    assert torch.allclose(moments[:3], (first + second) / 2)
+    r, g, b = (first - second) / 2
+    assert torch.allclose(moments[3:], torch.stack([r * r, r * g, r * b, g * g, g * b, b * b]), atol=1e-6)
 
 
 def test_patches_are_places_of_the_network():

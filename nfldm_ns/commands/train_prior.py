@@ -44,6 +44,10 @@ class TrainPrior:
     """By default the preset's, else what `accelerate launch` says."""
     condition_dropout: float | None = None
     """Share of images whose embedding is hidden, for classifier-free guidance."""
+    condition: Literal["none", "bev"] = "none"
+    """bev: the prior also sees the collection's semantic maps; scenes with a map are then refined by it, too."""
+    bev_dropout: float | None = None
+    """Share of images whose map it does not see (0.15 by default), so that scenes without one can be refined."""
     validation_steps: int | None = None
     """Steps between pictures of samples in the trackers; 0 for none."""
     report_to: ReportTo = "tensorboard"
@@ -57,14 +61,23 @@ class TrainPrior:
 
         if self.image_size < 8 or (self.max_images is not None and self.max_images < 1):
             raise UserInputError("--image-size must be at least 8 and --max-images at least 1: give larger numbers.")
+        with_maps = self.condition == "bev"
+        if self.bev_dropout is not None and not with_maps:
+            raise UserInputError("--bev-dropout drops maps, which --condition bev alone looks at: add it.")
         collection = SceneCollection.open(self.collection)
         preset = PRIOR_PRESETS[self.preset]
         training = replace(preset.training, schedule=replace(preset.training.schedule, **given_settings(self)))
-        if self.condition_dropout is not None:
-            training = replace(training, condition_dropout=self.condition_dropout)
+        shares = {name: getattr(self, name) for name in ("condition_dropout", "bev_dropout")}
+        training = replace(training, **{name: share for name, share in shares.items() if share is not None})
         model = {**preset.model, "image_size": self.image_size}
         folder = train_prior(
-            collection, self.output_dir, model, training, max_images=self.max_images, generated=self.renders
+            collection,
+            self.output_dir,
+            model,
+            training,
+            max_images=self.max_images,
+            generated=self.renders,
+            with_maps=with_maps,
         )
         if is_first_process():
             loss = read_json(folder / "prior.json")["made_by"]["held_out_loss"]

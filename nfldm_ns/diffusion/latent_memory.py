@@ -18,7 +18,7 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.scenes.collection import BevClass, SceneCollection, read_transforms
-from nfldm_ns.scenes.views import index_cameras, make_cameras
+from nfldm_ns.scenes.views import index_cameras
 
 ENCODE_BATCH = 4
 
@@ -172,11 +172,7 @@ def _maps(
 def _source_cameras(collection: SceneCollection, scene_id: str) -> Cameras:
     """Source cameras of a scene, without reading its images."""
     transforms = read_transforms(collection.scene_dir(scene_id))
-    frames = [transforms.frames[name] for name in transforms.source_names]
-    poses = torch.tensor([frame["transform_matrix"] for frame in frames], dtype=torch.float32)[:, :3]
-    fx, fy, cx, cy = (torch.tensor([float(frame[k]) for frame in frames]) for k in ("fl_x", "fl_y", "cx", "cy"))
-    width, height = collection.image_size
-    return make_cameras(poses, fx, fy, cx, cy, height, width)
+    return transforms.cameras(transforms.source_names, collection.image_size)
 
 
 def _spread(cameras: Cameras, count: int) -> Cameras:

@@ -14,10 +14,9 @@ from jaxtyping import UInt8
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
 from nfldm_ns.generated.writing import write_generated_scene
 from nfldm_ns.latents.voxel_store import model_hash
+from nfldm_ns.scenes.collection import BEV_FILE
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.writing import bev_png
-
-BEV_FILE = "bev.png"
 
 
 def sampling_record(pipeline: NFLDMPipeline, num_inference_steps: int, source: str = "") -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from safetensors.torch import save
 from torch import Tensor
@@ -19,7 +18,6 @@ from nfldm_ns.autoencoder.checkpoints import load_exactly, read_safetensors
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import read_json, read_transforms
-from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 FORMAT = "nfldm-generated-scene"
@@ -124,7 +122,5 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 
 def _cameras(folder: Path) -> Cameras:
     transforms = read_transforms(folder)
-    frames = [transforms.frames[name] for name in transforms.source_names]
-    poses: Float[Tensor, "n 3 4"] = torch.tensor([frame["transform_matrix"][:3] for frame in frames])
-    fx, fy, cx, cy = (torch.tensor([float(frame[key]) for frame in frames]) for key in ("fl_x", "fl_y", "cx", "cy"))
-    return make_cameras(poses, fx, fy, cx, cy, int(frames[0]["h"]), int(frames[0]["w"]))
+    first = transforms.frames[transforms.source_names[0]]
+    return transforms.cameras(transforms.source_names, (int(first["w"]), int(first["h"])))

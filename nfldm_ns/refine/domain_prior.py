@@ -26,6 +26,7 @@ from nfldm_ns.diffusion.denoisers import Normaliser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.refine.prior import Condition, ImagePrior, resize_square
+from nfldm_ns.refine.seen_maps import MAP_FEATURES, MapDescription, SeenMapEncoder, SeenMaps
 from nfldm_ns.refine.spaces import (
     REDUCTION,
     FeatureSpace,
@@ -39,14 +40,16 @@ from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 FORMAT = "nfldm-image-prior"
-VERSION = 2
+VERSION = 3
 DESCRIPTION = "prior.json"
 DENOISER, SCHEDULER = "denoiser", "scheduler"
 EMBEDDINGS, SPACE = "clean_images.safetensors", "space.safetensors"
 EMBEDDED_AT_ONCE = 32
 CLEAN, RENDERED, UNKNOWN = range(3)  # where an image is from, for priors that know renders
 TIME_DIM = 64
-LEAST_SHARE = 1e-6  # of the largest variance, of a component that counts
+COLOUR_MOMENTS = 9  # three means, six variances and covariances
+LEAST_SHARE = 1e-5  # of the largest variance, of a component that counts
+LARGEST_COMPONENT = 4.0  # standard deviations: images unlike all of the domain are as its most extreme ones
 LEAST_LOG_VARIANCE = -2.0  # of what the judge says: nothing is certain
 SMALLEST_EMBEDDED = 64  # pixels; AlexNet has nothing left of much smaller images
 
@@ -58,7 +61,7 @@ class Judgement(NamedTuple):
 
     Attributes:
         odds: `[B, h, w]`, log p(clean | x_t) - log p(rendered | x_t); None if it does not know renders.
-        mean: `[B, K, h, w]`, of the components of the embedding.
+        mean: `[B, K, h, w]`, of the components of what an image shows (`PriorDenoiser.describe`).
         log_variance: `[B, K, 1, 1]`, of the components given the noisy sample.
     """
 
@@ -73,11 +76,51 @@ class Judgement(NamedTuple):
         return -0.5 * (error * torch.exp(-log_variance) + log_variance)
 
 
+class Whitening(nn.Module):
+    """Rows of numbers to their principal components, each with mean 0 and variance 1 in the rows it was fitted to.
+
+    Args:
+        dim: of the rows.
+        count: components.
+    """
+
+    mean: Tensor
+    components: Tensor
+
+    def __init__(self, dim: int, count: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("components", torch.zeros(count, dim))
+
+    def fit(self, rows: Float[Tensor, "rows dim"]) -> None:
+        """Finds them; directions that hardly vary become zeros."""
+        rows = rows.to(self.mean.device).double()
+        centred = rows - rows.mean(0)
+        squares, directions = principal_components(centred, len(self.components))
+        variances = squares[:, None] / len(rows)
+        known = variances > LEAST_SHARE * variances[0]  # few rows span few directions
+        self.components.copy_(torch.where(known, directions / variances.clamp(min=1e-12).sqrt(), 0.0))
+        self.mean.copy_(rows.mean(0))
+
+    def forward(self, rows: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch count"]:
+        return (rows - self.mean) @ self.components.T
+
+
+def colour_moments(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 9"]:
+    """Means, variances and covariances of the colours in images, after 2 x 2 pixels were averaged."""
+    colours = F.avg_pool2d(images.float(), 2).flatten(2)
+    mean = colours.mean(2)
+    centred = colours - mean[:, :, None]
+    covariance = centred @ centred.mT / colours.shape[2]
+    rows, columns = torch.triu_indices(3, 3)
+    return torch.cat([mean, covariance[:, rows, columns]], dim=1)
+
+
 class PriorDenoiser(ModelMixin, ConfigMixin):
     """A U-Net on images or their features, conditioned on an embedding of an image.
 
-    A small network beside it, the judge, tells of noisy images what their embedding is. One that knows renders is
-    conditioned on where an image is from, too, and its judge tells that as well.
+    A small network beside it, the judge, tells of noisy images what their embedding and colours are. One that knows
+    renders is conditioned on where an image is from, too, and its judge tells that as well.
 
     Args:
         image_size: side of the images in pixels; samples must be divisible by `patch_size * 2 ** (len(channels) - 1)`.
@@ -91,10 +134,10 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         knows_renders: it learns to tell renders from clean images; without, `origin` changes nothing.
         judge_width: channels of the judge.
         judged_components: principal components of embeddings that the judge tells, at most as many as these have.
+        bev_classes: how many classes the scenes' semantic maps have (the largest id + 1); 0 for a prior without maps.
     """
 
     config_name = "config.json"
-    components: Tensor
 
     @register_to_config
     def __init__(
@@ -110,6 +153,7 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         knows_renders: bool = False,
         judge_width: int = 128,
         judged_components: int = 64,
+        bev_classes: int = 0,
     ) -> None:
         super().__init__()
         sample_channels, size = space_shape(space, image_size)
@@ -120,11 +164,13 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         self.embedding = Normaliser(embedding_dim)
         self.origin = nn.Embedding(3, embedding_dim, padding_idx=UNKNOWN) if knows_renders else None
         count = min(judged_components, embedding_dim)
-        self.register_buffer("components", torch.zeros(count, embedding_dim))
-        self.judge = Judge(sample_channels, judge_width, count, knows_renders)
+        self.judged_embedding = Whitening(embedding_dim, count)
+        self.judged_colours = Whitening(COLOUR_MOMENTS, COLOUR_MOMENTS)
+        self.judge = Judge(sample_channels, judge_width, count + COLOUR_MOMENTS, knows_renders)
+        self.map_encoder = SeenMapEncoder(bev_classes) if bev_classes else None
         self.unet = UNet2DConditionModel(
             sample_size=size // patch_size,
-            in_channels=sample_channels * patch_size**2,
+            in_channels=sample_channels * patch_size**2 + MAP_FEATURES * bool(bev_classes),
             out_channels=sample_channels * patch_size**2,
             block_out_channels=tuple(channels),
             down_block_types=tuple("AttnDownBlock2D" if flag else "DownBlock2D" for flag in attention),
@@ -143,18 +189,18 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         channels, size = space_shape(self.config.space, self.config.image_size)
         return channels, size, size
 
-    def fit(self, embeddings: Float[Tensor, "images dim"]) -> None:
-        """Takes on the statistics of embeddings: means, standard deviations, whitened principal components."""
+    def fit(self, embeddings: Float[Tensor, "images dim"], moments: Float[Tensor, "images 9"]) -> None:
+        """Takes on the statistics of embeddings and `colour_moments`."""
         self.embedding.fit(embeddings)
-        normalised = self.embedding(embeddings.to(self.components)).double()
-        squares, directions = principal_components(normalised, len(self.components))
-        variances = squares[:, None] / len(normalised)
-        known = variances > LEAST_SHARE * variances[0]  # few images span few directions
-        self.components.copy_(torch.where(known, directions / variances.clamp(min=1e-12).sqrt(), 0.0))
+        self.judged_embedding.fit(self.embedding(embeddings.to(self.embedding.mean)))
+        self.judged_colours.fit(moments)
 
-    def project(self, embedding: Float[Tensor, "batch dim"]) -> Float[Tensor, "batch components"]:
-        """The whitened principal components of embeddings, which the judge tells."""
-        return self.embedding(embedding) @ self.components.T
+    def describe(
+        self, embedding: Float[Tensor, "batch dim"], moments: Float[Tensor, "batch 9"]
+    ) -> Float[Tensor, "batch components"]:
+        """What the judge tells of images: whitened components of their embedding, then of their colours' moments."""
+        parts = [self.judged_embedding(self.embedding(embedding)), self.judged_colours(moments)]
+        return torch.cat(parts, dim=1).clamp(-LARGEST_COMPONENT, LARGEST_COMPONENT)
 
     def forward(
         self,
@@ -164,6 +210,7 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         drop: Bool[Tensor, "batch"] | None = None,
         origin: Int[Tensor, "batch"] | None = None,
         judge: bool = False,
+        seen: SeenMaps | None = None,
     ) -> Any:
         """Predicts from noisy samples.
 
@@ -173,13 +220,21 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
                 codes (`CoarseDenoiser`).
             origin: CLEAN, RENDERED or UNKNOWN; by default the last.
             judge: also returns what `judge` says.
+            seen: what the images see of their scenes' maps; None for scenes without.
+
+        Raises:
+            ValueError: if maps are given to a prior without.
         """
+        if seen is not None and self.map_encoder is None:
+            raise ValueError("this prior was trained without maps")
         code = self.embedding(embedding)
         if drop is not None:
             code = code.masked_fill(drop[:, None], 0.0)
         if self.origin is not None and origin is not None:
             code = code + self.origin(origin)
         patches = F.pixel_unshuffle(sample, self.config.patch_size)
+        if self.map_encoder is not None:
+            patches = torch.cat([patches, self.map_encoder(seen, patches)], dim=1)
         predicted = F.pixel_shuffle(
             self.unet(patches, timestep, None, class_labels=code).sample, self.config.patch_size
         )
@@ -187,17 +242,18 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
 
 
 class Judge(nn.Module):
-    """Tells of noisy samples, place by place, what embedding their image has, and whether it is clean or rendered.
+    """Tells of noisy samples, place by place, what their image shows, and whether it is clean or rendered.
 
     Args:
         in_channels: of noisy samples.
         width: of its layers.
-        components: of embeddings.
+        components: of what images show.
         knows_renders: it tells where images are from.
     """
 
     def __init__(self, in_channels: int, width: int, components: int, knows_renders: bool) -> None:
         super().__init__()
+        self.num_components = components
         self.first = nn.Conv2d(in_channels, width, 1)
         self.time = nn.Sequential(nn.Linear(TIME_DIM, width), nn.SiLU(), nn.Linear(width, width))
         self.layers = nn.ModuleList(
@@ -255,6 +311,7 @@ class DomainPrior(ImagePrior):
         scheduler: the noise it was trained with.
         embedder: makes its conditions.
         clean_embeddings: `[K, E]`, of images of its collection: what a refined scene is to look like by default.
+        maps: that it was trained with; None if it knows none.
     """
 
     clean_embeddings: Tensor
@@ -266,9 +323,10 @@ class DomainPrior(ImagePrior):
         scheduler: DDPMScheduler,
         embedder: ImageEmbedder,
         clean_embeddings: Float[Tensor, "images dim"],
+        maps: MapDescription | None = None,
     ) -> None:
         super().__init__(denoiser.config.image_size, scheduler.alphas_cumprod, scheduler.config.prediction_type)
-        self.denoiser, self.space, self.embedder = denoiser, space, embedder
+        self.denoiser, self.space, self.embedder, self.maps = denoiser, space, embedder, maps
         self.register_buffer("clean_embeddings", clean_embeddings, persistent=False)
         self.eval().requires_grad_(False)
 
@@ -280,20 +338,21 @@ class DomainPrior(ImagePrior):
             raise UserInputError(
                 "This prior knows the images of one domain and no words: give an image or a folder of images as style."
             )
-        return self._condition(self.embedder(images.to(self.device)), CLEAN, exact=True)
+        return self._exact(images, CLEAN)
 
     def render_condition(self, images: Tensor) -> Condition:
-        return self._condition(self.embedder(images.to(self.device)), RENDERED, exact=True)
+        return self._exact(images, RENDERED)
 
     def clean_condition(self) -> Condition:
         """Of the images of its collection that it keeps embeddings of: examples of how clean images look."""
-        return self._condition(self.clean_embeddings, CLEAN, exact=False)
+        return self._condition(self.clean_embeddings, CLEAN)
 
     def unconditional(self) -> Condition:
-        return self._condition(self.denoiser.embedding.mean[None], UNKNOWN, exact=False)
+        return self._condition(self.denoiser.embedding.mean[None], UNKNOWN)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        return self.denoiser(noisy, timestep, condition["embedding"], origin=condition["origin"])
+        seen = condition.get("seen")
+        return self.denoiser(noisy, timestep, condition["embedding"], origin=condition["origin"], seen=seen)
 
     def contrast(
         self, noisy: Tensor, timestep: Tensor, condition: Condition, opposite: Condition
@@ -301,7 +360,7 @@ class DomainPrior(ImagePrior):
         """What its judge says, by Bayes' rule: -sigma times the gradient of log p(y | x_t) - log p(y' | x_t).
 
         The scores of two conditions differ by little, and the errors of two denoisings by much. Where y is of clean
-        images and y' of renders, y and y' are these; where y is the embedding of a style, they are the embeddings, too.
+        images and y' of renders, y and y' are these; where y is a style, they are what the images show, too.
         What the judge says of the places of an image is added up, as if they were independent. None for conditions
         that it cannot tell apart.
         """
@@ -317,18 +376,28 @@ class DomainPrior(ImagePrior):
             if origins:
                 evidence.append(judgement.odds)
             if style:
-                evidence.append(judgement.log_likelihood(self.denoiser.project(condition["embedding"])))
+                evidence.append(judgement.log_likelihood(condition["shown"]))
             if style and bool(opposite["exact"].all()):
-                evidence.append(-judgement.log_likelihood(self.denoiser.project(opposite["embedding"])))
+                evidence.append(-judgement.log_likelihood(opposite["shown"]))
             (gradient,) = torch.autograd.grad(torch.stack([part.sum() for part in evidence]).sum(), sample)
         return -self.signal_and_noise(timestep)[1] * gradient
 
-    def _condition(self, embedding: Float[Tensor, "rows dim"], origin: int, exact: bool) -> Condition:
-        """`exact`: these embeddings are meant, not images of their kind."""
-        count = len(embedding)
+    def _exact(self, images: Float[Tensor, "rows 3 height width"], origin: int) -> Condition:
+        """Of images that are meant themselves, not others of their kind."""
+        images = resize_square(images.to(self.device).float(), self.image_size).clamp(0, 1)
+        embedding = self.embedder(images)
+        return self._condition(embedding, origin, self.denoiser.describe(embedding, colour_moments(images)))
+
+    def _condition(
+        self, embedding: Float[Tensor, "rows dim"], origin: int, shown: Float[Tensor, "rows components"] | None = None
+    ) -> Condition:
+        """`shown`: what the judge is to tell; by default nothing."""
+        exact, count = shown is not None, len(embedding)
+        nothing = embedding.new_zeros(count, self.denoiser.judge.num_components)
         return {
             "embedding": embedding,
             "origin": torch.full((count,), origin, device=self.device),
+            "shown": nothing if shown is None else shown,
             "exact": torch.full((count,), exact, device=self.device),
         }
 
@@ -340,10 +409,12 @@ class PriorDescription:
     Attributes:
         embedding: the network of LPIPS whose activations are the embedding.
         made_by: collection, licence, steps: whatever its maker wrote down.
+        maps: that it knows.
     """
 
     embedding: EmbeddingNetwork
     made_by: dict[str, Any] = field(default_factory=dict)
+    maps: MapDescription | None = None
 
 
 def save_domain_prior(
@@ -364,7 +435,9 @@ def save_domain_prior(
             save_file({k: v.cpu().contiguous() for k, v in space.statistics().items()}, temporary / SPACE)
         scheduler.save_config(temporary / SCHEDULER)
         save_file({"embeddings": clean_embeddings.cpu().half().contiguous()}, temporary / EMBEDDINGS)
-        content = {"format": FORMAT, "version": VERSION, "embedding": description.embedding}
+        content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "embedding": description.embedding}
+        if description.maps is not None:
+            content["maps"] = description.maps.to_json()
         write_json(temporary / DESCRIPTION, {**content, "made_by": description.made_by})
 
 
@@ -388,7 +461,8 @@ def load_domain_prior(folder: Path | str) -> DomainPrior:
     try:
         denoiser = PriorDenoiser.from_config(read_json(folder / DENOISER / "config.json"))
         scheduler = DDPMScheduler.from_config(read_json(folder / SCHEDULER / "scheduler_config.json"))
-    except (TypeError, ValueError) as error:
+        maps = MapDescription.from_json(description["maps"]) if denoiser.config.bev_classes else None
+    except (KeyError, TypeError, ValueError) as error:
         raise UserInputError(f"The prior {folder} cannot be used ({error}): train it again.") from None
     weights = read_safetensors(folder / DENOISER / WEIGHTS)
     load_exactly(denoiser, {name: value.float() for name, value in weights.items()}, folder / DENOISER / WEIGHTS)
@@ -402,4 +476,4 @@ def load_domain_prior(folder: Path | str) -> DomainPrior:
     if isinstance(space, FeatureSpace):
         network = {name: value for name, value in space.state_dict().items() if name.startswith("network.")}
         load_exactly(space, {**network, **read_safetensors(folder / SPACE)}, folder / SPACE)
-    return DomainPrior(denoiser, space, scheduler, embedder, embeddings.float())
+    return DomainPrior(denoiser, space, scheduler, embedder, embeddings.float(), maps)

@@ -39,6 +39,7 @@ from nfldm_ns.generated.nerfstudio_scene import (
 from nfldm_ns.generated.scene_files import DESCRIPTION, GeneratedScene, load_generated_scene
 from nfldm_ns.generated.writing import write_generated_scene
 from nfldm_ns.refine.settings import RefinementConfig
+from nfldm_ns.scenes.collection import BEV_FILE
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 
@@ -266,12 +267,14 @@ class RefineTrainer(WholeCheckpointTrainer):
         """Loads scene and prior before anything is written."""
         from nfldm_ns.refine.loading import load_prior
         from nfldm_ns.refine.refiner import Refiner
+        from nfldm_ns.refine.seen_maps import map_of_scene
 
         refinement, seed = self.config.refinement, self.config.machine.seed
         self._scene = load_generated_scene(self.config.scene_folder())
         assert refinement.prior is not None
         prior = load_prior(refinement.prior, refinement.precision)
-        refiner = Refiner(copy.deepcopy(self._scene), prior, refinement, seed, self.device)
+        scene_map = map_of_scene(prior.maps, self.config.scene_folder(), refinement.bev, self._scene.grid.aabb)
+        refiner = Refiner(copy.deepcopy(self._scene), prior, refinement, seed, self.device, scene_map)
         super().setup(*args, **kwargs)
         self.pipeline.refine_with(refiner, seed, self.total_steps)
         self._broken_steps = 0
@@ -321,7 +324,13 @@ class RefineTrainer(WholeCheckpointTrainer):
             scene.cameras,
             scene.latents,
             refined_provenance(scene.provenance, self.config, step + 1),
+            attachments=self._attachments(),
         )
+
+    def _attachments(self) -> dict[str, bytes]:
+        """The map that the scene came with or was given."""
+        path = self.config.refinement.bev or self.config.scene_folder() / BEV_FILE
+        return {BEV_FILE: path.read_bytes()} if path.is_file() else {}
 
 
 def refined_provenance(before: Mapping[str, Any], config: RefineTrainerConfig, steps: int) -> dict[str, Any]:
@@ -333,6 +342,7 @@ def refined_provenance(before: Mapping[str, Any], config: RefineTrainerConfig, s
         "prior": refinement.prior,
         "style": refinement.style,
         "clean_images": None if refinement.clean_images is None else str(refinement.clean_images),
+        "bev": None if refinement.bev is None else str(refinement.bev),
         "strength": refinement.strength,
         "distillation": vars(refinement.distillation),
         "views": vars(refinement.views),

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nfldm_ns.refine.seen_maps import MapDescription
+
 Condition = Mapping[str, Tensor]
 """What a model is told of an image besides its noisy version: tensors by name, one row per image."""
 
@@ -27,9 +29,14 @@ class ImagePrior(nn.Module, ABC):
 
     Raises:
         ValueError: for another prediction type.
+
+    Attributes:
+        maps: the semantic maps it knows; None for most. To one with maps, conditions may also say what the views see
+            (`SceneMap.seen_by`), as `seen`.
     """
 
     alphas_cumprod: Tensor
+    maps: MapDescription | None = None
 
     def __init__(
         self, image_size: int, alphas_cumprod: Float[Tensor, "timesteps"], prediction_type: str = "epsilon"

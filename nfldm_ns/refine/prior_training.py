@@ -33,9 +33,11 @@ from nfldm_ns.refine.domain_prior import (
     ImageEmbedder,
     PriorDenoiser,
     PriorDescription,
+    colour_moments,
     save_domain_prior,
 )
 from nfldm_ns.refine.images import collection_paths, read_square_images, render_paths
+from nfldm_ns.refine.seen_maps import NOT_SEEN, MapDescription, SeenMaps, maps_seen_in
 from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, make_space
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.tracking import Pictures
@@ -72,6 +74,8 @@ class PriorTrainingConfig:
     """Share of images whose embedding is hidden, and share of those whose origin is, for guidance."""
     render_share: float = 0.35
     """Share of renders among the images it learns from, where there are some."""
+    bev_dropout: float = 0.15
+    """Share of images whose scene's map is not looked at, where the prior knows maps."""
     mirror: bool = True
     """Also learn from mirrored images."""
     ema_decay: float = 0.999
@@ -85,6 +89,7 @@ class PriorLosses:
         wrapped: the denoiser, as the accelerator wraps it.
         images: `[N, 3, S, S]`, 8 bits.
         renders: `[R, 3, S, S]`, 8 bits: what it learns to tell from them; there may be none.
+        seen: what the images see of their scenes' maps; None for a prior without. Renders are learned without a map.
     """
 
     def __init__(
@@ -100,7 +105,9 @@ class PriorLosses:
         world_size: int = 1,
         joint_batch_size: int | None = None,
         renders: UInt8[Tensor, "renders 3 size size"] | None = None,
+        seen: SeenMaps | None = None,
     ) -> None:
+        self.seen = seen
         self.renders = images[:0] if renders is None else renders
         self.wrapped, self.denoiser, self.space, self.embedder = wrapped, denoiser, space, embedder
         self.images, self.config, self.device = images, config, device
@@ -126,10 +133,11 @@ class PriorLosses:
     ) -> dict[str, Float[Tensor, ""]]:
         """Of some images: of velocities and, of augmented images, of the judge.
 
-        Of its embeddings these are negative log-likelihoods, of where images are from binary cross-entropies.
+        Of what images show these are negative log-likelihoods, of where images are from binary cross-entropies.
         """
         pixels = self.images[indices].to(self.device).float() / 255
         origin = torch.full((len(indices),), CLEAN, device=self.device)
+        seen = None if self.seen is None else self.seen[indices].to(self.device)
         if augment and len(self.renders):
             rendered = draws.uniform().to(self.device) < self.config.render_share
             renders = self.renders[draws.integers(len(self.renders))].to(self.device).float() / 255
@@ -138,26 +146,30 @@ class PriorLosses:
         if augment and self.config.mirror:
             mirrored = draws.integers(2).bool().to(self.device)
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+            seen = None if seen is None else torch.where(mirrored.view(-1, 1, 1), seen.flip(-1), seen)
         embedding, drop = self.embedder(pixels), None
         with torch.no_grad():
             clean, timestep = self.space(pixels), timestep.to(self.device)
         rendered = (origin == RENDERED).float()
         noise = draws.normal(clean)
         if augment:
-            shown = self.denoiser.project(embedding)
+            shown = self.denoiser.describe(embedding, colour_moments(pixels))
             spread = self.config.embedding_noise * self.denoiser.embedding.std
             embedding = embedding + spread * draws.normal(embedding)
             drop = draws.uniform().to(self.device) < self.config.condition_dropout
             origin = origin.masked_fill(draws.uniform().to(self.device) < self.config.condition_dropout, UNKNOWN)
+            if seen is not None:
+                hidden = (draws.uniform().to(self.device) < self.config.bev_dropout) | (rendered > 0)
+                seen = seen.masked_fill(hidden.view(-1, 1, 1), NOT_SEEN)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         target = diffusion_target(self.scheduler, clean, noise, timestep)
         if not augment:
-            predicted = self.wrapped(noisy, timestep, embedding, drop, origin).float()
+            predicted = self.wrapped(noisy, timestep, embedding, drop, origin, seen=seen).float()
             return {"denoising_loss": F.mse_loss(predicted, target)}
-        predicted, judgement = self.wrapped(noisy, timestep, embedding, drop, origin, judge=True)
+        predicted, judgement = self.wrapped(noisy, timestep, embedding, drop, origin, judge=True, seen=seen)
         losses = {
             "denoising_loss": F.mse_loss(predicted.float(), target),
-            "embedding_loss": -judgement.log_likelihood(shown).mean(),
+            "judge_loss": -judgement.log_likelihood(shown).mean(),
         }
         if judgement.odds is not None:
             truth = (1 - rendered).view(-1, 1, 1).expand_as(judgement.odds)
@@ -174,18 +186,22 @@ class PriorPictures:
         space: PixelSpace | FeatureSpace,
         embedder: ImageEmbedder,
         images: UInt8[Tensor, "images 3 size size"],
+        seen: SeenMaps | None = None,
     ) -> None:
         self.denoiser, self.space, self.scheduler = denoiser, space, make_scheduler()
-        self.images = images.float() / 255
+        self.images, self.seen = images.float() / 255, seen
         device = next(denoiser.parameters()).device
         self.embedding = embedder(self.images.to(device))
         like = torch.empty(len(images), *denoiser.sample_shape, device=device)
         self.noise = ItemDraws(0, range(len(images)), device).normal(like)
 
     def __call__(self) -> Pictures:
-        origin = torch.full((len(self.embedding),), CLEAN, device=self.embedding.device)
+        device = self.embedding.device
+        shared = {"origin": torch.full((len(self.embedding),), CLEAN, device=device)}
+        if self.seen is not None:
+            shared["seen"] = self.seen.to(device)
         conditioned, free = (
-            sample_latents(self.denoiser, self.scheduler, self.noise, PICTURE_STEPS, embedding=embedding, origin=origin)
+            sample_latents(self.denoiser, self.scheduler, self.noise, PICTURE_STEPS, embedding=embedding, **shared)
             for embedding in (self.embedding, self.denoiser.embedding.mean.expand_as(self.embedding))
         )
         columns = {
@@ -216,6 +232,7 @@ def train_prior(
     *,
     max_images: int | None = None,
     generated: Sequence[Path] = (),
+    with_maps: bool = False,
     on_progress: ProgressCallback | None = None,
 ) -> Path:
     """Trains a prior on the training scenes' images, continuing an interrupted run.
@@ -225,27 +242,40 @@ def train_prior(
         model_config: sizes and space of `PriorDenoiser`.
         max_images: kept in memory, evenly chosen from all scenes; None for all.
         generated: scenes, or folders of scenes, whose images it learns to tell from clean ones.
+        with_maps: it is also conditioned on what an image sees of its scene's semantic map.
 
     Returns:
         the prior's folder; its `prior.json` tells the loss on held-out images.
+
+    Raises:
+        UserInputError: if the images are too small, or maps are wanted and missing.
     """
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     size = int(model_config.get("image_size", 64))
     embedder = ImageEmbedder(config.embedding, size).to(accelerator.device)
+    maps = MapDescription.of_collection(collection) if with_maps else None
     try:
         sizes = {**model_config, "embedding_dim": embedder.dim, "knows_renders": bool(generated)}
+        sizes["bev_classes"] = 0 if maps is None else maps.outside
         denoiser = PriorDenoiser(**sizes)
     except ValueError as error:
         raise UserInputError(f"The prior cannot be built ({error}): choose another --image-size.") from None
-    images = _read(collection, "train", max_images, size)
+    paths = collection_paths(collection, "train")
+    paths = paths if max_images is None else evenly(paths, max_images)
+    images = read_square_images(paths, size)
     renders = read_square_images(render_paths(generated), size) if generated else images[:0]
     held_out = next((split for split in ("val", "test") if collection.splits[split]), "train")
-    held_out_images = _read(collection, held_out, NUM_HELD_OUT, size)
+    held_out_paths = evenly(collection_paths(collection, held_out), NUM_HELD_OUT)
+    held_out_images = read_square_images(held_out_paths, size)
+    seen, held_out_seen = (
+        None if maps is None else maps_seen_in(collection, maps, chosen) for chosen in (paths, held_out_paths)
+    )
     space = make_space(denoiser.config.space, size).to(accelerator.device)
-    space.fit(images[evenly(range(len(images)), NUM_STATISTICS)])
+    examples = images[evenly(range(len(images)), NUM_STATISTICS)]
+    space.fit(examples)
     denoiser.to(accelerator.device)
-    denoiser.fit(_embed(embedder, images, NUM_STATISTICS))
+    denoiser.fit(_embed(embedder, images, NUM_STATISTICS), colour_moments(examples.float() / 255))
     identity = {
         "kind": "image prior",
         "collection": {"name": collection.name, "scenes": len(collection.splits["train"]), "images": len(images)},
@@ -261,12 +291,13 @@ def train_prior(
     def make_losses(wrapped: nn.Module) -> PriorLosses:
         share = (accelerator.process_index, accelerator.num_processes, joint_batch_size(config.schedule, accelerator))
         return PriorLosses(
-            wrapped, denoiser, space, embedder, images, config, accelerator.device, *share, renders=renders
+            wrapped, denoiser, space, embedder, images, config, accelerator.device, *share, renders=renders, seen=seen
         )
 
     render = None
     if config.schedule.validation_steps:
-        render = PriorPictures(denoiser, space, embedder, held_out_images[:NUM_PICTURES])
+        shown = None if held_out_seen is None else held_out_seen[:NUM_PICTURES]
+        render = PriorPictures(denoiser, space, embedder, held_out_images[:NUM_PICTURES], shown)
     train(
         folder,
         denoiser,
@@ -281,8 +312,10 @@ def train_prior(
     ema.copy_to(denoiser.parameters())
     destination = Path(output_dir) / PRIOR_FOLDER
     if accelerator.is_main_process:
-        judged = PriorLosses(denoiser, denoiser, space, embedder, held_out_images, config, accelerator.device)
-        made_by = {
+        judged = PriorLosses(
+            denoiser, denoiser, space, embedder, held_out_images, config, accelerator.device, seen=held_out_seen
+        )
+        made_by: dict[str, Any] = {
             "command": "nfldm-train-prior",
             "collection": collection.name,
             "licence": collection.licence,
@@ -293,21 +326,19 @@ def train_prior(
             "held_out_split": held_out,
             "held_out_loss": round(evaluate_prior(judged), 5),
         }
+        if maps is not None:
+            judged.seen = None
+            made_by["held_out_loss_without_maps"] = round(evaluate_prior(judged), 5)
         save_domain_prior(
             destination,
             denoiser,
             space,
             judged.scheduler,
             _embed(embedder, images, NUM_CLEAN),
-            PriorDescription(config.embedding, made_by),
+            PriorDescription(config.embedding, made_by, maps),
         )
     accelerator.wait_for_everyone()
     return destination
-
-
-def _read(collection: SceneCollection, split: str, most: int | None, size: int) -> UInt8[Tensor, "images 3 size size"]:
-    paths = collection_paths(collection, split)
-    return read_square_images(paths if most is None else evenly(paths, most), size)
 
 
 def _embed(

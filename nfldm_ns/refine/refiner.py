@@ -16,6 +16,7 @@ from nfldm_ns.refine.distillation import distill
 from nfldm_ns.refine.domain_prior import DomainPrior
 from nfldm_ns.refine.images import IMAGE_SUFFIXES, example_images
 from nfldm_ns.refine.prior import Condition, ImagePrior, join, pick, repeat, rows_of
+from nfldm_ns.refine.seen_maps import SceneMap
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.refine.views import ViewSampler
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -34,6 +35,7 @@ class Refiner:
         config: what is wanted.
         seed: of the renders that y' is made of.
         device: of the scene that is refined.
+        scene_map: what a prior that knows maps is told of the scene.
 
     Raises:
         UserInputError: if the prior cannot be conditioned on what is wanted, or the scene has no cameras.
@@ -46,11 +48,13 @@ class Refiner:
         config: RefinementConfig,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        scene_map: SceneMap | None = None,
     ) -> None:
         if scene.cameras is None:
             raise UserInputError("The scene has no transforms.json, so nothing tells its cameras: sample it again.")
         self.config, self.distillation = config, config.effective_distillation()
         self.prior = prior.to(device)
+        self.scene_map = None if scene_map is None else scene_map.to(device)
         self.start, self.start_renderer = scene.grid.to(device), scene.renderer.to(device)
         self.views = ViewSampler(config.views, self.start, scene.cameras)
         self.start_opacity = self._opacity(self.start)
@@ -120,8 +124,8 @@ class Refiner:
         count = self.config.views.views_per_step
         cameras = self.views(count, generator)
         rendered = renderer.render(grid, cameras)
-        wanted = self._rows(self.wanted, count, generator)
-        unwanted = None if self.unwanted is None else self._rows(self.unwanted, count, generator)
+        wanted = self._rows(self.wanted, cameras, generator)
+        unwanted = None if self.unwanted is None else self._rows(self.unwanted, cameras, generator)
         distilled = distill(self.prior, rendered.rgb[0], wanted, unwanted, self.distillation, progress, generator)
         if distilled.skipped == count:
             raise FloatingPointError("what the prior says")
@@ -129,12 +133,14 @@ class Refiner:
         norm = float(distilled.gradient.square().mean().sqrt())
         return losses, {"distillation_gradient": norm, "skipped_views": float(distilled.skipped)}
 
-    def _rows(self, condition: Condition, count: int, generator: torch.Generator) -> Condition:
-        """One row at random per view."""
-        rows = rows_of(condition)
+    def _rows(self, condition: Condition, cameras: Cameras, generator: torch.Generator) -> Condition:
+        """One row at random per view, with what the view sees of the scene's map."""
+        rows, count = rows_of(condition), cameras.size
         if rows == 1:
-            return repeat(condition, count)
-        return pick(condition, torch.randint(rows, (count,), generator=generator))
+            chosen = repeat(condition, count)
+        else:
+            chosen = pick(condition, torch.randint(rows, (count,), generator=generator))
+        return chosen if self.scene_map is None else {**chosen, "seen": self.scene_map.seen_by(cameras)}
 
     def regularisers(self, grid: VoxelGrid, rendered: RenderedViews, cameras: Cameras) -> dict[str, Tensor]:
         """The weighted losses of `RegulariserConfig`."""

@@ -43,6 +43,9 @@ class RefinementConfig:
     clean_images: Path | None = None
     """Without a style: images the scene shall look like, as a folder or a scene collection. By default those that an
     in-domain prior was trained on."""
+    bev: Path | None = None
+    """A semantic map of the scene, in the colours of the collection, for priors that know maps. By default the scene's
+    own (bev.png), if it has one."""
     negative_scenes: tuple[Path, ...] = ()
     """Further generated scenes whose images are examples of what to move away from, for negative guidance."""
     strength: float = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
+from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from nfldm_ns.scenes.views import SceneBatch, Views, make_cameras
 FORMAT = "nfldm-scene-collection"
 VERSION = 1
 DEPTH_UNIT_M = 0.001
+BEV_FILE = "bev.png"
 SPLITS = ("train", "val", "test")
 
 
@@ -190,7 +192,7 @@ class SceneCollection:
             scene_id,
             source=_load_views(folder, transforms, source_names, self.image_size),
             target=_load_views(folder, transforms, target_names, self.image_size),
-            bev=_load_bev(folder / "bev.png"),
+            bev=_load_bev(folder / BEV_FILE),
         )
         for views in (scene.source, scene.target):
             self._check_depth_unit(folder, views)
@@ -202,7 +204,7 @@ class SceneCollection:
         Raises:
             UserInputError: if it has none, or one with a class that `bev_classes` does not name.
         """
-        path = self.scene_dir(scene_id) / "bev.png"
+        path = self.scene_dir(scene_id) / BEV_FILE
         bev = _load_bev(path)
         if bev is None or not self.bev_classes:
             lack = "collection.json names no bev_classes" if bev is not None else f"the scene {scene_id} has no bev.png"
@@ -258,6 +260,14 @@ class Transforms:
     frames: dict[str, dict[str, Any]]
     source_names: list[str]
     target_names: list[str]
+
+    def cameras(self, names: Sequence[str], image_size: tuple[int, int]) -> Cameras:
+        """Cameras of frames, batch shape `[N]`, without their images, which are of this (width, height)."""
+        frames = [self.frames[name] for name in names]
+        poses = np.stack([np.asarray(frame["transform_matrix"], dtype=np.float32)[:3, :4] for frame in frames])
+        fx, fy, cx, cy = (torch.tensor([float(frame[k]) for frame in frames]) for k in ("fl_x", "fl_y", "cx", "cy"))
+        width, height = image_size
+        return make_cameras(torch.from_numpy(poses), fx, fy, cx, cy, height, width)
 
 
 def read_json(path: Path) -> Any:
@@ -349,11 +359,8 @@ def _load_views(folder: Path, transforms: Transforms, names: list[str], image_si
                 for frame in frames
             ]
         )
-    width, height = image_size
-    poses = np.stack([np.asarray(frame["transform_matrix"], dtype=np.float32)[:3, :4] for frame in frames])
-    fx, fy, cx, cy = (torch.tensor([float(frame[k]) for frame in frames]) for k in ("fl_x", "fl_y", "cx", "cy"))
     return Views(
-        make_cameras(torch.from_numpy(poses), fx, fy, cx, cy, height, width),
+        transforms.cameras(names, image_size),
         torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255),
         None if depths is None else torch.from_numpy(depths)[:, None],
     )

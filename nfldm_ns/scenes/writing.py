@@ -20,7 +20,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.collection import DEPTH_UNIT_M, FORMAT, VERSION, BevClass
+from nfldm_ns.scenes.collection import BEV_FILE, DEPTH_UNIT_M, FORMAT, VERSION, BevClass
 from nfldm_ns.scenes.views import Views
 
 FULL_DISK_BYTES = 2**16
@@ -177,7 +177,7 @@ def write_scene(
         }
         write_json(temporary / "transforms.json", content)
         if bev is not None:
-            write_bev(temporary / "bev.png", bev, bev_classes)
+            write_bev(temporary / BEV_FILE, bev, bev_classes)
 
 
 def _write_views(folder: Path, role: str, views: Views) -> list[dict[str, Any]]:
