@@ -188,6 +188,12 @@ def test_the_command_trains_what_it_is_told(box_room_collection, tmp_path, capsy
             [str(box_room_collection.root), "--output-dir", str(tmp_path / "odd"), "--image-size", "18", *arguments[:2]]
         )
     assert ending.value.code == 2 and "cannot be halved" in capsys.readouterr().err
+    again = [str(box_room_collection.root), "--output-dir", str(tmp_path / "maps"), *arguments, "--report-to", "none"]
+    with pytest.raises(SystemExit):
+        main([*again, "--bev-dropout", "0.5"])
+    assert "--condition bev" in capsys.readouterr().err
+    main([*again, "--condition", "bev", "--bev-dropout", "0.5"])
+    assert load_domain_prior(tmp_path / "maps").maps is not None
 
 
 def test_features_are_normalised_and_come_back_with_the_prior(box_room_collection, tmp_path):

@@ -32,6 +32,7 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from tests.small_models import BACKGROUND_CHANNELS, small_scene_autoencoder
 from tests.synthetic import AABB
 from tests.test_distillation import GaussianPrior
+from tests.test_seen_maps import north_wall
 from tests.tiny_priors import save_image_variation_prior, save_text_prior
 
 
@@ -166,6 +167,26 @@ def test_negative_guidance_knows_renders_of_the_scene_as_it_began(tmp_path):
     assert torch.equal(free.unwanted["mean"], free.prior.unconditional()["mean"])
 
 
+class Asked(GaussianPrior):
+    """Keeps what it was told."""
+
+    def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
+        self.told = condition
+        return super().denoise(noisy, timestep, condition)
+
+
+@pytest.mark.parametrize("guidance", ["none", "negative", "classifier_free"])
+def test_a_prior_is_told_what_each_view_sees_of_the_scenes_map(tmp_path, guidance):
+    refiner = refiner_for(Asked(16), tmp_path, distillation=DistillationConfig(guidance=guidance))
+    refiner.scene_map = north_wall()
+    refiner.losses(room_grid(), room_scene().renderer, 0.0, torch.Generator().manual_seed(3))
+    cameras = refiner.views(4, torch.Generator().manual_seed(3))
+    expected = north_wall().seen_by(cameras)
+    assert torch.equal(refiner.prior.told["seen"][:4], expected) and expected.unique().numel() > 1
+    if guidance != "none":
+        assert torch.equal(refiner.prior.told["seen"][4:], expected), "y and y' differ in nothing but y"
+
+
 def test_strength_is_the_share_of_the_noise_that_is_used():
     config = RefinementConfig(prior="x", strength=0.5, distillation=DistillationConfig(min_time=0.1, max_time=0.9))
     assert config.effective_distillation().max_time == pytest.approx(0.5)
@@ -229,9 +250,11 @@ def digest(folder: Path) -> dict[str, str]:
 def test_the_result_is_a_generated_scene_and_the_original_stays(folders, trainer, tmp_path):
     copied = tmp_path / "scene"
     shutil.copytree(folders["scene"], copied)
+    (copied / "bev.png").write_bytes(b"a map")
     before = digest(copied)
-    train(config_for({**folders, "scene": copied}, tmp_path / "outputs", 1))
+    refined = train(config_for({**folders, "scene": copied}, tmp_path / "outputs", 1))
     assert digest(copied) == before
+    assert (refined.base_dir / "scene" / "bev.png").read_bytes() == b"a map", "it is still a map of the scene"
     result = load_generated_scene(trainer.base_dir / "scene")
     shown = trainer.pipeline.model.shown_grid()
     assert torch.allclose(result.grid.features, shown.features, atol=2e-3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,12 +148,10 @@ def test_a_resumed_training_with_maps_gives_the_same_weights(folder, box_room_co
 
 
 def in_two_greys(collection: SceneCollection, root: Path) -> SceneCollection:
-    """A copy whose scenes are dark where the map is all floor, and bright where it is all wall."""
-    import shutil
-
+    """A copy whose training scenes are dark where the map is all floor, and bright where it is all wall, in turns."""
     shutil.copytree(collection.root, root)
-    for number, scene in enumerate(sorted((root / "scenes").iterdir())):
-        wall = number % 2
+    for number, scene_id in enumerate(collection.splits["train"]):
+        scene, wall = root / "scenes" / scene_id, number % 2
         shape = np.asarray(Image.open(scene / BEV_FILE)).shape
         (scene / BEV_FILE).write_bytes(bev_png(np.full(shape, wall, np.uint8), collection.bev_classes))
         for path in scene.glob("images/*.png"):

@@ -191,13 +191,17 @@ class SeenMapEncoder(nn.Module):
         self.num_classes = num_classes
         self.layers = nn.Sequential(
             nn.Conv2d(num_classes + 1, width, 3, padding=1),
+            nn.GroupNorm(1, width),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, stride=(2, 1), padding=1),
+            nn.GroupNorm(1, width),
             nn.SiLU(),
             nn.Conv2d(width, width, 3, stride=(2, 1), padding=1),
+            nn.GroupNorm(1, width),
             nn.SiLU(),
         )
         self.to_rows = nn.Conv2d(width, MAP_FEATURES * COLUMNS, (DISTANCES // 4, 1))
+        self.norm = nn.GroupNorm(1, MAP_FEATURES)
 
     def forward(
         self, seen: Int[Tensor, "batch distances columns"] | None, sample: Float[Tensor, "batch _ height width"]
@@ -208,5 +212,5 @@ class SeenMapEncoder(nn.Module):
         known = (seen != NOT_SEEN).flatten(1).any(1)
         one_hot = F.one_hot(seen.long().clamp(min=0), self.num_classes + 1).movedim(-1, 1).to(sample.dtype)
         rows = self.to_rows(self.layers(one_hot)).reshape(len(seen), MAP_FEATURES, COLUMNS, COLUMNS)
-        features = F.interpolate(rows, sample.shape[2:], mode="bilinear", align_corners=False)
+        features = F.interpolate(self.norm(rows), sample.shape[2:], mode="bilinear", align_corners=False)
         return features * known[:, None, None, None]
