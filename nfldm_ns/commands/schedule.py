@@ -1,20 +1,40 @@
-"""What the commands that train stages 2 and 3 share."""
+"""What the commands that train stages 2 and 3 and priors share."""
 
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     import torch
 
 ReportTo = Literal["tensorboard", "wandb", "all", "none"]
-NAMES = (
-    *("max_steps", "time_budget_s", "batch_size", "gradient_accumulation_steps", "learning_rate", "mixed_precision"),
-    *("validation_steps", "report_to", "seed"),
-)
 
 
-def given_settings(command: Any) -> dict[str, Any]:
-    """Fields of `nfldm_ns.training.Schedule` that a command's user gave; the preset has the others."""
-    return {name: getattr(command, name) for name in NAMES if getattr(command, name) is not None}
+@dataclass
+class ScheduleOptions:
+    """How long and how fast to train, of each network; by default as the preset says."""
+
+    max_steps: int | None = None
+    """Optimiser steps."""
+    time_budget_s: float | None = None
+    """Ends after this many seconds if that comes first."""
+    batch_size: int | None = None
+    """Scenes (of priors: images) per pass and process."""
+    gradient_accumulation_steps: int | None = None
+    """Passes per optimiser step: a step learns from this many times `--batch-size` (times the processes)."""
+    learning_rate: float | None = None
+    """Its peak."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """By default the preset's, else what `accelerate launch` says."""
+    validation_steps: int | None = None
+    """Steps between sample pictures in the trackers; 0 for none."""
+    report_to: ReportTo = "tensorboard"
+    """Where losses and pictures are shown, besides metrics.jsonl; wandb needs `pip install wandb`."""
+    seed: int = 0
+    """Of weights, order and noise."""
+
+    def given(self) -> dict[str, Any]:
+        """Fields of `nfldm_ns.training.Schedule` that the user gave; the preset has the others."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 def is_first_process() -> bool:

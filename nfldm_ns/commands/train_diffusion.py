@@ -1,12 +1,12 @@
 """`nfldm-train-diffusion`: stage 3."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.commands.schedule import ReportTo, given_settings, is_first_process, process_device
+from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process, process_device
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 if TYPE_CHECKING:
@@ -34,17 +34,6 @@ class TrainDiffusion:
     output_dir: Path
     """One run folder per denoiser, and pipeline/ when all are trained."""
     preset: Literal["tiny", "rooms", "base", "paper"] = "tiny"
-    max_steps: int | None = None
-    """Optimiser steps of each denoiser; by default the preset's, as all below."""
-    time_budget_s: float | None = None
-    """Each denoiser's training ends after this many seconds if that comes first."""
-    batch_size: int | None = None
-    """Scenes per pass and process."""
-    gradient_accumulation_steps: int | None = None
-    """Passes per optimiser step: a step learns from this many times `--batch-size` scenes (times the processes)."""
-    learning_rate: float | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """By default the preset's, else what `accelerate launch` says."""
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
     """What the denoisers predict; epsilon needs `--no-zero-terminal-snr`."""
     zero_terminal_snr: bool = True
@@ -64,11 +53,7 @@ class TrainDiffusion:
     """The output folder of an earlier training, of the same preset and options, to begin from."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
-    validation_steps: int | None = None
-    """Steps between sample renders in the trackers; 0 for none."""
-    report_to: ReportTo = "tensorboard"
-    """Where losses and renders are shown, besides metrics.jsonl; wandb needs `pip install wandb`."""
-    seed: int = 0
+    schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
         from nfldm_ns.diffusion.latent_memory import encode_latents
@@ -93,7 +78,7 @@ class TrainDiffusion:
             scenes, views = store.splits["test"][:HELD_OUT_SCENES], memory.num_cameras
             held_out = encode_latents(store, latent_autoencoder, scenes, False, views, with_maps=True)
         scene_autoencoder = store.load_autoencoder()
-        given = given_settings(self)
+        given = self.schedule.given()
         names = (
             *("prediction_type", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
             *("condition_dropout", "condition", "bev_dropout"),

@@ -1,12 +1,12 @@
 """`nfldm-train-latent-ae`: stage 2."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.commands.schedule import ReportTo, given_settings, is_first_process
+from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 if TYPE_CHECKING:
@@ -29,22 +29,6 @@ class TrainLatentAutoencoder:
     output_dir: Path
     """Folder of the run; the model goes to its latent_autoencoder folder."""
     preset: Literal["tiny", "rooms", "base", "paper"] = "tiny"
-    max_steps: int | None = None
-    """Optimiser steps; by default the preset's, as all below."""
-    time_budget_s: float | None = None
-    """Ends after this many seconds if that comes first."""
-    batch_size: int | None = None
-    """Scenes per pass and process."""
-    gradient_accumulation_steps: int | None = None
-    """Passes per optimiser step: a step learns from this many times `--batch-size` scenes (times the processes)."""
-    learning_rate: float | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """By default the preset's, else what `accelerate launch` says."""
-    validation_steps: int | None = None
-    """Steps between sample renders in the trackers; 0 for none."""
-    report_to: ReportTo = "tensorboard"
-    """Where losses and renders are shown, besides metrics.jsonl; wandb needs `pip install wandb`."""
-    seed: int = 0
     quantize: bool = True
     """Vector-quantise c and f, as the paper does."""
     use_fine: bool = True
@@ -61,6 +45,7 @@ class TrainLatentAutoencoder:
     """Weight of the perceptual distance of rendered images."""
     evaluate: bool = True
     """At the end render novel views of held-out scenes, before and after the latents."""
+    schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
         from nfldm_ns.evaluation.weights import load_lpips
@@ -72,7 +57,7 @@ class TrainLatentAutoencoder:
         self._require_own_sizes()
         store = VoxelStore.open(self.voxels)
         preset = LATENT_PRESETS[self.preset]
-        given = given_settings(self)
+        given = self.schedule.given()
         training = replace(preset.training, schedule=replace(preset.training.schedule, **given))
         if self.quarter_turns is not None:
             training = replace(training, quarter_turns=self.quarter_turns)

@@ -1,12 +1,12 @@
 """`nfldm-train-prior`: a 2D diffusion prior of a collection's images, to refine scenes with."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from nfldm_ns.commands.schedule import ReportTo, given_settings, is_first_process
+from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 
@@ -31,28 +31,13 @@ class TrainPrior:
     that negative guidance knows what to move away from."""
     max_images: int | None = None
     """Learn from this many images, evenly chosen; all are kept in memory (12 KB each at 64 x 64)."""
-    max_steps: int | None = None
-    """Optimiser steps; by default the preset's, as all below."""
-    time_budget_s: float | None = None
-    """Ends after this many seconds if that comes first."""
-    batch_size: int | None = None
-    """Images per pass and process."""
-    gradient_accumulation_steps: int | None = None
-    """Passes per optimiser step."""
-    learning_rate: float | None = None
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """By default the preset's, else what `accelerate launch` says."""
     condition_dropout: float | None = None
     """Share of images whose embedding is hidden, for classifier-free guidance."""
     condition: Literal["none", "bev"] = "none"
     """bev: the prior also sees the collection's semantic maps; scenes with a map are then refined by it, too."""
     bev_dropout: float | None = None
     """Share of images whose map it does not see (0.15 by default), so that scenes without one can be refined."""
-    validation_steps: int | None = None
-    """Steps between pictures of samples in the trackers; 0 for none."""
-    report_to: ReportTo = "tensorboard"
-    """Where losses and pictures are shown, besides metrics.jsonl; wandb needs `pip install wandb`."""
-    seed: int = 0
+    schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
         from nfldm_ns.method_configs.prior_presets import PRIOR_PRESETS
@@ -66,7 +51,7 @@ class TrainPrior:
             raise UserInputError("--bev-dropout drops maps, which --condition bev alone looks at: add it.")
         collection = SceneCollection.open(self.collection)
         preset = PRIOR_PRESETS[self.preset]
-        training = replace(preset.training, schedule=replace(preset.training.schedule, **given_settings(self)))
+        training = replace(preset.training, schedule=replace(preset.training.schedule, **self.schedule.given()))
         shares = {name: getattr(self, name) for name in ("condition_dropout", "bev_dropout")}
         training = replace(training, **{name: share for name, share in shares.items() if share is not None})
         model = {**preset.model, "image_size": self.image_size}
