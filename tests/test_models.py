@@ -36,7 +36,7 @@ def test_the_generator_is_small_and_in_half_precision():
             assert {stored[key].dtype for key, _ in component.named_parameters()} == {torch.float16}, name
 
 
-def test_the_prior_is_small_in_half_precision_and_tells_renders_from_clean_images():
+def test_the_prior_is_small_and_knows_renders_and_maps_of_the_generator(pipeline):
     files = [path for path in resolve_model(PRIOR).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= PRIOR_SIZE_LIMIT
     stored = load_file(resolve_model(PRIOR) / "denoiser" / "diffusion_pytorch_model.safetensors")
@@ -45,6 +45,8 @@ def test_the_prior_is_small_in_half_precision_and_tells_renders_from_clean_image
     require_weights("lpips-alex")
     prior = load_prior(PRIOR)
     assert isinstance(prior, DomainPrior) and prior.denoiser.config.knows_renders
+    assert prior.maps is not None and prior.maps.size == tuple(pipeline.bev_size)
+    assert list(prior.maps.classes) == list(pipeline.bev_classes)
     with pytest.raises(UserInputError, match=PRIOR):
         load_prior(str(resolve_model(GENERATOR) / "scheduler"))
 
