@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from nfldm_ns.commands.train_prior import main
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.prior_presets import PRIOR_PRESETS
+from nfldm_ns.models import PRIOR
 from nfldm_ns.refine.distillation import DistillationConfig, distill, guided_noise
 from nfldm_ns.refine.domain_prior import (
     RENDERED,
@@ -35,6 +36,7 @@ from nfldm_ns.refine.images import (
     read_square_images,
     render_paths,
 )
+from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.refine.prior import pick, repeat, rows_of
 from nfldm_ns.refine.prior_training import PriorTrainingConfig, train_prior
 from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, space_shape
@@ -272,18 +274,34 @@ def test_the_contrast_of_clean_images_and_renders_is_the_gradient_of_log_odds(fo
 
 
 def test_the_contrast_of_a_style_is_the_gradient_of_its_likelihood(folder):
-    """By hand: grad log N(y; x/2, 2) = (y - x/2) / 4 for each component and channel, minus that of a known y'."""
+    """By hand: grad log N(y; x/2, 2) = (y - x/2) / 4 for each component and channel, minus that of a known y'.
+
+    Colours, the last nine components, count ten times.
+    """
     prior = with_linear_judge(folder)
     noisy, timestep = torch.randn(2, 3, 16, 16), torch.tensor([100, 600])
     style, renders = prior.condition(torch.rand(2, 3, 16, 16)), prior.render_condition(torch.rand(2, 3, 16, 16))
     sigma = prior.signal_and_noise(timestep)[1]
     y, other = (given["shown"][:, :, None, None] for given in (style, renders))
-    pull = ((y - 0.5 * noisy.sum(1, keepdim=True)) / 4).sum(1, keepdim=True)
+    weights = torch.tensor([1.0] * 64 + [10.0] * 9).view(1, 73, 1, 1)
+    pull = (weights * (y - 0.5 * noisy.sum(1, keepdim=True)) / 4).sum(1, keepdim=True)
     free = prior.contrast(noisy, timestep, style, repeat(prior.unconditional(), 2))
-    assert torch.allclose(free, (-sigma * pull).expand_as(noisy), atol=1e-4)
+    assert torch.allclose(free, (-sigma * pull).expand_as(noisy), atol=1e-3)
     negative = prior.contrast(noisy, timestep, style, renders)
-    expected = -sigma * (3 + ((y - other) / 4).sum(1, keepdim=True))
-    assert torch.allclose(negative, expected.expand_as(noisy), atol=1e-4)
+    expected = -sigma * (3 + (weights * (y - other) / 4).sum(1, keepdim=True))
+    assert torch.allclose(negative, expected.expand_as(noisy), atol=1e-3)
+
+
+def test_colours_of_a_style_move_mean_colours_alone():
+    """In a space of features, whose Jacobian turns "darker" into other hues."""
+    require_weights("lpips-vgg")
+    require_weights("lpips-alex")
+    prior = load_prior(PRIOR)
+    style = prior.condition(torch.rand(1, 3, 64, 64))
+    other = {**style, "shown": torch.cat([style["shown"][:, :-9], style["shown"][:, -9:] - 1], dim=1)}
+    noisy, timestep, nothing = torch.randn(1, *prior.denoiser.sample_shape), torch.tensor([800]), prior.unconditional()
+    first, second = (prior.contrast(noisy, timestep, given, nothing) for given in (style, other))
+    assert (first - second)[:, :3].abs().mean() > 1e-2 and torch.equal(first[:, 3:], second[:, 3:])
 
 
 def test_embeddings_are_whitened():

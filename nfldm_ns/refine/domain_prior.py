@@ -28,6 +28,7 @@ from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.refine.prior import Condition, ImagePrior, resize_square
 from nfldm_ns.refine.seen_maps import MAP_FEATURES, MapDescription, SeenMapEncoder, SeenMaps
 from nfldm_ns.refine.spaces import (
+    MEAN_COLOURS,
     REDUCTION,
     FeatureSpace,
     PixelSpace,
@@ -48,6 +49,7 @@ EMBEDDED_AT_ONCE = 32
 CLEAN, RENDERED, UNKNOWN = range(3)  # where an image is from, for priors that know renders
 TIME_DIM = 64
 COLOUR_MOMENTS = 9  # three means, six variances and covariances
+COLOUR_WEIGHT = 10.0  # of what the judge says of colours: it moves 3 of many channels
 LEAST_SHARE = 1e-5  # of the largest variance, of a component that counts
 LARGEST_COMPONENT = 4.0  # standard deviations: images unlike all of the domain are as its most extreme ones
 LEAST_LOG_VARIANCE = -2.0  # of what the judge says: nothing is certain
@@ -363,6 +365,9 @@ class DomainPrior(ImagePrior):
         images and y' of renders, y and y' are these; where y is a style, they are what the images show, too.
         What the judge says of the places of an image is added up, as if they were independent. None for conditions
         that it cannot tell apart.
+
+        What it says of colours moves the mean colours alone: pulled back through a network's other features, "darker"
+        becomes "greener".
         """
         origins = bool((condition["origin"] == CLEAN).all() and (opposite["origin"] == RENDERED).all())
         origins = origins and self.denoiser.config.knows_renders
@@ -372,14 +377,17 @@ class DomainPrior(ImagePrior):
         with torch.enable_grad():
             sample = noisy.detach().requires_grad_()
             judgement = self.denoiser.judge(sample, timestep)
-            evidence = []
-            if origins:
-                evidence.append(judgement.odds)
+            evidence = judgement.odds.sum() if origins else sample.new_zeros(())
             if style:
-                evidence.append(judgement.log_likelihood(condition["shown"]))
-            if style and bool(opposite["exact"].all()):
-                evidence.append(-judgement.log_likelihood(opposite["shown"]))
-            (gradient,) = torch.autograd.grad(torch.stack([part.sum() for part in evidence]).sum(), sample)
+                told = judgement.log_likelihood(condition["shown"])
+                if bool(opposite["exact"].all()):
+                    told = told - judgement.log_likelihood(opposite["shown"])
+                evidence = evidence + told[:, :-COLOUR_MOMENTS].sum()
+                (by_colours,) = torch.autograd.grad(told[:, -COLOUR_MOMENTS:].sum(), sample, retain_graph=True)
+            (gradient,) = torch.autograd.grad(evidence, sample)
+        if style:
+            moved = torch.arange(sample.shape[1], device=sample.device) < MEAN_COLOURS
+            gradient = gradient + COLOUR_WEIGHT * moved[:, None, None] * by_colours
         return -self.signal_and_noise(timestep)[1] * gradient
 
     def _exact(self, images: Float[Tensor, "rows 3 height width"], origin: int) -> Condition:

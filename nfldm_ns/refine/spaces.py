@@ -15,6 +15,7 @@ from nfldm_ns.refine.prior import resize_square
 
 Space = Literal["pixels", "features"]
 REDUCTION = 4  # pixels per place of the feature space, along each side
+MEAN_COLOURS = 3  # the first channels of all spaces
 COMPONENTS = (3, 16, 48)  # principal components of the levels of VGG16, finest first
 FITTED_AT_ONCE = 16
 EVERY_NTH_PLACE = 7  # of the activations that components are found from
@@ -27,7 +28,7 @@ class PixelSpace(nn.Module):
         image_size: side of the images.
     """
 
-    channels = 3
+    channels = MEAN_COLOURS
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
@@ -58,7 +59,7 @@ class FeatureSpace(nn.Module):
 
     mean: Tensor
     std: Tensor
-    channels = 3 + sum(count * 16 // 4**level for level, count in enumerate(COMPONENTS))
+    channels = MEAN_COLOURS + sum(count * 16 // 4**level for level, count in enumerate(COMPONENTS))
 
     def __init__(self, image_size: int) -> None:
         super().__init__()
@@ -76,7 +77,7 @@ class FeatureSpace(nn.Module):
 
     def preview(self, samples: Float[Tensor, "batch channels size size"]) -> Float[Tensor, "batch 3 size size"]:
         """The mean colours of a sample, in [0, 1]."""
-        return (samples[:, :3] * self.std[:3, None, None] + self.mean[:3, None, None]).clamp(0, 1)
+        return (samples[:, :MEAN_COLOURS] * self.std[:3, None, None] + self.mean[:3, None, None]).clamp(0, 1)
 
     @torch.no_grad()
     def fit(self, images: UInt8[Tensor, "images 3 image_size image_size"]) -> None:
