@@ -125,6 +125,16 @@ def test_maps_of_a_collection_are_seen_image_by_image(box_room_collection):
     assert torch.equal(seen[start : start + len(expected)], expected)
 
 
+def test_maps_of_two_sizes_are_refused(box_room_collection, tmp_path):
+    shutil.copytree(box_room_collection.root, tmp_path / "rooms")
+    collection = SceneCollection.open(tmp_path / "rooms")
+    path = collection.scene_dir(collection.splits["train"][2]) / BEV_FILE
+    path.write_bytes(bev_png(np.zeros((3, 5), np.uint8), collection.bev_classes))
+    description = MapDescription.of_collection(collection)
+    with pytest.raises(UserInputError, match="is 5 x 3, but others are .*: give all maps one size"):
+        maps_seen_in(collection, description, collection_paths(collection, "train"))
+
+
 @pytest.fixture(scope="module")
 def folder(box_room_collection, tmp_path_factory: pytest.TempPathFactory) -> Path:
     require_weights("lpips-alex")

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from nfldm_ns.errors import UserInputError
+
 if TYPE_CHECKING:
     import torch
 
@@ -35,6 +37,13 @@ class ScheduleOptions:
     def given(self) -> dict[str, Any]:
         """Fields of `nfldm_ns.training.Schedule` that the user gave; the preset has the others."""
         return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def looks_at_maps(condition: Literal["none", "bev"], bev_dropout: float | None) -> bool:
+    """Whether a training sees semantic maps; `UserInputError` if it is to drop maps that it does not see."""
+    if bev_dropout is not None and condition != "bev":
+        raise UserInputError("--bev-dropout drops maps, which --condition bev alone looks at: add it.")
+    return condition == "bev"
 
 
 def is_first_process() -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process, process_device
+from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process, looks_at_maps, process_device
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 if TYPE_CHECKING:
@@ -69,9 +69,7 @@ class TrainDiffusion:
         latent_autoencoder.to(process_device())
         preset = DIFFUSION_PRESETS[self.preset]
         turns = preset.quarter_turns if self.quarter_turns is None else self.quarter_turns
-        with_maps = self.condition == "bev"
-        if self.bev_dropout is not None and not with_maps:
-            raise UserInputError("--bev-dropout drops maps, which --condition bev alone looks at: add it.")
+        with_maps = looks_at_maps(self.condition, self.bev_dropout)
         memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns, with_maps=with_maps)
         held_out = None
         if with_maps and store.splits["test"]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process
+from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process, looks_at_maps
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 
@@ -46,9 +46,7 @@ class TrainPrior:
 
         if self.image_size < 8 or (self.max_images is not None and self.max_images < 1):
             raise UserInputError("--image-size must be at least 8 and --max-images at least 1: give larger numbers.")
-        with_maps = self.condition == "bev"
-        if self.bev_dropout is not None and not with_maps:
-            raise UserInputError("--bev-dropout drops maps, which --condition bev alone looks at: add it.")
+        with_maps = looks_at_maps(self.condition, self.bev_dropout)
         collection = SceneCollection.open(self.collection)
         preset = PRIOR_PRESETS[self.preset]
         training = replace(preset.training, schedule=replace(preset.training.schedule, **self.schedule.given()))

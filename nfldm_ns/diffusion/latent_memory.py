@@ -153,13 +153,8 @@ def _maps(
     collection: SceneCollection, scene_ids: Sequence[str], quarter_turns: bool
 ) -> UInt8[Tensor, "scenes turns h w"]:
     """Maps of scenes in the order of V, each in its turns."""
-    found = [collection.load_bev(scene_id) for scene_id in scene_ids]
-    for scene_id, bev in zip(scene_ids, found, strict=True):
-        if bev.shape != found[0].shape:
-            raise UserInputError(
-                f"The BEV map of {scene_id} in {collection.root} is {bev.shape[1]} x {bev.shape[0]}, but that of "
-                f"{scene_ids[0]} is {found[0].shape[1]} x {found[0].shape[0]}: give all maps one size."
-            )
+    first = collection.load_bev(scene_ids[0])
+    found = [first, *(collection.load_bev(scene_id, first.shape) for scene_id in scene_ids[1:])]
     maps = to_grid_order(torch.from_numpy(np.stack(found)))
     if quarter_turns and maps.shape[1] != maps.shape[2]:
         raise UserInputError(

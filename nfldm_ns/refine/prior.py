@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nfldm_ns.refine.seen_maps import MapDescription
+if TYPE_CHECKING:
+    from nfldm_ns.refine.seen_maps import MapDescription
 
 Condition = Mapping[str, Tensor]
 """What a model is told of an image besides its noisy version: tensors by name, one row per image."""

@@ -275,7 +275,7 @@ def train_prior(
     examples = images[evenly(range(len(images)), NUM_STATISTICS)]
     space.fit(examples)
     denoiser.to(accelerator.device)
-    denoiser.fit(_embed(embedder, images, NUM_STATISTICS), colour_moments(examples.float() / 255))
+    denoiser.fit(_embed(embedder, examples), colour_moments(examples.float() / 255))
     identity = {
         "kind": "image prior",
         "collection": {"name": collection.name, "scenes": len(collection.splits["train"]), "images": len(images)},
@@ -334,17 +334,13 @@ def train_prior(
             denoiser,
             space,
             judged.scheduler,
-            _embed(embedder, images, NUM_CLEAN),
+            _embed(embedder, images[evenly(range(len(images)), NUM_CLEAN)]),
             PriorDescription(config.embedding, made_by, maps),
         )
     accelerator.wait_for_everyone()
     return destination
 
 
-def _embed(
-    embedder: ImageEmbedder, images: UInt8[Tensor, "images 3 size size"], count: int
-) -> Float[Tensor, "count dim"]:
-    """Embeddings of evenly chosen images."""
-    chosen = evenly(range(len(images)), count)
+def _embed(embedder: ImageEmbedder, images: UInt8[Tensor, "images 3 size size"]) -> Float[Tensor, "images dim"]:
     device = next(embedder.parameters()).device
-    return torch.cat([embedder(part.to(device).float() / 255) for part in images[chosen].split(EVALUATION_BATCH)])
+    return torch.cat([embedder(part.to(device).float() / 255) for part in images.split(EVALUATION_BATCH)])

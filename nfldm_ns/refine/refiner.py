@@ -124,8 +124,9 @@ class Refiner:
         count = self.config.views.views_per_step
         cameras = self.views(count, generator)
         rendered = renderer.render(grid, cameras)
-        wanted = self._rows(self.wanted, cameras, generator)
-        unwanted = None if self.unwanted is None else self._rows(self.unwanted, cameras, generator)
+        seen = {} if self.scene_map is None else {"seen": self.scene_map.seen_by(cameras)}
+        wanted = {**self._rows(self.wanted, count, generator), **seen}
+        unwanted = None if self.unwanted is None else {**self._rows(self.unwanted, count, generator), **seen}
         distilled = distill(self.prior, rendered.rgb[0], wanted, unwanted, self.distillation, progress, generator)
         if distilled.skipped == count:
             raise FloatingPointError("what the prior says")
@@ -133,14 +134,12 @@ class Refiner:
         norm = float(distilled.gradient.square().mean().sqrt())
         return losses, {"distillation_gradient": norm, "skipped_views": float(distilled.skipped)}
 
-    def _rows(self, condition: Condition, cameras: Cameras, generator: torch.Generator) -> Condition:
-        """One row at random per view, with what the view sees of the scene's map."""
-        rows, count = rows_of(condition), cameras.size
+    def _rows(self, condition: Condition, count: int, generator: torch.Generator) -> Condition:
+        """One row at random per view."""
+        rows = rows_of(condition)
         if rows == 1:
-            chosen = repeat(condition, count)
-        else:
-            chosen = pick(condition, torch.randint(rows, (count,), generator=generator))
-        return chosen if self.scene_map is None else {**chosen, "seen": self.scene_map.seen_by(cameras)}
+            return repeat(condition, count)
+        return pick(condition, torch.randint(rows, (count,), generator=generator))
 
     def regularisers(self, grid: VoxelGrid, rendered: RenderedViews, cameras: Cameras) -> dict[str, Tensor]:
         """The weighted losses of `RegulariserConfig`."""

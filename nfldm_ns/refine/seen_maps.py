@@ -166,13 +166,7 @@ def maps_seen_in(collection: SceneCollection, description: MapDescription, image
     for scene_id, paths in groupby(images, lambda path: path.relative_to(root).parts[0]):
         folder = collection.scene_dir(scene_id)
         names = [path.relative_to(folder).as_posix() for path in paths]
-        bev = collection.load_bev(scene_id)
-        if bev.shape != description.size:
-            height, width = description.size
-            raise UserInputError(
-                f"The BEV map of {scene_id} in {collection.root} is {bev.shape[1]} x {bev.shape[0]}, but others are "
-                f"{width} x {height}: give all maps one size."
-            )
+        bev = collection.load_bev(scene_id, description.size)
         scene_map = SceneMap.of_file_order(bev, collection.aabb, description)
         parts.append(scene_map.seen_by(read_transforms(folder).cameras(names, collection.image_size)))
     return torch.cat(parts)

@@ -198,11 +198,14 @@ class SceneCollection:
             self._check_depth_unit(folder, views)
         return scene
 
-    def load_bev(self, scene_id: str) -> UInt8[np.ndarray, "height width"]:
+    def load_bev(self, scene_id: str, size: tuple[int, ...] | None = None) -> UInt8[np.ndarray, "height width"]:
         """The semantic map of one scene, north up, without reading its images.
 
+        Args:
+            size: (height, width) of the other scenes' maps.
+
         Raises:
-            UserInputError: if it has none, or one with a class that `bev_classes` does not name.
+            UserInputError: if it has none, one of another size, or one with a class that `bev_classes` does not name.
         """
         path = self.scene_dir(scene_id) / BEV_FILE
         bev = _load_bev(path)
@@ -216,6 +219,11 @@ class SceneCollection:
             raise UserInputError(
                 f"{path} has the class {unknown[0]}, which collection.json does not name: add it to bev_classes, or "
                 "repair the map."
+            )
+        if size is not None and bev.shape != size:
+            raise UserInputError(
+                f"The BEV map of {scene_id} in {self.root} is {bev.shape[1]} x {bev.shape[0]}, but others are "
+                f"{size[1]} x {size[0]}: give all maps one size."
             )
         return bev
 
