@@ -142,3 +142,15 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], where: Pa
     """Loads tensors that must be exactly those of the module; `UserInputError` otherwise."""
     check_state(module, state, where)
     module.load_state_dict(dict(state))
+
+
+def load_initial_weights(autoencoder: SceneAutoencoder, state: Mapping[str, Tensor], where: Path | str) -> None:
+    """Loads the weights of an auto-encoder of the same sizes, which may lack the refinement that this one has.
+
+    Raises:
+        UserInputError: if any other tensor is missing or of another shape.
+    """
+    state = dict(state)
+    if autoencoder.refiner is not None and not any(key.startswith("refiner.") for key in state):
+        state.update({f"refiner.{key}": value for key, value in autoencoder.refiner.state_dict().items()})
+    load_exactly(autoencoder, state, where)

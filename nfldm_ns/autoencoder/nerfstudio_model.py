@@ -12,7 +12,7 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.models.base_model import ModelConfig
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors, scene_autoencoder_folder
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_initial_weights, read_safetensors, scene_autoencoder_folder
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
@@ -60,6 +60,10 @@ class SceneNetworkConfig:
     """widths of the image decoder, one per doubling of the size and one before"""
     decoder_blocks: int = 1
     """residual blocks per width"""
+    refinement_channels: int = 0
+    """width of the learned refinement of voxels; 0 leaves it out"""
+    refinement_steps: int = 2
+    """how often it changes the voxels"""
 
 
 @dataclass
@@ -78,7 +82,8 @@ class SceneAutoencoderModelConfig(ModelConfig):
     """arithmetic of the convolutions in training"""
     initial_weights: Path | None = None
     """a trained scene auto-encoder to start from: the config.yml of its run, its folder, or its scene_autoencoder
-    folder; the networks' sizes must be its own, but box, voxels and image size may be others"""
+    folder; the networks' sizes must be its own, but box, voxels and image size may be others, and a
+    refinement of voxels may be new"""
 
 
 class SceneAutoencoderModel(VoxelModel):
@@ -108,7 +113,7 @@ class SceneAutoencoderModel(VoxelModel):
         """
         if self.config.initial_weights is not None:
             path = scene_autoencoder_folder(self.config.initial_weights) / WEIGHTS
-            load_exactly(self.autoencoder, read_safetensors(path), path)
+            load_initial_weights(self.autoencoder, read_safetensors(path), path)
         if self.config.loss.needs_perceptual_network:
             from nfldm_ns.evaluation.weights import load_lpips
 

@@ -18,10 +18,12 @@ from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS, Background, back
 from nfldm_ns.autoencoder.decoder import ImageDecoder
 from nfldm_ns.autoencoder.encoder import ImageEncoder
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, box_exit_depth, depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.refinement import GridRefiner, edge_error, refine_grid
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.scenes.views import Views, camera_rays
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
+REFINEMENT_DEPTH_WEIGHT = 0.1  # of depth errors in metres beside those of colours, as in the presets' losses
 ATTENTION_RANGE = 4.0  # logits by which views are weighted stay within plus and minus this
 
 
@@ -67,6 +69,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             fit the other.
         num_samples, num_feature_samples: per rendered ray, see `render_feature_maps`.
         encoder_channels, encoder_blocks, decoder_channels, decoder_blocks: network sizes.
+        refinement_channels: width of `GridRefiner`; 0 leaves V as it is fused.
+        refinement_steps: how often it changes V, unless `encode` is told otherwise.
     """
 
     config_name = "config.json"
@@ -96,6 +100,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         encoder_blocks: int = 1,
         decoder_channels: tuple[int, ...] = (48, 24),
         decoder_blocks: int = 1,
+        refinement_channels: int = 0,
+        refinement_steps: int = 2,
     ) -> None:
         super().__init__()
         choices = {
@@ -134,6 +140,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             self.prior_empty = nn.Parameter(torch.tensor(5.0))
             self.prior_unknown = nn.Parameter(torch.tensor(5.0))
         self.background = Background(background_channels, feature_channels, background_implementation)
+        self.refiner = GridRefiner(feature_channels, refinement_channels) if refinement_channels else None
 
     @property
     def aabb(self) -> Float[Tensor, "2 3"]:
@@ -158,8 +165,36 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         """Of a scene's code of what lies beyond the box."""
         return self.config.background_channels, BACKGROUND_MOMENTS
 
-    def encode(self, views: Views) -> VoxelGrid:
-        """Source views of batch shape `[B, N]`, any number of them, to one grid per scene."""
+    def encode(self, views: Views, refinement_steps: int | None = None) -> VoxelGrid:
+        """Source views of batch shape `[B, N]`, any number of them, to one grid per scene.
+
+        Args:
+            refinement_steps: of learned refinement (`refine`); by default as configured, 0 for none.
+        """
+        grid = self._encode_fused(views)
+        if self.refiner is None:
+            if refinement_steps:
+                raise ValueError("this scene auto-encoder has no refinement: leave refinement_steps out")
+            return grid
+        return self.refine(grid, views, self.config.refinement_steps if refinement_steps is None else refinement_steps)
+
+    def refine(self, grid: VoxelGrid, views: Views, num_steps: int) -> VoxelGrid:
+        """V after so many steps of learned refinement on the views that it was made of, see `refine_grid`."""
+        if self.refiner is None:
+            raise ValueError("this scene auto-encoder has no refinement: train one with refinement_channels")
+        return refine_grid(self.refiner, grid, num_steps, lambda shown: self._view_error(shown, views))
+
+    def _view_error(self, grid: VoxelGrid, views: Views) -> Float[Tensor, ""]:
+        """How far V is from showing these views: colours, edges, and depth where it is known."""
+        rendered = self.render(grid, views.cameras)
+        error = edge_error(rendered.rgb, views.images)
+        if views.depths is not None and self.config.encoder_input == "rgbd":
+            depth = downsample_depth(views.depths, *rendered.maps.depth.shape[-2:])
+            far = (rendered.maps.depth - torch.minimum(depth, rendered.maps.exit_depth)).abs()
+            error = error + REFINEMENT_DEPTH_WEIGHT * (far * (depth > 0)).mean()
+        return error * views.shape[0]
+
+    def _encode_fused(self, views: Views) -> VoxelGrid:
         batch, num_views = views.shape
         logits, features, extra = (
             output.float().unflatten(0, (batch, num_views)) for output in self._encode_images(views)
