@@ -98,7 +98,9 @@ class SceneAutoencoderModel(VoxelModel):
             **asdict(self.config.network),
             aabb=tuple(tuple(corner) for corner in self.scene_box.aabb.tolist()),
             **{key: data[key] for key in ("near", "far", "image_size", "focal_length")},
-        ).to(memory_format=torch.channels_last)
+        )
+        for network in (self.autoencoder.encoder, self.autoencoder.decoder):
+            network.to(memory_format=torch.channels_last)
         self._perceptual: tuple[PerceptualNetwork, ...] = ()  # a tuple, so that its weights stay out of checkpoints
         self.discriminator = make_discriminator(self.config.loss, data["image_size"])
         self._step = 0
