@@ -34,6 +34,7 @@ from rich.progress import track
 from torch import Tensor
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_run_config, read_training_record
+from nfldm_ns.autoencoder.grid_optimisation import GridOptimiserConfig, optimise_grid
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.novel_views import (
     MEAN_IMAGE_SCENES,
@@ -46,7 +47,6 @@ from nfldm_ns.autoencoder.novel_views import (
 )
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
-from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig, optimise_grid
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.evaluation.galleries import depth_colors, error_colors, image_grid, write_png

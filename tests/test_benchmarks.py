@@ -19,9 +19,9 @@ from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
 
 from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
+from nfldm_ns.autoencoder.grid_optimisation import GridOptimiserConfig
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
-from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_scheduler
 from nfldm_ns.editing.region import box_region

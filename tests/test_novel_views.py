@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nfldm_ns.autoencoder.checkpoints import read_run_config, save_scene_autoencoder
+from nfldm_ns.autoencoder.grid_optimisation import GridOptimiserConfig, optimise_grid
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.novel_views import (
     EncoderInput,
@@ -22,7 +23,6 @@ from nfldm_ns.autoencoder.novel_views import (
 )
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews
-from nfldm_ns.autoencoder.upper_bound import GridOptimiserConfig, optimise_grid
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.metrics import nearest_source_view
 from nfldm_ns.evaluation.weights import load_lpips

@@ -20,7 +20,7 @@ from nfldm_ns.autoencoder.blocks import group_norm
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 SMALLEST_DENSITY = 1e-4  # 1/m; softplus has no inverse at 0
-TINY = 1e-12
+TINY = 1e-24
 
 
 @dataclass
@@ -144,7 +144,7 @@ def _gradients(
     with torch.enable_grad():
         leaves = [t.detach().clone().requires_grad_() for t in (state.logits, state.features, state.background)]
         here = RefinedGrid(leaves[0], leaves[1], leaves[2], state.memory)
-        gradients = torch.autograd.grad(error(_grid(grid, here)), leaves)
+        gradients = torch.autograd.grad(error(_grid(grid, here)), leaves, materialize_grads=True)
     return gradients[0], gradients[1], gradients[2]
 
 

@@ -1,11 +1,17 @@
 """`nfldm-encode`: V of every scene of a collection, with a trained scene auto-encoder."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
+
+if TYPE_CHECKING:
+    from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
 
 
 @dataclass
@@ -20,6 +26,15 @@ class Encode:
     """The scene collection; by default the one stage 1 was trained on."""
     device: str | None = None
     """cpu or cuda; by default what is there."""
+    refine_steps: int = 0
+    """Steps of gradient descent by which the voxels are optimised further: those of training places for all of their
+    views, others for their source views. Needs the weights of LPIPS."""
+    near: Path | None = None
+    """A trained stage 2, whose reconstructions the refined voxels stay near to."""
+    near_mult: float = 0.1
+    """Weight of the distance to them."""
+    batch_size: int = 1
+    """Scenes encoded, and refined, at once."""
 
     def run(self) -> None:
         import torch
@@ -28,6 +43,7 @@ class Encode:
         from nfldm_ns.latents.voxel_store import encode_collection
         from nfldm_ns.scenes.collection import SceneCollection
 
+        self._check()
         scene_autoencoder = load_scene_autoencoder(self.load_config)
         data = self.data or read_training_record(self.load_config).get("data")
         if data is None:
@@ -37,8 +53,33 @@ class Encode:
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         collection = SceneCollection.open(data)
         collection.require_train_and_test()
-        store = encode_collection(collection, scene_autoencoder, self.output_dir, device)
+        optimiser = self._optimiser(device)
+        store = encode_collection(
+            collection, scene_autoencoder, self.output_dir, device, optimiser=optimiser, batch_size=self.batch_size
+        )
         print(f"{len(store.scene_ids)} encoded scenes in {store.root}")
+
+    def _check(self) -> None:
+        if self.refine_steps < 0 or self.batch_size < 1 or self.near_mult < 0:
+            raise UserInputError(
+                f"--refine-steps is {self.refine_steps}, --batch-size {self.batch_size} and --near-mult "
+                f"{self.near_mult}: give at least 0, 1 and 0."
+            )
+        if self.near is not None and not self.refine_steps:
+            raise UserInputError(
+                "--near holds refined voxels near a stage 2, but none are refined: add --refine-steps."
+            )
+
+    def _optimiser(self, device: str) -> VoxelOptimiser | None:
+        if not self.refine_steps:
+            return None
+        from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+        from nfldm_ns.evaluation.weights import load_lpips
+        from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
+        from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
+
+        near = None if self.near is None else load_latent_autoencoder(self.near).to(device).eval().requires_grad_(False)
+        return VoxelOptimiser(PerceptualNetwork(load_lpips("vgg")).to(device), self.refine_steps, near, self.near_mult)
 
 
 def main(args: list[str] | None = None) -> None:

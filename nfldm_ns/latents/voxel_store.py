@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import track
@@ -23,6 +23,9 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SPLITS, SceneCollection, read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_json
+
+if TYPE_CHECKING:
+    from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
 
 FORMAT = "nfldm-voxel-store"
 VERSION = 2
@@ -232,26 +235,49 @@ def encode_collection(
     root: Path | str,
     device: torch.device | str = "cpu",
     on_progress: Callable[[float], None] | None = None,
+    optimiser: VoxelOptimiser | None = None,
+    batch_size: int = 1,
 ) -> VoxelStore:
     """Encodes the source views of every scene of all splits; scenes that are there already are kept.
 
     Also keeps a copy of stage 1 in the store.
 
+    Args:
+        optimiser: optimises what was encoded further: training scenes for all of their views, others, whose target
+            views are there to judge by, for those that were encoded.
+        batch_size: scenes encoded at once.
+
     Raises:
-        UserInputError: if the folder holds scenes of another collection or of another stage 1.
+        UserInputError: if the folder holds scenes of another collection, of another stage 1, or that were optimised
+            otherwise.
     """
     root = Path(root)
     scene_autoencoder = scene_autoencoder.to(device).eval()
     description = _describe(collection, scene_autoencoder)
+    if optimiser is not None:
+        description["optimised"] = optimiser.describe()
     _check_or_start(root, description, scene_autoencoder)
     store = VoxelStore(root, description)
-    scene_ids = store.scene_ids
-    for i, scene_id in enumerate(track(scene_ids, "Encoding scenes", disable=on_progress is not None)):
-        if not _is_whole(store.path(scene_id)):
-            _encode_scene(collection, scene_autoencoder, scene_id, store.path(scene_id), device)
+    batches = list(_batches_of_splits(store.splits, batch_size))
+    for i, (split, scene_ids) in enumerate(track(batches, "Encoding scenes", disable=on_progress is not None)):
+        if not all(_is_whole(store.path(scene_id)) for scene_id in scene_ids):  # as a whole: scenes may share draws
+            batch = collection.batch([collection.load_scene(scene_id) for scene_id in scene_ids]).to(device)
+            grid = scene_autoencoder.encode(batch.source)
+            if optimiser is not None:
+                views = [batch.source, batch.target] if split == "train" else [batch.source]
+                grid = optimiser(scene_autoencoder, grid, views)
+            for scene_id, voxels in zip(scene_ids, _stored(grid), strict=True):
+                with atomic_path(store.path(scene_id)) as temporary:
+                    save_file(voxels, temporary)
         if on_progress is not None:
-            on_progress((i + 1) / len(scene_ids))
+            on_progress((i + 1) / len(batches))
     return VoxelStore.open(root)
+
+
+def _batches_of_splits(splits: Mapping[str, Sequence[str]], size: int) -> Iterator[tuple[str, Sequence[str]]]:
+    for split in SPLITS:
+        for first in range(0, len(splits[split]), size):
+            yield split, splits[split][first : first + size]
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -291,6 +317,11 @@ def _check_or_start(root: Path, description: dict[str, Any], scene_autoencoder: 
             raise UserInputError(
                 f"{root} holds scenes encoded by another scene auto-encoder: choose another output folder or delete it."
             )
+        if before.get("optimised") != description.get("optimised"):
+            raise UserInputError(
+                f"{root} holds scenes that were optimised otherwise ({before.get('optimised') or 'not at all'}): "
+                "repeat the options of that run, or choose another output folder."
+            )
         moved = {**before, "collection": description["collection"]}
         if moved != description:
             raise UserInputError(
@@ -311,17 +342,10 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _encode_scene(
-    collection: SceneCollection,
-    scene_autoencoder: SceneAutoencoder,
-    scene_id: str,
-    path: Path,
-    device: torch.device | str,
-) -> None:
-    scene = collection.load_scene(scene_id)
-    grid = scene_autoencoder.encode(collection.batch([scene]).source.to(device))
+def _stored(grid: VoxelGrid) -> Iterator[dict[str, Tensor]]:
+    """What is kept of each scene, in half precision."""
     assert grid.background is not None
-    voxels = {"density": grid.density[0], "features": grid.features[0], "background": grid.background[0]}
     largest = torch.finfo(torch.float16).max
-    with atomic_path(path) as temporary:
-        save_file({name: v.clamp(-largest, largest).half().cpu().contiguous() for name, v in voxels.items()}, temporary)
+    for tensors in zip(grid.density, grid.features, grid.background, strict=True):
+        halves = (tensor.clamp(-largest, largest).half().cpu().contiguous() for tensor in tensors)
+        yield dict(zip(TENSORS, halves, strict=True))

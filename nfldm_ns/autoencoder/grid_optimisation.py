@@ -1,7 +1,8 @@
-"""How good V could be: voxels of single scenes optimised through the frozen renderer and decoder."""
+"""Voxels of single scenes optimised through the frozen renderer and decoder: how good V can be."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -10,11 +11,11 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, stage_one_losses
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.autoencoder.refinement import density_logits
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
-SMALLEST_DENSITY = 1e-4  # 1/m; softplus has no inverse at 0
 REDUCTION = 0.3  # of the learning rates at a standstill
 
 
@@ -69,6 +70,7 @@ def optimise_grid(
     loss: StageOneLossConfig,
     perceptual: PerceptualNetwork | None,
     config: GridOptimiserConfig | None = None,
+    anchor: Callable[[VoxelGrid], Tensor] | None = None,
 ) -> OptimisedGrid:
     """Optimises all tensors of V for views, by the losses of training, for as long as the loss over all views falls.
 
@@ -78,12 +80,13 @@ def optimise_grid(
         views: that V is to show, batch shape `[B, N]`.
         loss: weights of the losses; there is no discriminator.
         perceptual: needed unless `loss.lpips_mult` is 0.
+        anchor: a further loss of V itself, added to those of its views.
     """
     config = config or GridOptimiserConfig()
     devices = [grid.device] if grid.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.enable_grad():
         torch.manual_seed(config.seed)
-        return _optimise(autoencoder, grid, views, loss, perceptual, config)
+        return _optimise(autoencoder, grid, views, loss, perceptual, config, anchor)
 
 
 def _optimise(
@@ -93,6 +96,7 @@ def _optimise(
     loss: StageOneLossConfig,
     perceptual: PerceptualNetwork | None,
     config: GridOptimiserConfig,
+    anchor: Callable[[VoxelGrid], Tensor] | None,
 ) -> OptimisedGrid:
     parameters = _parameters(grid)
     optimiser = torch.optim.Adam(
@@ -107,7 +111,8 @@ def _optimise(
     def total(chosen: Views, weights: StageOneLossConfig) -> Tensor:
         shown = _grid(grid, parameters)
         rendered = autoencoder.render(shown, chosen.cameras)
-        return torch.stack(list(stage_one_losses(weights, rendered, chosen, shown, perceptual).values())).sum()
+        losses = list(stage_one_losses(weights, rendered, chosen, shown, perceptual).values())
+        return torch.stack(losses if anchor is None else [*losses, anchor(shown)]).sum()
 
     def look() -> float:
         with torch.no_grad():
@@ -138,8 +143,7 @@ def _parameters(grid: VoxelGrid) -> dict[str, Tensor]:
     """Free parameters of all tensors of V by name; density before softplus, so that it never becomes negative."""
     tensors = {field.name: getattr(grid, field.name) for field in fields(grid) if field.name != "aabb"}
     parameters = {name: tensor.detach().float().clone() for name, tensor in tensors.items() if tensor is not None}
-    density = parameters["density"].clamp(min=SMALLEST_DENSITY)
-    parameters["density"] = density + torch.log(-torch.expm1(-density))
+    parameters["density"] = density_logits(parameters["density"])
     return {name: parameter.requires_grad_() for name, parameter in parameters.items()}
 
 
