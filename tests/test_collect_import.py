@@ -134,12 +134,9 @@ def test_what_cannot_be_imported_is_one_sentence(
     captures: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "out"
-    distorted = make_captures(tmp_path / "distorted", 2)
-    edit_frames(distorted[1], lambda frame: frame.update(k1=0.1))
     partial = make_captures(tmp_path / "partial", 2)
     edit_frames(partial[1], lambda frame: frame["file_path"].endswith("3.png") and frame.pop("depth_file_path"))
     cases = {
-        "lens distortion": (distorted, []),
         "Some frames": (partial, []),
         "too few": (captures, ["--num-source-views", "13"]),
         "--depth-unit-scale": (captures, ["--depth-unit-scale", "1"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,10 @@ CONSISTENT = 0.05
 """Two depths of one point agree when they differ by less than this share."""
 MAX_MEDIAN_ERROR = 0.05
 MIN_CONSISTENT = 0.4
+MAX_PIXEL_ASPECT = 1.1
+MAX_ZOOM = 1.5
+CLEARLY = 0.75
+"""Images are said to be turned if their colours then differ by less than this share of what they differ by now."""
 _MIN_OVERLAP = 200
 _MAX_CELLS = 48
 _CAMERA_FIELDS = ("camera_to_worlds", "fx", "fy", "cx", "cy")
@@ -122,6 +127,12 @@ def _check_depths(collection: SceneCollection, scene: Scene, check: SceneCheck) 
             f"depths of different views contradict each other (median error {agreement.median_error:.1%}, "
             f"{agreement.consistent:.0%} consistent): check pose convention, depth unit and planar depth"
         )
+    turned = turned_images(views)
+    if turned is not None:
+        check.problems.append(
+            f"images seem to be turned by {turned} degrees against their depths and poses: turn them upright, as EXIF "
+            "orientation may say"
+        )
 
 
 def _camera_problems(collection: SceneCollection, scene: Scene) -> Iterator[str]:
@@ -139,9 +150,80 @@ def _camera_problems(collection: SceneCollection, scene: Scene) -> Iterator[str]
         eyes = cameras.camera_to_worlds[..., 3]
         if not bool(((eyes >= low) & (eyes <= high)).all()):
             yield f"a {role} camera stands outside of the box: check unit and origin of the poses"
+    yield from _lens_problems(scene)
     centre = scene.source.cameras.camera_to_worlds[..., 3].mean(dim=0)
     if float(centre.norm()) > 0.25 * float((high - low).min()):
         yield f"the source cameras' mean is {float(centre.norm()):.2f} m away from the origin: recentre the poses"
+
+
+def _lens_problems(scene: Scene) -> Iterator[str]:
+    """Focal lengths that no one camera has: pixels that are not square, or fields of view far apart."""
+    cameras = [scene.source.cameras, scene.target.cameras]
+    fx, fy = (torch.cat([getattr(c, name) for c in cameras])[:, 0] for name in ("fx", "fy"))
+    unlike = (fx / fy).log().abs().argmax()
+    if float((fx[unlike] / fy[unlike]).log().abs()) > math.log(MAX_PIXEL_ASPECT):
+        yield (
+            f"a view's fx is {float(fx[unlike]):.1f} and its fy {float(fy[unlike]):.1f}, so that its pixels are not "
+            "square: check w, h and the focal lengths against the images"
+        )
+    if float(fx.max() / fx.min()) > MAX_ZOOM:
+        yield (
+            f"the views' focal lengths differ from {float(fx.min()):.1f} to {float(fx.max()):.1f} pixels: check "
+            "w, h and the focal lengths against the images"
+        )
+
+
+def turned_images(views: Views, max_cells: int = _MAX_CELLS) -> int | None:
+    """Degrees (90, 180 or 270) by which images seem to be turned against their own depths and poses; None if upright.
+
+    Every pixel is carried by its depth into the other views, where its colour should be found again. If with all images
+    turned alike it is found there clearly better, depths and poses are not those of these images.
+
+    Args:
+        views: batch shape `[N]`, with depths.
+        max_cells: at most this many rows and columns of pixels are compared.
+    """
+    assert views.depths is not None
+    height, width = views.image_size
+    if height != width:
+        return None
+    pairs = list(_seen_again(views, max_cells))
+    if sum(len(first[0]) for first, _ in pairs) < _MIN_OVERLAP:
+        return None
+
+    def difference(images: torch.Tensor) -> float:
+        errors = [
+            (images[view[0], :, view[1], view[2]] - images[other[0], :, other[1], other[2]]).abs().mean(1)
+            for view, other in pairs
+        ]
+        return float(torch.cat(errors).mean())
+
+    upright, *turned = (difference(torch.rot90(views.images, turn, (-2, -1))) for turn in range(4))
+    best = min(range(3), key=turned.__getitem__)
+    return 90 * (best + 1) if turned[best] < CLEARLY * upright else None
+
+
+def _seen_again(views: Views, max_cells: int) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
+    """Indices (view, row, column) of pixels, and of those of other views that see the same surface."""
+    assert views.depths is not None
+    height, width = views.image_size
+    origins, directions = camera_rays(views.cameras, height, width)
+    step = max(1, -(-max(height, width) // max_cells))
+    depths = views.depths[:, 0]
+    rows, columns = (
+        c.flatten() for c in torch.meshgrid(*[torch.arange(0, n, step) for n in (height, width)], indexing="ij")
+    )
+    for i in range(views.shape[0]):
+        known = depths[i, rows, columns] > 0
+        row, column = rows[known], columns[known]
+        points = origins[i] + depths[i, row, column, None] * directions[i, row, column]
+        z, there_row, there_column, visible = _project(views, points)
+        visible[i] = False
+        there_row, there_column = there_row.clamp(0, height - 1), there_column.clamp(0, width - 1)
+        there = depths[torch.arange(len(depths))[:, None], there_row, there_column]
+        view, point = (visible & ((z - there).abs() < CONSISTENT * there)).nonzero(as_tuple=True)
+        first = (torch.full_like(view, i), row[point], column[point])
+        yield first, (view, there_row[view, point], there_column[view, point])
 
 
 def reprojection_agreement(views: Views, max_cells: int = _MAX_CELLS) -> Reprojection:

@@ -12,12 +12,14 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 
+from nfldm_ns.collect.capture_schema import FILE, Capture, CapturedFrame, read_capture
+from nfldm_ns.collect.undistortion import undistort
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.collection import SPLITS, Transforms, read_json, read_transforms
+from nfldm_ns.scenes.collection import DEPTH_UNIT_M, SPLITS
+from nfldm_ns.scenes.image_files import read_depth_file, read_rgb
 from nfldm_ns.scenes.views import Views, make_cameras
 from nfldm_ns.scenes.writing import atomic_path, write_collection, write_scene
 
-_DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 _UP = {
     "z": np.eye(3),
     "y": np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
@@ -33,7 +35,8 @@ class ImportOptions:
         image_size: width and height of the result; images are cropped to its aspect and averaged down.
         num_source_views, num_target_views: per scene, evenly spaced over the capture's frames.
         metres_per_unit: scale of the poses.
-        depth_unit_scale: metres per unit of the depth files (0.001 for millimetres).
+        depth_unit_scale: metres per unit of the depth files (0.001 for millimetres); None follows the capture's
+            `depth_unit_scale_factor`, and is 0.001 where it says nothing.
         up: the capture's axis that points up.
         fractions: share of the captures by held-out split, chosen by the seed.
         test_scenes: captures held out for testing, by folder name; takes the place of the fraction.
@@ -43,7 +46,7 @@ class ImportOptions:
     num_source_views: int = 8
     num_target_views: int = 4
     metres_per_unit: float = 1.0
-    depth_unit_scale: float = 0.001
+    depth_unit_scale: float | None = None
     up: Literal["z", "y", "-y"] = "z"
     aabb: tuple[tuple[float, ...], tuple[float, ...]] = ((-10.0, -10.0, -2.5), (10.0, 10.0, 4.0))
     near: float = 0.1
@@ -128,22 +131,47 @@ def load_capture(folder: Path, options: ImportOptions) -> tuple[Views, Views, di
     """Source views, target views and place of one capture, recentred on the mean of its source cameras.
 
     Raises:
-        UserInputError: if files are missing or broken, the lens is distorted, or there are too few frames.
+        UserInputError: if files are missing, broken or contradictory, or there are too few frames.
     """
     if not folder.is_dir():
         raise UserInputError(f"There is no capture folder {folder}: give folders that hold a transforms.json.")
-    _check_lens(folder)
-    transforms = read_transforms(folder)
-    names = list(transforms.frames)
-    sources, targets = choose_views(len(names), options.num_source_views, options.num_target_views, folder)
-    poses = np.stack([_metric_pose(transforms.frames[name], options) for name in names])
+    capture = read_capture(folder)
+    sources, targets = _chosen_frames(capture, options)
+    poses = np.stack([_metric_pose(frame, capture, options) for frame in capture.frames])
     origin = poses[sources][:, :, 3].mean(axis=0)
     poses[:, :, 3] -= origin
+    with_depth = {capture.frames[i].depth is not None for i in (*sources, *targets)}
+    if len(with_depth) > 1:
+        raise UserInputError(
+            f"Some frames of {folder} have a depth file and others have none: give all of them one, or none."
+        )
     views = [
-        _load_views(folder, transforms, [names[i] for i in chosen], poses[chosen], options)
+        _load_views(capture, [capture.frames[i] for i in chosen], poses[chosen], options)
         for chosen in (sources, targets)
     ]
     return views[0], views[1], {"origin": origin.tolist()}
+
+
+def _chosen_frames(capture: Capture, options: ImportOptions) -> tuple[list[int], list[int]]:
+    """Source and target frames: of the file's own splits where it names them, else of all frames."""
+    held_out = capture.splits["test"] or capture.splits["val"]
+    if not capture.splits["train"] or not held_out:
+        return choose_views(len(capture.frames), options.num_source_views, options.num_target_views, capture.folder)
+    shared = set(capture.splits["train"]) & set(held_out)
+    if shared:
+        raise UserInputError(
+            f"{capture.folder / FILE} lists {capture.frames[min(shared)].name} for training and for testing: drop one."
+        )
+    chosen = []
+    wanted = (options.num_source_views, options.num_target_views)
+    for split, frames, count in zip(("train", "test"), (capture.splits["train"], held_out), wanted, strict=True):
+        if not 1 <= count <= len(frames):
+            raise UserInputError(
+                f"{capture.folder} has {len(frames)} frames in its {split}ing split, too few for {count} views: "
+                "ask for fewer, at least one."
+            )
+        chosen.append([sorted(frames)[int((i + 0.5) * len(frames) / count)] for i in range(count)])
+    return chosen[0], chosen[1]
 
 
 def choose_views(num_frames: int, num_source: int, num_target: int, folder: Path) -> tuple[list[int], list[int]]:
@@ -163,53 +191,52 @@ def choose_views(num_frames: int, num_source: int, num_target: int, folder: Path
     return sources, targets
 
 
-def _check_lens(folder: Path) -> None:
-    content = read_json(folder / "transforms.json")
-    frames = content.get("frames", []) if isinstance(content, dict) else []
-    for values in (content, *frames):
-        if not isinstance(values, dict):
-            continue
-        if any(abs(float(values.get(key, 0))) > 1e-8 for key in _DISTORTION):
-            raise UserInputError(f"The images of {folder} have lens distortion: undistort them first.")
-        if "camera_model" in values and values["camera_model"] not in ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE"):
-            raise UserInputError(
-                f"{folder} has camera model {values['camera_model']}: only pinhole images can be used."
-            )
-
-
-def _metric_pose(frame: dict[str, Any], options: ImportOptions) -> Float[np.ndarray, "3 4"]:
-    pose = np.asarray(frame["transform_matrix"], dtype=np.float64)[:3]
-    pose = _UP[options.up] @ pose
-    pose[:, 3] *= options.metres_per_unit
+def _metric_pose(frame: CapturedFrame, capture: Capture, options: ImportOptions) -> Float[np.ndarray, "3 4"]:
+    pose = _UP[options.up] @ frame.pose
+    pose[:, 3] *= capture.units * options.metres_per_unit
     return pose
 
 
-def _load_views(
-    folder: Path, transforms: Transforms, names: list[str], poses: np.ndarray, options: ImportOptions
-) -> Views:
+def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.ndarray, options: ImportOptions) -> Views:
     images, depths, intrinsics = [], [], []
-    for name in names:
-        frame = transforms.frames[name]
-        image = _read_image(folder / name)
-        box = _crop_box(image.size, options.image_size)
-        images.append(np.asarray(image.resize(options.image_size, Image.Resampling.BOX, box=box)))
-        intrinsics.append(_fit_intrinsics(frame, image.size, box, options.image_size))
-        if "depth_file_path" in frame:
-            depth = _read_depth(folder / frame["depth_file_path"]) * options.depth_unit_scale
-            depths.append(_resize_depth(depth, box, image.size, options.image_size))
-    if depths and len(depths) < len(names):
-        raise UserInputError(
-            f"Some frames of {folder} have a depth file and others have none: give all of them one, or none."
+    for frame in frames:
+        pixels = read_rgb(frame.image, "restore it or remove its frame")
+        depth = None if frame.depth is None else _read_depth(frame.depth, pixels.shape[:2], capture, options)
+        size = (pixels.shape[1], pixels.shape[0])
+        lens = frame.lens.intrinsics(size, str(frame.image))
+        pixels, depth, lens = undistort(
+            pixels, depth, lens, frame.lens.distortion, frame.lens.fisheye, str(frame.image)
         )
+        box = _crop_box(size, options.image_size)
+        images.append(np.asarray(Image.fromarray(pixels).resize(options.image_size, Image.Resampling.BOX, box=box)))
+        intrinsics.append(_fit_intrinsics(lens, box, options.image_size))
+        if depth is not None:
+            depths.append(_resize_depth(depth, box, size, options.image_size))
     width, height = options.image_size
-    fx, fy, cx, cy = torch.tensor(intrinsics, dtype=torch.float32).unbind(-1)
+    fx, fy, cx, cy = torch.tensor(np.stack(intrinsics), dtype=torch.float32).unbind(-1)
     views = Views(
         make_cameras(torch.from_numpy(poses), fx, fy, cx, cy, height, width),
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255,
         torch.from_numpy(np.stack(depths)).float()[:, None] if depths else None,
     )
-    _check_depth_unit(folder, views, options)
+    _check_depth_unit(capture.folder, views, options)
     return views
+
+
+def _read_depth(path: Path, size: tuple[int, int], capture: Capture, options: ImportOptions) -> np.ndarray:
+    """Depth in metres at the pixels of its image, `[H, W]`; files of another size are of the same view."""
+    depth = read_depth_file(path)
+    (height, width), (own_height, own_width) = size, depth.shape
+    if abs(own_width * height - own_height * width) > max(own_width, own_height, width, height):
+        raise UserInputError(
+            f"{path} is {own_width} x {own_height}, another aspect than its image's {width} x {height}: is it turned "
+            "or cropped? Give depth of the same view."
+        )
+    if options.depth_unit_scale is not None:
+        unit = options.depth_unit_scale
+    else:
+        unit = DEPTH_UNIT_M if capture.depth_unit is None else capture.depth_unit * options.metres_per_unit
+    return _resize_depth(depth, (0, 0, width, height), (width, height), (width, height)) * unit
 
 
 def _check_depth_unit(folder: Path, views: Views, options: ImportOptions) -> None:
@@ -231,17 +258,10 @@ def _crop_box(size: tuple[int, int], wanted: tuple[int, int]) -> tuple[float, fl
     return left, top, left + width, top + height
 
 
-def _fit_intrinsics(frame: dict[str, Any], size: tuple[int, int], box: tuple[float, ...], wanted: tuple[int, int]):
+def _fit_intrinsics(intrinsics: np.ndarray, box: tuple[float, ...], wanted: tuple[int, int]) -> np.ndarray:
     """fx, fy, cx, cy in pixels of the cropped and resized image."""
-    given = (float(frame.get("w", size[0])), float(frame.get("h", size[1])))
-    scale = (size[0] / given[0], size[1] / given[1])
-    resize = (wanted[0] / (box[2] - box[0]), wanted[1] / (box[3] - box[1]))
-    return (
-        float(frame["fl_x"]) * scale[0] * resize[0],
-        float(frame["fl_y"]) * scale[1] * resize[1],
-        (float(frame["cx"]) * scale[0] - box[0]) * resize[0],
-        (float(frame["cy"]) * scale[1] - box[1]) * resize[1],
-    )
+    resize = np.array([wanted[0] / (box[2] - box[0]), wanted[1] / (box[3] - box[1])] * 2)
+    return (intrinsics - np.array([0, 0, box[0], box[1]])) * resize
 
 
 def _resize_depth(depth: np.ndarray, box: tuple[float, ...], size: tuple[int, int], wanted: tuple[int, int]):
@@ -249,25 +269,3 @@ def _resize_depth(depth: np.ndarray, box: tuple[float, ...], size: tuple[int, in
     x = (box[0] + (np.arange(wanted[0]) + 0.5) / wanted[0] * (box[2] - box[0])) / size[0] * depth.shape[1]
     y = (box[1] + (np.arange(wanted[1]) + 0.5) / wanted[1] * (box[3] - box[1])) / size[1] * depth.shape[0]
     return depth[np.ix_(y.astype(int).clip(0, depth.shape[0] - 1), x.astype(int).clip(0, depth.shape[1] - 1))]
-
-
-def _read_image(path: Path) -> Image.Image:
-    try:
-        return Image.open(path).convert("RGB")
-    except FileNotFoundError:
-        raise UserInputError(f"{path} is missing: restore it or remove its frame from transforms.json.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserInputError(f"{path} is not a readable image ({error}): restore it or remove its frame.") from None
-
-
-def _read_depth(path: Path) -> Float[np.ndarray, "height width"]:
-    try:
-        depth = np.load(path, allow_pickle=False) if path.suffix == ".npy" else np.asarray(Image.open(path))
-    except FileNotFoundError:
-        raise UserInputError(f"{path} is missing: restore it or remove depth_file_path from all frames.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserInputError(f"{path} is not a readable depth image ({error}): restore it.") from None
-    if depth.ndim != 2 or depth.dtype == np.uint8:
-        raise UserInputError(f"{path} is not a single-channel 16-bit depth image: convert it.")
-    depth = depth.astype(np.float64)
-    return np.where(np.isfinite(depth) & (depth > 0), depth, 0)

@@ -170,8 +170,8 @@ class Import:
     """Held-back views, evenly spaced between them."""
     metres_per_unit: float = 1.0
     """Scale of the captures' poses."""
-    depth_unit_scale: float = 0.001
-    """Metres per unit of the depth files."""
+    depth_unit_scale: float | None = None
+    """Metres per unit of the depth files; by default what the capture's depth_unit_scale_factor says, else 0.001."""
     up: Literal["z", "y", "-y"] = "z"
     """The captures' axis that points up."""
     box: Box = (-10, -10, -2.5, 10, 10, 4)

@@ -15,6 +15,7 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.image_files import open_image
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 
 GREY_MODES = ("1", "L")
@@ -188,13 +189,9 @@ def parse_region(grid: VoxelGrid, text: str) -> Region:
 
 
 def _read_grey(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise UserInputError(f"There is no mask {path}: fix the path.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserInputError(f"{path} is not a readable image ({error}): save the mask again as PNG.") from None
+    if not path.is_file():
+        raise UserInputError(f"There is no mask {path}: fix the path.")
+    image = open_image(path, "save the mask again as PNG")
     if image.mode not in GREY_MODES:
         raise UserInputError(
             f"{path} has mode {image.mode}, but a mask is greyscale (L) or black and white (1): convert it; white is "

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nfldm_ns.evaluation.galleries import to_uint8
 from nfldm_ns.evaluation.metrics import extract_features, frechet_distance, kernel_distance
+from nfldm_ns.scenes.image_files import read_rgb
 from nfldm_ns.scenes.writing import atomic_path, write_image
 
 REFERENCE = "test"  # the set that all others are compared with
@@ -30,9 +29,9 @@ def write_pictures(folder: Path, name: str, images: Images) -> None:
 
 
 def read_picture(path: Path) -> Float[Tensor, "3 height width"]:
-    """A PNG in [0, 1]."""
-    with Image.open(path) as image:
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).float() / 255
+    """A picture in [0, 1]."""
+    pixels = read_rgb(path, "remove the folder of this evaluation and run it again")
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def picture_features(

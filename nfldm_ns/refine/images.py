@@ -15,6 +15,7 @@ from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import DESCRIPTION
 from nfldm_ns.scenes.collection import SceneCollection, read_transforms
+from nfldm_ns.scenes.image_files import open_image, rgb_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -35,11 +36,7 @@ def read_square_images(paths: Sequence[Path], size: int) -> UInt8[Tensor, "image
     """
     images = []
     for path in paths:
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserInputError(f"{path} is not a readable image ({error}): give another one.") from None
+        image = rgb_image(open_image(path, "give another one"), path)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         image = image.crop((left, top, left + side, top + side))

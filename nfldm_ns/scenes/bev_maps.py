@@ -11,6 +11,7 @@ from PIL import Image
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import BevClass
+from nfldm_ns.scenes.image_files import open_image
 
 MODES = ("P", "RGB", "RGBA")
 
@@ -64,9 +65,4 @@ def read_drawn_map(
 def _open(path: Path) -> Image.Image:
     if not path.is_file():
         raise UserInputError(f"There is no map {path}: fix the path.")
-    try:
-        image = Image.open(path)
-        image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserInputError(f"{path} is not a readable image ({error}): save it again, as PNG.") from None
-    return image
+    return open_image(path, "save it again, as PNG")

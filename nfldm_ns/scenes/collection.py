@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.image_files import open_image, rgb_image
 from nfldm_ns.scenes.views import SceneBatch, Views, make_cameras
 
 FORMAT = "nfldm-scene-collection"
@@ -302,11 +303,16 @@ def read_transforms(folder: Path) -> Transforms:
         raise UserInputError(f"The frames of {path} are not a list of objects: see docs/data.md for the format.")
     frames: dict[str, dict[str, Any]] = {}
     for frame in content["frames"]:
-        merged = {**{k: content[k] for k in ("fl_x", "fl_y", "cx", "cy", "w", "h") if k in content}, **frame}
+        shared = {k: content[k] for k in ("fl_x", "fl_y", "cx", "cy", "w", "h") if k in content}
+        merged = {k: value for k, value in {**shared, **frame}.items() if value is not None}
         missing = [k for k in ("file_path", "transform_matrix", "fl_x", "fl_y", "cx", "cy") if k not in merged]
         if missing:
             raise UserInputError(f"A frame of {path} lacks {', '.join(missing)}: see docs/data.md for the format.")
         _check_frame(path, merged)
+        if str(merged["file_path"]) in frames:
+            raise UserInputError(
+                f"Two frames of {path} have the file_path {merged['file_path']}: keep the one with its pose."
+            )
         frames[str(merged["file_path"])] = merged
     sources = content.get("train_filenames") or list(frames)
     targets = content.get("test_filenames") or content.get("val_filenames") or list(frames)
@@ -375,14 +381,7 @@ def _load_views(folder: Path, transforms: Transforms, names: list[str], image_si
 
 
 def _open_image(path: Path) -> Image.Image:
-    try:
-        image = Image.open(path)
-        image.load()
-    except FileNotFoundError:
-        raise UserInputError(f"{path} is missing: restore it or remove its frame from transforms.json.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserInputError(f"{path} is not a readable image ({error}): restore it or collect it again.") from None
-    return image
+    return open_image(path, "restore it or collect it again", "restore it or remove its frame from transforms.json")
 
 
 def _check_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
@@ -394,9 +393,9 @@ def _check_size(path: Path, size: tuple[int, int], expected: tuple[int, int]) ->
 
 def read_image(path: Path, image_size: tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
     """An RGB image of the given (width, height)."""
-    image = _open_image(path)
+    image = rgb_image(_open_image(path), path)
     _check_size(path, image.size, image_size)
-    return np.asarray(image.convert("RGB"))
+    return np.asarray(image)
 
 
 def read_depth(path: Path, image_size: tuple[int, int]) -> Float[np.ndarray, "height width"]:

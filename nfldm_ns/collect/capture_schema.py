@@ -1,0 +1,306 @@
+"""What a capture's `transforms.json` may say: read once, checked, and told in a sentence where it is wrong."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Float
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.collection import read_json
+
+FILE = "transforms.json"
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Pixels = Annotated[float, Field(ge=1, le=1e6)]  # some tools write sizes as 64.0
+Angle = Annotated[float, Field(gt=0, lt=math.pi)]
+Perspective = Literal["OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE"]
+Fisheye = Literal["OPENCV_FISHEYE", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE"]
+RADIAL = ("k1", "k2", "k3", "k4", "p1", "p2")  # in nerfstudio's order of `distortion_params`
+EXTENSIONS = ("", ".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
+
+
+def _is_matrix(rows: list[list[float]]) -> list[list[float]]:
+    if np.shape(rows) not in ((3, 4), (4, 4)):
+        raise ValueError("give 3 or 4 rows of 4 numbers")
+    return rows
+
+
+Matrix = Annotated[list[Annotated[list[Finite], Field(min_length=4, max_length=4)]], AfterValidator(_is_matrix)]
+
+
+class _Lens(BaseModel):
+    """What stands at the top of the file for all frames, or in a frame for it alone; `null` is as good as absent."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+    fl_x: Positive | None = None
+    fl_y: Positive | None = None
+    cx: Finite | None = None
+    cy: Finite | None = None
+    w: Pixels | None = None
+    h: Pixels | None = None
+    camera_angle_x: Angle | None = None
+    camera_angle_y: Angle | None = None
+    camera_model: str | None = None
+    k1: Finite | None = None
+    k2: Finite | None = None
+    k3: Finite | None = None
+    k4: Finite | None = None
+    k5: Finite | None = None
+    k6: Finite | None = None
+    p1: Finite | None = None
+    p2: Finite | None = None
+    distortion_params: Annotated[list[Finite], Field(max_length=6)] | None = None
+    is_fisheye: bool | None = None
+
+
+class _Frame(_Lens):
+    file_path: Annotated[str, Field(min_length=1)]
+    transform_matrix: Matrix
+    depth_file_path: str | None = None
+    mask_path: str | None = None
+
+
+class _Capture(_Lens):
+    frames: Annotated[list[_Frame], Field(min_length=1)]
+    train_filenames: list[str] | None = None
+    val_filenames: list[str] | None = None
+    test_filenames: list[str] | None = None
+    applied_transform: Matrix | None = None
+    applied_scale: Positive | None = None
+    depth_unit_scale_factor: Positive | None = None
+    fisheye_crop_radius: Positive | None = None
+
+
+@dataclass(frozen=True)
+class Lens:
+    """How a frame's pixels look into the world.
+
+    Attributes:
+        fisheye: of OpenCV's fisheye model, else of its perspective one.
+        distortion: k1, k2, k3, k4, p1, p2, as nerfstudio orders them.
+        size: (width, height) in pixels that the others are for; None: of the image.
+        focal: (fx, fy) in pixels; None where only angles are known.
+        centre: (cx, cy) in pixels; None: the middle of the image.
+        angles: fields of view (x, y) in radians, for where there is no focal length.
+    """
+
+    fisheye: bool
+    distortion: tuple[float, ...]
+    size: tuple[float, float] | None
+    focal: tuple[float, float] | None
+    centre: tuple[float, float] | None
+    angles: tuple[float | None, float | None]
+
+    def intrinsics(self, size: tuple[int, int], where: str) -> Float[np.ndarray, "4"]:
+        """fx, fy, cx, cy in pixels of an image of this (width, height).
+
+        Raises:
+            UserInputError: if the image is not the one that the numbers are for, made smaller or larger as a whole.
+        """
+        scale = 1.0
+        if self.size is not None:
+            scale = max(size) / max(self.size)
+            error = max(abs(given * scale - found) for given, found in zip(self.size, size, strict=True))
+            if error > 1:
+                raise UserInputError(
+                    f"{where} is {size[0]} x {size[1]} pixels, but its intrinsics are for {self.size[0]:g} x "
+                    f"{self.size[1]:g}, another aspect: is it turned or cropped? Give w, h and intrinsics that fit it."
+                )
+        if self.focal is not None:
+            fx, fy = (value * scale for value in self.focal)
+        else:
+            fx, fy = self._focal_from_angles(size)
+        cx, cy = (value * scale for value in self.centre) if self.centre else (size[0] / 2, size[1] / 2)
+        return np.array([fx, fy, cx, cy])
+
+    def _focal_from_angles(self, size: tuple[int, int]) -> tuple[float, float]:
+        """Square pixels where one angle is given."""
+        found = [n / 2 / math.tan(angle / 2) for n, angle in zip(size, self.angles, strict=True) if angle is not None]
+        return found[0], found[-1]
+
+
+@dataclass(frozen=True)
+class CapturedFrame:
+    """One frame.
+
+    Attributes:
+        name: `file_path` as it is written.
+        image, depth: files; no depth is None.
+        pose: camera-to-world of OpenGL, `[3, 4]`, in the file's units.
+    """
+
+    name: str
+    image: Path
+    depth: Path | None
+    pose: Float[np.ndarray, "3 4"]
+    lens: Lens
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A checked `transforms.json`.
+
+    Attributes:
+        splits: frames by `train`, `val` and `test`, as indices; empty where the file does not say.
+        units: the capture's own units per unit of its poses (1 / `applied_scale`).
+        depth_unit: units per unit of the depth files, where the file says so.
+    """
+
+    folder: Path
+    frames: list[CapturedFrame]
+    splits: dict[str, list[int]]
+    units: float
+    depth_unit: float | None
+
+
+def read_capture(folder: Path) -> Capture:
+    """Reads a capture's description; which keys count for what is in docs/data.md.
+
+    Raises:
+        UserInputError: for what is missing, of a wrong kind, contradictory, or cannot be used.
+    """
+    path = folder / FILE
+    content = read_json(path)
+    try:
+        capture = _Capture.model_validate(content)
+    except ValidationError as error:
+        raise UserInputError(_sentence(path, content, error)) from None
+    _check_masks(path, capture)
+    frames = [_frame(folder, path, capture, frame) for frame in capture.frames]
+    files = [(frame.image.parent.resolve() / frame.image.name, frame.name) for frame in frames]
+    counts = Counter(file for file, _ in files)
+    shared = [name for file, name in files if counts[file] > 1]
+    if shared:
+        raise UserInputError(f"Two frames of {path} have the file_path {shared[0]}: keep the one with its pose.")
+    return Capture(
+        folder, frames, _splits(path, capture, files, folder), 1 / (capture.applied_scale or 1.0),
+        capture.depth_unit_scale_factor,
+    )  # fmt: skip
+
+
+def _sentence(path: Path, content: Any, error: ValidationError) -> str:
+    """The first thing that is wrong: file, frame, key."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    frame = ""
+    if len(where) > 1 and where[0] == "frames":
+        frames = content["frames"]
+        index = int(where[1])
+        name = frames[index].get("file_path") if isinstance(frames[index], dict) else None
+        frame = f" of the frame {name}" if isinstance(name, str) else f" of frame {index}"
+        where = where[2:]
+    key = where[0] if where else "content"
+    if first["type"] == "missing":
+        return f"{path} lacks {key}{frame}: see docs/data.md for the format."
+    message = first["msg"].removeprefix("Value error, ")
+    given = f"{first['input']!r}"
+    given = given if len(given) <= 40 else f"{given[:37]}..."
+    return f"{key}{frame} in {path} is {given} ({message[0].lower()}{message[1:]}): see docs/data.md for the format."
+
+
+def _check_masks(path: Path, capture: _Capture) -> None:
+    masked = next((frame for frame in capture.frames if frame.mask_path), None)
+    if masked is not None:
+        raise UserInputError(
+            f"The frame {masked.file_path} of {path} has a mask_path, and masked pixels would be learned as if they "
+            "were of the scene: leave such frames out, or remove mask_path to learn them."
+        )
+    if capture.fisheye_crop_radius is not None:
+        raise UserInputError(
+            f"{path} has a fisheye_crop_radius, and what lies beyond it would be learned as if it were of the scene: "
+            "crop the images, and remove it."
+        )
+
+
+def _frame(folder: Path, path: Path, capture: _Capture, frame: _Frame) -> CapturedFrame:
+    where = f"the frame {frame.file_path} of {path}"
+    pose = np.asarray(frame.transform_matrix)[:3]
+    if np.abs(pose[:, :3] @ pose[:, :3].T - np.eye(3)).max() > 1e-3:
+        raise UserInputError(f"The rotation of {where} is not orthonormal: remove scale and shear from the matrix.")
+    if np.linalg.det(pose[:, :3]) < 0:
+        raise UserInputError(
+            f"The pose of {where} is mirrored (determinant -1): give a right-handed OpenGL camera-to-world matrix."
+        )
+    depth = None if not frame.depth_file_path else _file(folder, frame.depth_file_path)
+    return CapturedFrame(frame.file_path, _file(folder, frame.file_path), depth, pose, _lens(where, capture, frame))
+
+
+def _file(folder: Path, name: str) -> Path:
+    """The file of a name, which may use backslashes and lack its extension."""
+    for written in dict.fromkeys((name, name.replace("\\", "/"))):
+        for extension in EXTENSIONS:
+            file = folder / f"{written}{extension}"
+            if file.is_file():
+                return file
+    return folder / name
+
+
+def _lens(where: str, capture: _Capture, frame: _Frame) -> Lens:
+    def value(key: str) -> Any:
+        own = getattr(frame, key)
+        return getattr(capture, key) if own is None else own
+
+    model = value("camera_model") or "OPENCV"
+    if model not in (*get_args(Perspective), *get_args(Fisheye)):
+        raise UserInputError(
+            f"The camera_model of {where} is {model}: only OpenCV's perspective and fisheye models can be used."
+        )
+    focal = value("fl_x"), value("fl_y")
+    angles = value("camera_angle_x"), value("camera_angle_y")
+    if focal[0] is None and focal[1] is None and angles == (None, None):
+        raise UserInputError(f"The intrinsics of {where} are missing: give fl_x and fl_y, or camera_angle_x.")
+    size, centre = (value("w"), value("h")), (value("cx"), value("cy"))
+    for names, pair in ((("w", "h"), size), (("cx", "cy"), centre)):
+        if (pair[0] is None) != (pair[1] is None):
+            raise UserInputError(f"Of {where} {names[0]} or {names[1]} is missing: give both or none.")
+    lens = Lens(
+        fisheye=model in get_args(Fisheye) or bool(value("is_fisheye")),
+        distortion=_distortion(capture, frame),
+        size=None if size[0] is None else size,
+        focal=None if focal == (None, None) else (focal[0] or focal[1], focal[1] or focal[0]),
+        centre=None if centre[0] is None else centre,
+        angles=angles,
+    )
+    unknown = value("k5"), value("k6"), *(() if lens.fisheye else lens.distortion[3:4])
+    if any(unknown):
+        raise UserInputError(
+            f"The lens of {where} has k4, k5 or k6, which cannot be undone here: undistort its images."
+        )
+    return lens
+
+
+def _distortion(capture: _Capture, frame: _Frame) -> tuple[float, ...]:
+    """k1, k2, k3, k4, p1, p2: of the frame, else of the file; a list counts before single keys, as in nerfstudio."""
+    for holder in (frame, capture):
+        if holder.distortion_params is not None:
+            return (*holder.distortion_params, *[0.0] * (6 - len(holder.distortion_params)))
+        single = [getattr(holder, key) for key in RADIAL]
+        if any(value is not None for value in single):
+            return tuple(value or 0.0 for value in single)
+    return (0.0,) * 6
+
+
+def _splits(
+    path: Path, capture: _Capture, files: list[tuple[Path, str]], folder: Path
+) -> dict[str, list[int]]:  # fmt: skip
+    index = {file: i for i, (file, _) in enumerate(files)}
+    splits: dict[str, list[int]] = {}
+    for split in ("train", "val", "test"):
+        names = getattr(capture, f"{split}_filenames") or []
+        found = [_file(folder, name) for name in names]
+        keys = [file.parent.resolve() / file.name for file in found]
+        for name, key in zip(names, keys, strict=True):
+            if key not in index:
+                raise UserInputError(
+                    f"{path} lists {name} in {split}_filenames, but has no frame of that name: add it or drop it."
+                )
+        splits[split] = [index[key] for key in keys]
+    return splits

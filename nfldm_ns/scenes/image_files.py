@@ -1,0 +1,113 @@
+"""The one place that opens pictures: whatever a file holds becomes upright 8-bit RGB, or a sentence says why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+
+from nfldm_ns.errors import UserInputError
+
+ALPHA_BACKGROUND = (255, 255, 255)  # what transparent pixels show, as in nerfstudio's blender data
+SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
+COLOUR_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+DEPTH_ARRAYS = (".npy", ".npz")
+
+
+def open_image(path: Path, remedy: str, missing: str | None = None) -> Image.Image:
+    """A picture with all of its pixels read, as the file holds them.
+
+    Args:
+        remedy: what to do when it cannot be read, to end the sentence with.
+        missing: what to do when there is no such file; by default the same.
+
+    Raises:
+        UserInputError: if it is missing, damaged, no picture, or holds several.
+    """
+    try:
+        image = Image.open(path)
+        count = getattr(image, "n_frames", 1)
+        image.load()
+    except FileNotFoundError:
+        raise UserInputError(f"{path} is missing: {missing or remedy}.") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserInputError(f"{path} is not a readable image ({error}): {remedy}.") from None
+    if count > 1:
+        raise UserInputError(f"{path} holds {count} pictures, as an animation does: save the one that is meant.")
+    return image
+
+
+def rgb_image(image: Image.Image, path: Path) -> Image.Image:
+    """A picture as 8-bit RGB, upright by its EXIF orientation, transparent parts over `ALPHA_BACKGROUND`.
+
+    Raises:
+        UserInputError: if its values have no fixed meaning as colours.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode in (*SIXTEEN_BITS, "I"):
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise UserInputError(f"{path} has grey values beyond 16 bits: save it with 8 or 16 bits.")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode not in COLOUR_MODES:
+        raise UserInputError(
+            f"{path} has pixels of mode {image.mode}, which are no colours: save it with 8 or 16 bits."
+        )
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*ALPHA_BACKGROUND, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def read_rgb(path: Path, remedy: str, missing: str | None = None) -> UInt8[np.ndarray, "height width 3"]:
+    """A file's picture as upright 8-bit RGB, see `open_image` and `rgb_image`."""
+    return np.asarray(rgb_image(open_image(path, remedy, missing), path))
+
+
+def read_depth_file(path: Path) -> Float[np.ndarray, "height width"]:
+    """Depth in the units of its file; 0 is unknown, and so is what is not finite or negative.
+
+    Files are npy, npz with one array, or pictures of one channel with 16 bits or floating point numbers (PNG, TIFF);
+    `[H, W, 1]` will do.
+
+    Raises:
+        UserInputError: if it is missing, damaged, or of another shape or type.
+    """
+    depth = _read_array(path) if path.suffix.lower() in DEPTH_ARRAYS else _read_depth_picture(path)
+    if depth.ndim == 3 and depth.shape[-1] == 1:
+        depth = depth[..., 0]
+    if depth.ndim != 2 or depth.dtype == np.uint8 or depth.dtype.kind not in "uif" or 0 in depth.shape:
+        raise UserInputError(
+            f"{path} is no depth of one channel with 16 bits or more ({depth.dtype}, {list(depth.shape)}): convert it."
+        )
+    depth = depth.astype(np.float64)
+    return np.where(np.isfinite(depth) & (depth > 0), depth, 0)
+
+
+def _read_array(path: Path) -> np.ndarray:
+    try:
+        content = np.load(path, allow_pickle=False)
+        if isinstance(content, np.ndarray):
+            return content
+        with content:
+            names = list(content.files)
+            if len(names) == 1:
+                return content[names[0]]
+    except FileNotFoundError:
+        raise UserInputError(f"{path} is missing: restore it or remove depth_file_path from all frames.") from None
+    except Exception as error:  # numpy and zipfile raise many kinds for damaged files
+        raise UserInputError(f"{path} is no readable array of depths ({error}): restore it.") from None
+    raise UserInputError(f"{path} holds {len(names)} arrays ({', '.join(names)}): keep the depth alone.")
+
+
+def _read_depth_picture(path: Path) -> np.ndarray:
+    if path.suffix.lower() == ".exr":
+        raise UserInputError(f"{path} is an EXR file: save its depth as npy, TIFF or 16-bit PNG.")
+    image = open_image(path, "restore it", "restore it or remove depth_file_path from all frames")
+    if image.mode not in (*SIXTEEN_BITS, "I", "F"):
+        raise UserInputError(
+            f"{path} has mode {image.mode}, but depth must be a single-channel 16-bit depth image: convert it."
+        )
+    return np.asarray(ImageOps.exif_transpose(image))
