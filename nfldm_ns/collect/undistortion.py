@@ -8,6 +8,7 @@ from jaxtyping import Float, UInt8
 
 from nfldm_ns.errors import UserInputError
 
+LARGEST_ZOOM = 4.0  # a lens that leaves less of the image, or has to invent more, is not meant
 HALF = 0.5  # OpenCV counts from the middle of the first pixel, nerfstudio from its corner
 
 
@@ -49,7 +50,11 @@ def undistort(
     except cv2.error as error:
         raise UserInputError(f"The lens of {where} cannot be undone ({error.err}): check its distortion.") from None
     new = _same_aspect(matrix, new)
-    if not np.isfinite(new).all() or min(new[0, 0], new[1, 1]) <= 0 or min(new[0, 0] / fx, new[1, 1] / fy) < 0.05:
+    if (
+        not np.isfinite(new).all()
+        or min(new[0, 0], new[1, 1]) <= 0
+        or not 1 / LARGEST_ZOOM < new[0, 0] / fx < LARGEST_ZOOM
+    ):
         raise UserInputError(f"The lens of {where} cannot be undone: check its distortion and focal length.")
     if fisheye:
         maps = cv2.fisheye.initUndistortRectifyMap(matrix, lens, np.eye(3), new, size, cv2.CV_32FC1)
