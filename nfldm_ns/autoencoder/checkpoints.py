@@ -125,6 +125,31 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise UserInputError(f"{path} is damaged ({error}): restore it or make it again.") from None
 
 
+def weights_name(name: str, variant: str | None) -> str:
+    """As diffusers names the weights of a variant: `diffusion_pytorch_model.fp16.safetensors`."""
+    return name if variant is None else f".{variant}.".join(name.rsplit(".", 1))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a model that diffusers saved, in one file or in several with an index beside them.
+
+    Raises:
+        UserInputError: if a file is missing, truncated, or not of this folder.
+    """
+    stem, *variant = path.name.removesuffix(".safetensors").split(".", 1)
+    index = path.with_name(".".join([stem, "safetensors.index", *variant, "json"]))
+    if path.is_file() or not index.is_file():
+        return read_safetensors(path)
+    content = read_json(index)
+    parts = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(parts, dict) or not all(isinstance(n, str) and Path(n).name == n for n in parts.values()):
+        raise UserInputError(f"{index} does not say which file has which weights: save the model again.")
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(parts.values())):
+        tensors |= read_safetensors(index.with_name(name))
+    return tensors
+
+
 def check_state(module: torch.nn.Module, state: Mapping[str, Tensor], where: Path | str) -> None:
     """Raises `UserInputError` unless the tensors are exactly those of the module, by name and shape."""
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}

@@ -29,6 +29,7 @@ from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 
 EYE_SLAB = (-1.0, 0.5)  # metres about eye height: between floor and ceiling, so that walls show from above
+ALIKE = 8  # pixels of the side of an image in which all rays see the same
 WIDEST = math.tan(math.radians(55))  # an image plane that reaches further from its axis is no plane for a decoder
 FROM_ONE_POINT = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIRECTANGULAR, CameraType.FISHEYE624)
 
@@ -137,10 +138,10 @@ class VoxelModel(Model):
         return outputs
 
     def get_outputs(self, ray_bundle: Any) -> dict[str, Tensor]:
-        """Depth and accumulation of single rays; colours need whole images (`get_outputs_for_camera`)."""
+        """Single rays, as `ns-export` asks for them; whole images look better (`get_outputs_for_camera`)."""
         if isinstance(ray_bundle, Cameras):
             return self.get_outputs_for_camera(ray_bundle)
-        return ray_depth(self.shown_grid(), ray_bundle, self.renderer().config.num_samples)
+        return ray_pictures(self.renderer(), self.shown_grid(), ray_bundle)
 
     def get_rgba_image(self, outputs: dict[str, Tensor], output_name: str = "rgb") -> Tensor:
         """`[H, W, 4]`: colours with the accumulation as opacity."""
@@ -211,8 +212,32 @@ def density_from_above(
     return F.pad(picture, (left, width - size[1] - left, top, height - size[0] - top))[..., None]
 
 
-def ray_depth(grid: VoxelGrid, rays: RayBundle, num_samples: int) -> dict[str, Tensor]:
-    """Expected distance `[N, 1]` along rays and accumulation `[N, 1]`; rays that end nowhere reach the box's border."""
+@torch.no_grad()
+def ray_pictures(renderer: SceneAutoencoder, grid: VoxelGrid, rays: RayBundle) -> dict[str, Tensor]:
+    """What single rays see.
+
+    The decoder looks at the features around a pixel. A ray alone has no neighbours, so its colour is that of a small
+    image in which all rays see the same: the colour of the place, without the detail between pixels.
+
+    Returns:
+        `rgb [*B, 3]` in [0, 1]; `depth [*B, 1]`, expected distance along the ray in metres, where rays that end nowhere
+        reach the box's border; `accumulation [*B, 1]`.
+    """
+    shape = rays.origins.shape[:-1]
+    outputs = _ray_features(grid, rays.flatten(), renderer.config.num_samples)
+    directions = rays.directions.reshape(1, 1, -1, 1, 3).movedim(-1, 2)
+    beyond = renderer.background(directions, grid.background)[0, 0, :, :, 0].T
+    features = outputs.pop("features") + (1 - outputs["accumulation"]) * beyond
+    size = ALIKE // renderer.config.feature_stride
+    alike = features[:, :, None, None].expand(-1, -1, size, size)
+    opaque = outputs["accumulation"][..., None, None].expand(-1, -1, size, size)
+    image = renderer.decoder(alike.contiguous(memory_format=torch.channels_last), opaque)
+    outputs["rgb"] = ((image.float().mean((-2, -1)) + 1) / 2).clamp(0, 1)
+    return {name: values.reshape(*shape, -1) for name, values in outputs.items()}
+
+
+def _ray_features(grid: VoxelGrid, rays: RayBundle, num_samples: int) -> dict[str, Tensor]:
+    """Features `[N, C]` of the voxels, expected distance `[N, 1]` and accumulation `[N, 1]` along rays."""
     enter, leave = box_exit_depth(rays.origins, rays.directions, grid.aabb)
     start = torch.minimum(enter.clamp(min=0), leave)
     edges = torch.linspace(0, 1, num_samples + 1, device=grid.device)
@@ -225,11 +250,12 @@ def ray_depth(grid: VoxelGrid, rays: RayBundle, num_samples: int) -> dict[str, T
         torch.ones_like(edges[..., :-1, :]),
     )
     samples = RaySamples(frustums, deltas=edges[..., 1:, :] - edges[..., :-1, :])
-    density, _ = VoxelGridField(grid).get_density(samples)
+    density, features = VoxelGridField(grid).get_density(samples)
     weights = samples.get_weights(density)
     accumulation = weights.sum(-2)
     middles = (frustums.starts + frustums.ends) / 2
     return {
+        "features": (weights * features).sum(-2),
         "depth": (weights * middles).sum(-2) + (1 - accumulation) * leave[..., None],
         "accumulation": accumulation,
     }

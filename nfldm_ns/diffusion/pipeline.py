@@ -19,9 +19,18 @@ from nerfstudio.cameras.cameras import Cameras
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_weights, weights_name
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.bev import to_grid_order
+from nfldm_ns.diffusion.call_checks import (
+    check_count,
+    check_generator,
+    check_sampled,
+    check_scheduler,
+    check_start,
+    check_steps,
+    check_temperatures,
+)
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.inpainting import Inpainting, inpaint
 from nfldm_ns.diffusion.trajectory import trajectory_to_cameras
@@ -89,7 +98,7 @@ class NFLDMPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         classes = [{**entry, "color": list(entry["color"])} for entry in bev_classes]
-        self.register_to_config(temperatures=tuple(temperatures), bev_classes=classes)
+        self.register_to_config(temperatures=check_temperatures(temperatures), bev_classes=classes)
         self.register_modules(
             scene_autoencoder=scene_autoencoder,
             latent_autoencoder=latent_autoencoder,
@@ -100,6 +109,18 @@ class NFLDMPipeline(DiffusionPipeline):
         )
         for decoder in (scene_autoencoder, latent_autoencoder):  # from_pretrained(torch_dtype=...) casts them, too
             decoder.float()
+        for denoiser in (global_denoiser, coarse_denoiser, fine_denoiser):
+            if denoiser is not None and _mixes_precisions(denoiser):  # half precision of files beside statistics
+                denoiser.float()
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """What `NFLDMPipeline(**components)` makes the same pipeline of: the models, and what belongs to them."""
+        return {
+            **super().components,
+            "temperatures": self.config.temperatures,
+            "bev_classes": self.config.bev_classes,
+        }
 
     def to(self, *args, dtype: torch.dtype | None = None, **kwargs) -> NFLDMPipeline:
         """Moves all models; the denoisers alone take another precision.
@@ -192,7 +213,7 @@ class NFLDMPipeline(DiffusionPipeline):
         maps = {} if bev is None else {"bev": self.prepare_maps(bev, num_scenes)}
         if inpainting is not None and scene_code is None:
             raise ValueError("inpainting needs the scene_code of the scene whose latents it keeps")
-        chosen = self.config.temperatures if temperatures is None else temperatures
+        chosen = self.config.temperatures if temperatures is None else check_temperatures(temperatures)
         warmth = dict(zip(STAGES, chosen, strict=True))
         callback = None
         if callback_on_step_end is not None:
@@ -207,11 +228,13 @@ class NFLDMPipeline(DiffusionPipeline):
         def sample(stage: str, denoiser: Any, **conditions: Tensor) -> Tensor:
             self._stage, self._guidance_scale = stage, guidance_scale
             start = begin(stage, denoiser) * warmth[stage]
+            check_start(self.scheduler, start, stage)
             cast = {name: value.to(start.dtype) for name, value in conditions.items()} | maps
             run: Callable[..., Tensor] = self.denoise
             if inpainting is not None:
                 run = partial(inpaint, self, inpainting=inpainting, stage=stage, temperature=warmth[stage])
             latents = run(denoiser, start, steps[stage], generator, callback, **cast).float()
+            check_sampled(self.scheduler, latents, stage)
             latents = latents if clip is None else latents.clamp(-clip, clip)
             normaliser = denoiser.code if stage == "global" else denoiser.latent
             latents = normaliser.inverse(latents)
@@ -265,12 +288,10 @@ class NFLDMPipeline(DiffusionPipeline):
         """Steps by stage, if all arguments make sense."""
         if output_type not in ("grid", "latent"):
             raise ValueError(f"output_type must be 'grid' or 'latent', not {output_type!r}")
-        several = not (generator is None or isinstance(generator, torch.Generator))
-        if several and len(generator) != num_scenes:  # type: ignore[arg-type]
-            raise ValueError(f"{len(generator)} generators were given for {num_scenes} scenes")  # type: ignore[arg-type]
-        steps = [num_inference_steps] * 3 if isinstance(num_inference_steps, int) else list(num_inference_steps)
-        if len(steps) != 3 or min(steps) < 1:
-            raise ValueError(f"num_inference_steps must be positive, one for all or one per latent, not {steps}")
+        check_count("num_scenes", num_scenes)
+        check_generator(generator, num_scenes)
+        steps = check_steps(num_inference_steps)
+        check_scheduler(self.scheduler)
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -403,6 +424,11 @@ class NFLDMPipeline(DiffusionPipeline):
         return {"generator": _as_list(generator)}
 
 
+def _mixes_precisions(module: nn.Module) -> bool:
+    tensors = (*module.parameters(), *module.buffers())
+    return len({tensor.dtype for tensor in tensors if tensor.is_floating_point()}) > 1
+
+
 def _as_list(generator: Generators) -> torch.Generator | list[torch.Generator] | None:
     return generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
 
@@ -436,11 +462,12 @@ COMPONENTS = {
 }
 
 
-def load_pipeline(folder: Path | str = GENERATOR) -> NFLDMPipeline:
+def load_pipeline(folder: Path | str = GENERATOR, variant: str | None = None) -> NFLDMPipeline:
     """Reads a trained generator from a folder and checks it; its weights become single precision.
 
     Args:
         folder: of an `NFLDMPipeline`, or the name of a model that comes with this package (`nfldm_ns.models`).
+        variant: of its weights, such as "fp16", as it was saved by `save_pretrained(variant=...)`.
 
     Raises:
         UserInputError: if a component is missing, truncated, or does not fit the others.
@@ -456,7 +483,7 @@ def load_pipeline(folder: Path | str = GENERATOR) -> NFLDMPipeline:
     if not isinstance(index, dict) or index.get("_class_name") != "NFLDMPipeline":
         raise UserInputError(f"{folder} holds another kind of pipeline: give the folder of an NFLDMPipeline.")
     components = {
-        name: _load_component(folder / name, cls)
+        name: _load_component(folder / name, cls, variant)
         for name, cls in COMPONENTS.items()
         if name not in NFLDMPipeline._optional_components or index.get(name) != [None, None]
     }
@@ -471,7 +498,7 @@ def load_pipeline(folder: Path | str = GENERATOR) -> NFLDMPipeline:
     return pipeline
 
 
-def _load_component(folder: Path, cls: type) -> nn.Module:
+def _load_component(folder: Path, cls: type, variant: str | None) -> nn.Module:
     """A component whose weights are exactly those its configuration asks for."""
     if not (folder / "config.json").is_file():
         raise UserInputError(f"{folder.parent} lacks component {folder.name}: restore it or save the pipeline again.")
@@ -483,7 +510,8 @@ def _load_component(folder: Path, cls: type) -> nn.Module:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"does not describe a {cls.__name__} ({error})"
         raise UserInputError(f"{folder / 'config.json'} {reason}: restore it.") from None
-    load_exactly(component, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    path = folder / weights_name(WEIGHTS, variant)
+    load_exactly(component, read_weights(path), path)
     return component.eval()
 
 

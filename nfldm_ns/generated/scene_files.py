@@ -47,9 +47,10 @@ class GeneratedScene:
 
 
 def renderer_of(autoencoder: SceneAutoencoder) -> SceneAutoencoder:
-    """A frozen copy on the CPU without the image encoder."""
+    """A frozen copy on the CPU without the image encoder and what refines its voxels."""
     renderer = copy.deepcopy(autoencoder).cpu().float().eval().requires_grad_(False)
     renderer.encoder = None  # type: ignore[assignment]
+    renderer.refiner = None
     return renderer
 
 

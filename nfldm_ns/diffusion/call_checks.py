@@ -1,0 +1,116 @@
+"""What a call of the pipeline must not be: checks that Python and the commands share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LATENTS = ("g", "c", "f")
+SPREAD_LIMIT = 5.0  # of sampled latents, whose standard deviation is about 1 in the units that are diffused
+SCHEDULER_PARTS = ("set_timesteps", "step", "scale_model_input", "add_noise", "init_noise_sigma")
+
+
+def check_count(name: str, value: Any) -> int:
+    """A whole number of at least 1.
+
+    Raises:
+        TypeError: if it is no whole number.
+        ValueError: if it is less than 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} is {value!r}, but must be a whole number")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, but must be at least 1")
+    return int(value)
+
+
+def check_steps(num_inference_steps: Any) -> list[int]:
+    """Denoising steps of g, c and f, given as one number or as three; errors as of `check_count`."""
+    if isinstance(num_inference_steps, Sequence) and not isinstance(num_inference_steps, str):
+        if len(num_inference_steps) != len(LATENTS):
+            raise ValueError(
+                f"num_inference_steps must be one number for all or one each of {', '.join(LATENTS)}, not "
+                f"{len(num_inference_steps)}"
+            )
+        return [check_count("num_inference_steps", value) for value in num_inference_steps]
+    return [check_count("num_inference_steps", num_inference_steps)] * len(LATENTS)
+
+
+def check_generator(generator: Any, num_scenes: int) -> None:
+    """None, one generator for all scenes, or one each.
+
+    Raises:
+        TypeError: for anything else, such as a seed.
+        ValueError: for another number of generators.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return
+    several = isinstance(generator, Sequence) and all(isinstance(each, torch.Generator) for each in generator)
+    if not several:
+        raise TypeError(
+            f"generator is {generator!r}, but must be a torch.Generator, or a list of one per scene: seed one by "
+            "torch.Generator().manual_seed(seed)"
+        )
+    if len(generator) != num_scenes:
+        raise ValueError(f"{len(generator)} generators were given for {num_scenes} scenes")
+
+
+def check_temperatures(temperatures: Any) -> tuple[float, ...]:
+    """Those of g, c and f.
+
+    Raises:
+        TypeError: if they are no numbers.
+        ValueError: if they are not three, or negative or not finite.
+    """
+    if not isinstance(temperatures, Sequence) or isinstance(temperatures, str):
+        raise TypeError(f"temperatures are {temperatures!r}, but must be three numbers, of {', '.join(LATENTS)}")
+    if len(temperatures) != len(LATENTS):
+        raise ValueError(f"temperatures must be three, of {', '.join(LATENTS)}, not {len(temperatures)}")
+    if not all(isinstance(value, Real) for value in temperatures):
+        raise TypeError(f"temperatures are {list(temperatures)}, but must be numbers")
+    if not all(math.isfinite(value) and value >= 0 for value in temperatures):
+        raise ValueError(f"temperatures are {list(temperatures)}, but must be finite and at least 0")
+    return tuple(float(value) for value in temperatures)
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raises `ValueError` for schedulers of another kind of diffusion than the denoisers learned."""
+    missing = [name for name in SCHEDULER_PARTS if not hasattr(scheduler, name)]
+    of_sigmas = "sigma_data" in scheduler.config
+    if missing or of_sigmas:
+        why = f"has no {missing[0]}" if missing else "has noise levels instead of timesteps"
+        raise ValueError(
+            f"{type(scheduler).__name__} {why}, so it samples another kind of diffusion than the denoisers learned: "
+            f"{_REMEDY}"
+        )
+
+
+_REMEDY = "take DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler"
+
+
+def check_start(scheduler: Any, noise: Tensor, latent: str) -> None:
+    """Raises `ValueError` unless the noise that one latent begins with is finite."""
+    if not bool(noise.isfinite().all()):
+        raise ValueError(
+            f"{type(scheduler).__name__} begins {latent} with noise of scale {float(scheduler.init_noise_sigma):g}, "
+            f"which is more than {noise.dtype} holds: {_REMEDY}, or sample in single precision"
+        )
+
+
+def check_sampled(scheduler: Any, latents: Tensor, latent: str) -> None:
+    """Raises `ValueError` if what was sampled is not finite, or is noise.
+
+    Args:
+        latents: in the units that are diffused, in which trained ones have a standard deviation of about 1.
+    """
+    spread = float(latents.detach().float().square().mean().sqrt()) if latents.numel() else 0.0
+    if not spread <= SPREAD_LIMIT:
+        raise ValueError(
+            f"{type(scheduler).__name__} ended {latent} at a spread of {spread:.3g}, where scenes have about 1: it "
+            f"does not fit the denoisers' noise schedule; {_REMEDY}"
+        )
