@@ -26,7 +26,13 @@ from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig, SceneA
 from nfldm_ns.autoencoder.run_folder import config_folder
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
-from nfldm_ns.autoencoder.voxel_model import VoxelGridField, density_from_above, ray_depth, ray_lengths, single_camera
+from nfldm_ns.autoencoder.voxel_model import (
+    VoxelGridField,
+    density_from_above,
+    ray_features,
+    ray_lengths,
+    single_camera,
+)
 from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.scene_ae import discriminator_optimizer, nfldm_scene_ae_tiny
@@ -428,7 +434,7 @@ def test_single_rays_reach_the_wall():
         torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.5, 0.2], [-1.0, 0.0, 0.0]]), dim=-1
     )
     rays = RayBundle(torch.zeros(3, 3), directions, pixel_area=torch.ones(3, 1))
-    outputs = ray_depth(wall_grid(), rays, num_samples=512)
+    outputs = ray_features(wall_grid(), rays, num_samples=512)
     expected = torch.tensor([2.0, 2.0 / directions[1, 0], 3.0])
     assert torch.allclose(outputs["depth"][:, 0], expected, atol=0.2)
     assert torch.allclose(outputs["accumulation"][:, 0], torch.tensor([1.0, 1.0, 0.0]), atol=1e-3)

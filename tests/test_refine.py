@@ -339,6 +339,24 @@ def test_what_cannot_be_is_refused_before_anything_is_written(folders, tmp_path,
     assert not (tmp_path / "outputs").exists()
 
 
+def test_scenes_of_the_shipped_generator_have_a_prior(folders, tmp_path, capsys):
+    scene = shutil.copytree(folders["scene"], tmp_path / "scene")
+    path = scene / "scene.json"
+    description = json.loads(path.read_text())
+    for generator, prior in (("vizdoom-rooms", "vizdoom-prior"), ("/else/vizdoom-rooms", None), (3, None)):
+        description["provenance"] = {"pipeline": generator}
+        path.write_text(json.dumps(description))
+        config = config_for({**folders, "scene": scene}, tmp_path / "outputs", 1, prior=None)
+        if prior is None:
+            with pytest.raises(SystemExit):
+                config.save_config()
+        else:
+            config.save_config()
+            assert "Refining with vizdoom-prior" in capsys.readouterr().out.replace("\n", " ")
+        assert config.refinement.prior == prior
+    assert load_prior("vizdoom-prior") is not None
+
+
 def test_the_original_is_never_the_result(folders, tmp_path, capfd):
     config = config_for(folders, tmp_path, 1)
     config.result = folders["scene"]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.panorama import face_rotations
 from nfldm_ns.autoencoder.pictures import render_perspective, render_steadily, resampling_weights
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
-from nfldm_ns.autoencoder.voxel_model import VoxelModel, is_plane, picture_dict, ray_depth, single_camera
+from nfldm_ns.autoencoder.voxel_model import VoxelModel, is_plane, picture_dict, ray_features, single_camera
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
@@ -131,7 +131,7 @@ def test_every_pixel_shows_what_its_ray_meets(room, kind):
     rays = camera.generate_rays(camera_indices=0)
     height, width = rays.shape
     known = rays.directions.isfinite().all(-1)  # nerfstudio's fisheye has no ray at its very centre
-    truth = ray_depth(room.shown_grid(), rays.flatten(), 256)["depth"].reshape(height, width, 1)
+    truth = ray_features(room.shown_grid(), rays.flatten(), 256)["depth"].reshape(height, width, 1)
     assert outputs["rgb"].shape == (height, width, 3)
     assert all(bool(image.isfinite().all()) for image in outputs.values())
     assert float(outputs["accumulation"].min()) > 0.98

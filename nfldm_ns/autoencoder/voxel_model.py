@@ -16,6 +16,7 @@ from nerfstudio.cameras.rays import Frustums, RayBundle, RaySamples
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.field_components.field_heads import FieldHeadNames
 from nerfstudio.fields.base_field import Field
+from nerfstudio.model_components import renderers
 from nerfstudio.models.base_model import Model
 from nerfstudio.viewer.viewer_elements import ViewerCheckbox, ViewerSlider
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 
 EYE_SLAB = (-1.0, 0.5)  # metres about eye height: between floor and ceiling, so that walls show from above
-ALIKE = 8  # pixels of the side of an image in which all rays see the same
+PATCH = 4  # rays on the side of a patch in which all see the same
 WIDEST = math.tan(math.radians(55))  # an image plane that reaches further from its axis is no plane for a decoder
 FROM_ONE_POINT = (CameraType.PERSPECTIVE, CameraType.FISHEYE, CameraType.EQUIRECTANGULAR, CameraType.FISHEYE624)
 
@@ -112,7 +113,8 @@ class VoxelModel(Model):
 
         Args:
             camera: one camera, of batch shape `[]` or `[1]`.
-            obb_box: only what lies inside is shown.
+            obb_box: only what lies inside is shown, over the background colour that nerfstudio's viewer or camera path
+                asks for with it, if it does.
 
         Returns:
             rgb `[H, W, 3]` in [0, 1]; depth `[H, W, 1]`, metres along the ray as everywhere in nerfstudio;
@@ -131,6 +133,10 @@ class VoxelModel(Model):
         else:
             cameras = single_camera(camera)
             outputs = picture_dict(renderer.render(grid, cameras), cameras)
+        override = renderers.BACKGROUND_COLOR_OVERRIDE
+        if obb_box is not None and override is not None:
+            opaque = outputs["accumulation"]
+            outputs["rgb"] = opaque * outputs["rgb"] + (1 - opaque) * override.to(opaque)
         height, width = outputs["rgb"].shape[:2]
         outputs["density_from_above"] = density_from_above(
             grid, height, width, self.slab_low.value, self.slab_high.value
@@ -216,27 +222,41 @@ def density_from_above(
 def ray_pictures(renderer: SceneAutoencoder, grid: VoxelGrid, rays: RayBundle) -> dict[str, Tensor]:
     """What single rays see.
 
-    The decoder looks at the features around a pixel. A ray alone has no neighbours, so its colour is that of a small
-    image in which all rays see the same: the colour of the place, without the detail between pixels.
+    The decoder looks at the features around a pixel, and a ray alone has no neighbours: its colour is that of a patch
+    in which all rays see the same, without the detail between pixels. All patches are decoded as one image, because the
+    decoder's norms look at the whole of it.
 
     Returns:
         `rgb [*B, 3]` in [0, 1]; `depth [*B, 1]`, expected distance along the ray in metres, where rays that end nowhere
         reach the box's border; `accumulation [*B, 1]`.
     """
     shape = rays.origins.shape[:-1]
-    outputs = _ray_features(grid, rays.flatten(), renderer.config.num_samples)
+    outputs = ray_features(grid, rays.flatten(), renderer.config.num_samples)
     directions = rays.directions.reshape(1, 1, -1, 1, 3).movedim(-1, 2)
     beyond = renderer.background(directions, grid.background)[0, 0, :, :, 0].T
     features = outputs.pop("features") + (1 - outputs["accumulation"]) * beyond
-    size = ALIKE // renderer.config.feature_stride
-    alike = features[:, :, None, None].expand(-1, -1, size, size)
-    opaque = outputs["accumulation"][..., None, None].expand(-1, -1, size, size)
-    image = renderer.decoder(alike.contiguous(memory_format=torch.channels_last), opaque)
-    outputs["rgb"] = ((image.float().mean((-2, -1)) + 1) / 2).clamp(0, 1)
+    outputs["rgb"] = _patch_colours(renderer, torch.cat([features, outputs["accumulation"]], dim=-1))
     return {name: values.reshape(*shape, -1) for name, values in outputs.items()}
 
 
-def _ray_features(grid: VoxelGrid, rays: RayBundle, num_samples: int) -> dict[str, Tensor]:
+def _patch_colours(
+    renderer: SceneAutoencoder, values: Float[Tensor, "rays features_and_accumulation"]
+) -> Float[Tensor, "rays 3"]:
+    """Colours in the middle of patches, each of one ray's features alone."""
+    count = len(values)
+    side = math.isqrt(max(count - 1, 0)) + 1
+    filled = values[torch.arange(side * side, device=values.device) % count]
+    mosaic = filled.reshape(1, side, side, -1).movedim(-1, 1)
+    mosaic = mosaic.repeat_interleave(PATCH, dim=-2).repeat_interleave(PATCH, dim=-1)
+    image = renderer.decoder(mosaic[:, :-1].contiguous(memory_format=torch.channels_last), mosaic[:, -1:]).float()
+    size = image.shape[-1] // side
+    patches = image.unflatten(-1, (side, size)).unflatten(-3, (side, size))[0].permute(1, 3, 0, 2, 4)
+    middle = slice(size // 4, size - size // 4)
+    colours = patches[..., middle, middle].mean((-2, -1)).reshape(side * side, 3)[:count]
+    return ((colours + 1) / 2).clamp(0, 1)
+
+
+def ray_features(grid: VoxelGrid, rays: RayBundle, num_samples: int) -> dict[str, Tensor]:
     """Features `[N, C]` of the voxels, expected distance `[N, 1]` and accumulation `[N, 1]` along rays."""
     enter, leave = box_exit_depth(rays.origins, rays.directions, grid.aabb)
     start = torch.minimum(enter.clamp(min=0), leave)

@@ -8,6 +8,8 @@ GENERATOR = "vizdoom-rooms"
 """Name of the generator that is used where none is named."""
 PRIOR = "vizdoom-prior"
 """Name of the prior that its scenes can be refined with."""
+PRIORS = {GENERATOR: PRIOR}
+"""Names of the priors that were made for the scenes of a generator, by its name."""
 
 
 def resolve_model(name_or_folder: Path | str) -> Path:

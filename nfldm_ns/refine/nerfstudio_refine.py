@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import tyro
 import yaml
 from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
@@ -38,8 +39,9 @@ from nfldm_ns.generated.nerfstudio_scene import (
 )
 from nfldm_ns.generated.scene_files import DESCRIPTION, GeneratedScene, load_generated_scene
 from nfldm_ns.generated.writing import write_generated_scene
+from nfldm_ns.models import PRIORS
 from nfldm_ns.refine.settings import RefinementConfig
-from nfldm_ns.scenes.collection import BEV_FILE
+from nfldm_ns.scenes.collection import BEV_FILE, read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 
@@ -235,8 +237,9 @@ class RefineTrainerConfig(MovableTrainerConfig):
     @exit_on_bad_input()
     def save_config(self) -> None:
         """Looks at the options first; the file itself is written once scene and prior are there (`write_config`)."""
-        self.refinement.check()
         scene = self.scene_folder()
+        self._choose_prior(scene)
+        self.refinement.check()
         if self.machine.num_devices * self.machine.num_machines > 1:
             raise UserInputError("A scene is refined by one process: leave out --machine.num-devices.")
         if self.result is not None and self.result.resolve() == scene.resolve():
@@ -245,6 +248,17 @@ class RefineTrainerConfig(MovableTrainerConfig):
             )
         if self.result is not None and self.result.exists() and self.load_dir is None:
             raise UserInputError(f"{self.result} exists: give another --result, or go on with its run by --load-dir.")
+
+    def _choose_prior(self, scene: Path) -> None:
+        """Where none is named, the prior that comes with the generator of the scene."""
+        if self.refinement.prior is not None:
+            return
+        description = read_json(scene / DESCRIPTION)
+        provenance = description.get("provenance") if isinstance(description, dict) else None
+        generator = provenance.get("pipeline") if isinstance(provenance, dict) else None
+        if isinstance(generator, str) and generator in PRIORS:
+            prior = self.refinement.prior = PRIORS[generator]
+            CONSOLE.print(f"Refining with {prior}, the prior for scenes of {generator}; --prior names another.")
 
     def write_config(self) -> None:
         """Writes `config.yml` with absolute paths, so that it can be used from any folder."""

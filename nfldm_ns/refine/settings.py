@@ -34,8 +34,8 @@ class RefinementConfig:
     """What a scene is refined to, and how."""
 
     prior: str | None = None
-    """vizdoom-prior for scenes of the generator that comes with this package, folder of a prior of nfldm-train-prior,
-    folder of a diffusers pipeline, or a hub id."""
+    """The name of one that comes with this package, the folder of a prior of nfldm-train-prior or of a diffusers
+    pipeline, or a hub id. By default the one that comes with the scene's generator, if that came with this package."""
     precision: Precision = "fp32"
     """Of the denoisers of diffusers pipelines."""
     style: str | None = None
