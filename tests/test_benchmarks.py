@@ -654,3 +654,41 @@ def test_the_prior_whose_memory_is_measured_has_the_sizes_of_stable_unclip():
     assert counts["vae"] == 83_653_863
     assert counts["image_encoder"] == pytest.approx(632e6, rel=0.01)
     assert counts["text_encoder"] == pytest.approx(340e6, rel=0.01)
+
+
+# Sharpness
+
+
+def test_sharpness_compares_encoders_with_refined_and_optimised_voxels(box_room_collection, tmp_path, capsys):
+    require_weights("lpips-vgg", "fid-inception")
+    plain = small_scene_autoencoder()
+    config = {key: value for key, value in plain.config.items() if not key.startswith("_")}
+    plain.save_pretrained(tmp_path / "plain")
+    type(plain)(**{**config, "refinement_channels": 8}).save_pretrained(tmp_path / "refining")
+    sharpness = script("sharpness")
+    models = (tmp_path / "plain", tmp_path / "refining")
+    sharpness.main(
+        sharpness.Options(
+            models,
+            box_room_collection.root,
+            tmp_path / "out",
+            num_scenes=1,
+            steps=(1,),
+            optimised_steps=1,
+            threads=torch.get_num_threads(),
+        )
+    )
+    rows = json.loads((tmp_path / "out" / "sharpness.json").read_text())["rows"]
+    assert list(rows) == [
+        "real views of training places",
+        "nearest source view",
+        "plain, encoder",
+        "plain, then 1 of gradient descent",
+        "refining, encoder",
+        "refining, 1 steps",
+        "refining, then 1 of gradient descent",
+    ]
+    for name, values in rows.items():
+        assert np.isfinite([*values.values()]).all(), name
+    assert rows["refining, 1 steps"]["seconds"] > rows["refining, encoder"]["seconds"]
+    assert "4 target views" in capsys.readouterr().out and (tmp_path / "out" / "sharpness.png").is_file()

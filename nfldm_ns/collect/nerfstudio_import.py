@@ -201,8 +201,8 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
     images, depths, intrinsics = [], [], []
     for frame in frames:
         pixels = read_rgb(frame.image, "restore it or remove its frame")
-        depth = None if frame.depth is None else _read_depth(frame.depth, pixels.shape[:2], capture, options)
         size = (pixels.shape[1], pixels.shape[0])
+        depth = None if frame.depth is None else _read_depth(frame.depth, size[::-1], capture, options)
         lens = frame.lens.intrinsics(size, str(frame.image))
         pixels, depth, lens = undistort(
             pixels, depth, lens, frame.lens.distortion, frame.lens.fisheye, str(frame.image)

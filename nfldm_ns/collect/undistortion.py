@@ -62,9 +62,10 @@ def undistort(
         maps = cv2.initUndistortRectifyMap(matrix, lens, np.eye(3), new, size, cv2.CV_32FC1)
     if (np.diff(maps[0], axis=1) <= 0).any() or (np.diff(maps[1], axis=0) <= 0).any():
         raise UserInputError(f"The lens of {where} cannot be undone, for it folds the image: check its distortion.")
-    image = cv2.remap(image, *maps, interpolation=cv2.INTER_LINEAR)
+    across, down = maps
+    image = cv2.remap(image, across, down, interpolation=cv2.INTER_LINEAR)
     if depth is not None:
-        depth = cv2.remap(depth.astype(np.float32), *maps, interpolation=cv2.INTER_NEAREST, borderValue=0)
+        depth = cv2.remap(depth.astype(np.float32), across, down, interpolation=cv2.INTER_NEAREST, borderValue=(0,))
     return image, depth, np.array([new[0, 0], new[1, 1], new[0, 2] + HALF, new[1, 2] + HALF])
 
 
