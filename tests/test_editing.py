@@ -238,7 +238,7 @@ def test_noising_in_two_ways_gives_one_level(pipeline, name):
     torch.testing.assert_close((noisy * clean).mean(), (expected * clean).mean(), atol=0.03, rtol=0.02)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "HeunDiscreteScheduler"])  # it samples noise
 def test_resampling_with_every_scheduler(name):
     pipeline = lively_pipeline()
     pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
