@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder
 from nfldm_ns.commands import edit, sample
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.models import GENERATOR, PRIOR, resolve_model, shipped_models
+from nfldm_ns.models import GENERATOR, PRIOR, SCENE_AUTOENCODER, resolve_model, shipped_models
 from nfldm_ns.refine.domain_prior import DomainPrior
 from nfldm_ns.refine.loading import load_prior
 from tests.pretrained import require_weights
@@ -104,3 +105,20 @@ def test_a_folder_wins_over_the_model_of_the_same_name(tmp_path, monkeypatch):
 def test_the_error_names_the_models_that_there_are():
     with pytest.raises(UserInputError, match=GENERATOR):
         load_pipeline("no-such-model")
+
+
+def test_stage_1_with_refinement_is_small_and_found_by_its_name(box_room_collection):
+    folder = resolve_model(SCENE_AUTOENCODER)
+    stored = load_file(folder / "diffusion_pytorch_model.safetensors")
+    assert sum(path.stat().st_size for path in folder.iterdir()) <= 2_000_000
+    stage1 = load_scene_autoencoder(SCENE_AUTOENCODER)
+    assert {stored[key].dtype for key, _ in stage1.named_parameters()} == {torch.float16}
+    assert stage1.dtype == torch.float32 and stage1.config.refinement_steps == 2
+    batch = box_room_collection.batch([box_room_collection.load_scene(box_room_collection.split("test")[0])])
+
+    def error(steps: int) -> float:
+        with torch.no_grad():
+            rendered = stage1.render(stage1.encode(batch.source, steps), batch.source.cameras)
+        return float((rendered.rgb - batch.source.images).abs().mean())
+
+    assert error(2) < error(0), "rooms of another kind, too, are shown better after its steps"

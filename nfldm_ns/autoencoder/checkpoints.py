@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.models import resolve_model
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.writing import atomic_path
 
@@ -37,12 +38,12 @@ def save_scene_autoencoder(autoencoder: SceneAutoencoder, run: Path, record: Map
 
 
 def scene_autoencoder_folder(path: Path | str) -> Path:
-    """The folder with the weights, from that folder, a run's folder or a run's config.yml.
+    """The folder with the weights, from that folder, a run's folder or config.yml, or a shipped model's name.
 
     Raises:
         UserInputError: if there is none.
     """
-    path = Path(path)
+    path = resolve_model(path)
     if not path.exists():
         raise UserInputError(f"There is no trained scene auto-encoder at {path}: give the config.yml of its run.")
     run = path.parent if path.is_file() else path

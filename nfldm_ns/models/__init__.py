@@ -8,6 +8,8 @@ GENERATOR = "vizdoom-rooms"
 """Name of the generator that is used where none is named."""
 PRIOR = "vizdoom-prior"
 """Name of the prior that its scenes can be refined with."""
+SCENE_AUTOENCODER = "vizdoom-stage1"
+"""Name of a stage 1 with learned refinement, to encode with or to train on from."""
 PRIORS = {GENERATOR: PRIOR}
 """Names of the priors that were made for the scenes of a generator, by its name."""
 
