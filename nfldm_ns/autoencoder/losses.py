@@ -20,7 +20,7 @@ from nfldm_ns.autoencoder.discriminator import (
 )
 from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import FeatureMaps
-from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, downsample_depth, measured_share
+from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, depth_errors, downsample_depth, measured_share
 from nfldm_ns.autoencoder.stylegan2_discriminator import StyleGAN2Discriminator
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.views import Views
@@ -184,14 +184,9 @@ def depth_loss(maps: FeatureMaps, target: Views, norm: Literal["l1", "l2"] = "l2
 
     Each scene counts alike, with the mean over its known pixels (0 where none is known), so that the loss of a batch is
     the mean of the losses of its parts.
-
-    Surfaces beyond the box count as lying on its border: that is where the encoder paints them.
     """
     assert target.depths is not None
-    h, w = maps.depth.shape[-2:]
-    depth = downsample_depth(target.depths, h, w)
-    known = depth > 0
-    error = (maps.depth - torch.minimum(depth, maps.exit_depth)).abs()
+    error, known = depth_errors(maps, target.depths)
     if norm == "l2":
         error = error.square()
     scenes = (error * known).flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)

@@ -129,13 +129,13 @@ def refine_grid(
     """
     assert grid.background is not None
     memory = grid.density.new_zeros(grid.density.shape[0], refiner.memory_channels, *grid.density.shape[2:])
-    state = RefinedGrid(density_logits(grid.density.float()), grid.features.float(), grid.background.float(), memory)
+    start = density_logits(grid.density.float())
+    state = RefinedGrid(start, grid.features.float(), grid.background.float(), memory)
     for _ in range(num_steps):
         state = refiner(state, _gradients(grid, state, error))
     refined = _grid(grid, state)
     # Where nothing ever changed, V is the encoder's to the bit: empty space stays empty.
-    same = state.logits == density_logits(grid.density.float())
-    return replace(refined, density=torch.where(same, grid.density.float(), refined.density))
+    return replace(refined, density=torch.where(state.logits == start, grid.density.float(), refined.density))
 
 
 def _gradients(

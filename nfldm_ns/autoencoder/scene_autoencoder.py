@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 
@@ -172,11 +172,9 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             refinement_steps: of learned refinement (`refine`); by default as configured, 0 for none.
         """
         grid = self._encode_fused(views)
-        if self.refiner is None:
-            if refinement_steps:
-                raise ValueError("this scene auto-encoder has no refinement: leave refinement_steps out")
-            return grid
-        return self.refine(grid, views, self.config.refinement_steps if refinement_steps is None else refinement_steps)
+        if refinement_steps is None:
+            refinement_steps = 0 if self.refiner is None else self.config.refinement_steps
+        return self.refine(grid, views, refinement_steps) if refinement_steps else grid
 
     def refine(self, grid: VoxelGrid, views: Views, num_steps: int) -> VoxelGrid:
         """V after so many steps of learned refinement on the views that it was made of, see `refine_grid`."""
@@ -189,9 +187,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         rendered = self.render(grid, views.cameras)
         error = edge_error(rendered.rgb, views.images)
         if views.depths is not None and self.config.encoder_input == "rgbd":
-            depth = downsample_depth(views.depths, *rendered.maps.depth.shape[-2:])
-            far = (rendered.maps.depth - torch.minimum(depth, rendered.maps.exit_depth)).abs()
-            error = error + REFINEMENT_DEPTH_WEIGHT * (far * (depth > 0)).mean()
+            far, known = depth_errors(rendered.maps, views.depths)
+            error = error + REFINEMENT_DEPTH_WEIGHT * (far * known).mean()
         return error * views.shape[0]
 
     def _encode_fused(self, views: Views) -> VoxelGrid:
@@ -307,6 +304,17 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             )
 
         return RenderedViews(rgb, resize(maps.depth), resize(maps.accumulation), maps)
+
+
+def depth_errors(
+    maps: FeatureMaps, depths: Float[Tensor, "batch views 1 height width"]
+) -> tuple[Float[Tensor, "batch views 1 h w"], Bool[Tensor, "batch views 1 h w"]]:
+    """Absolute errors (m) of expected depth at the rays' resolution, and where depth is known.
+
+    Surfaces beyond the box count as lying on its border: that is where the encoder paints them.
+    """
+    depth = downsample_depth(depths, *maps.depth.shape[-2:])
+    return (maps.depth - torch.minimum(depth, maps.exit_depth)).abs(), depth > 0
 
 
 def measured_share(depths: Float[Tensor, "*batch 1 height width"]) -> Float[Tensor, "*batch 1 1 1"]:

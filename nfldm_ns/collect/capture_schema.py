@@ -13,7 +13,7 @@ from jaxtyping import Float
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.scenes.collection import check_rotation, read_json
 
 FILE = "transforms.json"
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -180,10 +180,8 @@ def read_capture(folder: Path) -> Capture:
     shared = [name for file, name in files if counts[file] > 1]
     if shared:
         raise UserInputError(f"Two frames of {path} have the file_path {shared[0]}: keep the one with its pose.")
-    return Capture(
-        folder, frames, _splits(path, capture, files, folder), 1 / (capture.applied_scale or 1.0),
-        capture.depth_unit_scale_factor,
-    )  # fmt: skip
+    splits = _splits(path, capture, files, folder)
+    return Capture(folder, frames, splits, 1 / (capture.applied_scale or 1.0), capture.depth_unit_scale_factor)
 
 
 def _sentence(path: Path, content: Any, error: ValidationError) -> str:
@@ -223,12 +221,7 @@ def _check_masks(path: Path, capture: _Capture) -> None:
 def _frame(folder: Path, path: Path, capture: _Capture, frame: _Frame) -> CapturedFrame:
     where = f"the frame {frame.file_path} of {path}"
     pose = np.asarray(frame.transform_matrix)[:3]
-    if np.abs(pose[:, :3] @ pose[:, :3].T - np.eye(3)).max() > 1e-3:
-        raise UserInputError(f"The rotation of {where} is not orthonormal: remove scale and shear from the matrix.")
-    if np.linalg.det(pose[:, :3]) < 0:
-        raise UserInputError(
-            f"The pose of {where} is mirrored (determinant -1): give a right-handed OpenGL camera-to-world matrix."
-        )
+    check_rotation(pose[:, :3], where)
     depth = None if not frame.depth_file_path else _file(folder, frame.depth_file_path)
     return CapturedFrame(frame.file_path, _file(folder, frame.file_path), depth, pose, _lens(where, capture, frame))
 
@@ -288,9 +281,7 @@ def _distortion(capture: _Capture, frame: _Frame) -> tuple[float, ...]:
     return (0.0,) * 6
 
 
-def _splits(
-    path: Path, capture: _Capture, files: list[tuple[Path, str]], folder: Path
-) -> dict[str, list[int]]:  # fmt: skip
+def _splits(path: Path, capture: _Capture, files: list[tuple[Path, str]], folder: Path) -> dict[str, list[int]]:
     index = {file: i for i, (file, _) in enumerate(files)}
     splits: dict[str, list[int]] = {}
     for split in ("train", "val", "test"):

@@ -118,7 +118,8 @@ def _check_depths(collection: SceneCollection, scene: Scene, check: SceneCheck) 
     check.inside = _share_inside(views, collection.aabb)
     if check.inside < 0.05:
         check.problems.append(f"only {check.inside:.0%} of the surfaces lie inside the box: check box and unit")
-    check.reprojection = reprojection_agreement(views)
+    sightings = _sightings(views, _MAX_CELLS)
+    check.reprojection = _agreement(sightings)
     agreement = check.reprojection
     if agreement.num_pixels >= _MIN_OVERLAP and (
         agreement.median_error > MAX_MEDIAN_ERROR or agreement.consistent < MIN_CONSISTENT
@@ -127,7 +128,7 @@ def _check_depths(collection: SceneCollection, scene: Scene, check: SceneCheck) 
             f"depths of different views contradict each other (median error {agreement.median_error:.1%}, "
             f"{agreement.consistent:.0%} consistent): check pose convention, depth unit and planar depth"
         )
-    turned = turned_images(views)
+    turned = _turned(views, sightings)
     if turned is not None:
         check.problems.append(
             f"images seem to be turned by {turned} degrees against their depths and poses: turn them upright, as EXIF "
@@ -173,6 +174,41 @@ def _lens_problems(scene: Scene) -> Iterator[str]:
         )
 
 
+@dataclass
+class _Sightings:
+    """Pixels of one view whose surfaces should be seen by others, too.
+
+    Attributes:
+        here, there: (view, row, column) of the pixels, and of where they fall in other views, which know depth there.
+        error: relative difference of the two depths.
+    """
+
+    here: tuple[torch.Tensor, ...]
+    there: tuple[torch.Tensor, ...]
+    error: torch.Tensor
+
+
+def _sightings(views: Views, max_cells: int) -> list[_Sightings]:
+    """Of each view, for at most so many of its rows and columns."""
+    assert views.depths is not None
+    height, width = views.image_size
+    origins, directions = camera_rays(views.cameras, height, width)
+    step = max(1, -(-max(height, width) // max_cells))
+    depths = views.depths[:, 0]
+    found = []
+    for i in range(views.shape[0]):
+        row, column = (step * index for index in (depths[i, ::step, ::step] > 0).nonzero(as_tuple=True))
+        points = origins[i] + depths[i, row, column, None] * directions[i, row, column]
+        z, there_row, there_column, visible = _project(views, points)
+        visible[i] = False
+        there_row, there_column = there_row.clamp(0, height - 1), there_column.clamp(0, width - 1)
+        depth = depths[torch.arange(len(depths))[:, None], there_row, there_column]
+        view, point = seen = (visible & (depth > 0)).nonzero(as_tuple=True)
+        here = (torch.full_like(view, i), row[point], column[point])
+        found.append(_Sightings(here, (view, there_row[seen], there_column[seen]), ((z - depth).abs() / depth)[seen]))
+    return found
+
+
 def turned_images(views: Views, max_cells: int = _MAX_CELLS) -> int | None:
     """Degrees (90, 180 or 270) by which images seem to be turned against their own depths and poses; None if upright.
 
@@ -183,47 +219,26 @@ def turned_images(views: Views, max_cells: int = _MAX_CELLS) -> int | None:
         views: batch shape `[N]`, with depths.
         max_cells: at most this many rows and columns of pixels are compared.
     """
-    assert views.depths is not None
+    return _turned(views, _sightings(views, max_cells))
+
+
+def _turned(views: Views, sightings: list[_Sightings]) -> int | None:
     height, width = views.image_size
-    if height != width:
+    agreeing = torch.cat([sighting.error for sighting in sightings]) < CONSISTENT
+    if height != width or int(agreeing.sum()) < _MIN_OVERLAP:
         return None
-    pairs = list(_seen_again(views, max_cells))
-    if sum(len(first[0]) for first, _ in pairs) < _MIN_OVERLAP:
-        return None
+    here, there = (
+        [torch.cat(parts)[agreeing] for parts in zip(*places, strict=True)]
+        for places in ([s.here for s in sightings], [s.there for s in sightings])
+    )
 
     def difference(images: torch.Tensor) -> float:
-        errors = [
-            (images[view[0], :, view[1], view[2]] - images[other[0], :, other[1], other[2]]).abs().mean(1)
-            for view, other in pairs
-        ]
-        return float(torch.cat(errors).mean())
+        pixels = images.movedim(1, -1)
+        return float((pixels[tuple(here)] - pixels[tuple(there)]).abs().mean())
 
     upright, *turned = (difference(torch.rot90(views.images, turn, (-2, -1))) for turn in range(4))
     best = min(range(3), key=turned.__getitem__)
     return 90 * (best + 1) if turned[best] < CLEARLY * upright else None
-
-
-def _seen_again(views: Views, max_cells: int) -> Iterator[tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]]:
-    """Indices (view, row, column) of pixels, and of those of other views that see the same surface."""
-    assert views.depths is not None
-    height, width = views.image_size
-    origins, directions = camera_rays(views.cameras, height, width)
-    step = max(1, -(-max(height, width) // max_cells))
-    depths = views.depths[:, 0]
-    rows, columns = (
-        c.flatten() for c in torch.meshgrid(*[torch.arange(0, n, step) for n in (height, width)], indexing="ij")
-    )
-    for i in range(views.shape[0]):
-        known = depths[i, rows, columns] > 0
-        row, column = rows[known], columns[known]
-        points = origins[i] + depths[i, row, column, None] * directions[i, row, column]
-        z, there_row, there_column, visible = _project(views, points)
-        visible[i] = False
-        there_row, there_column = there_row.clamp(0, height - 1), there_column.clamp(0, width - 1)
-        there = depths[torch.arange(len(depths))[:, None], there_row, there_column]
-        view, point = (visible & ((z - there).abs() < CONSISTENT * there)).nonzero(as_tuple=True)
-        first = (torch.full_like(view, i), row[point], column[point])
-        yield first, (view, there_row[view, point], there_column[view, point])
 
 
 def reprojection_agreement(views: Views, max_cells: int = _MAX_CELLS) -> Reprojection:
@@ -233,22 +248,11 @@ def reprojection_agreement(views: Views, max_cells: int = _MAX_CELLS) -> Reproje
         views: batch shape `[N]`, with depths.
         max_cells: at most this many rows and columns of pixels are compared.
     """
-    assert views.depths is not None
-    height, width = views.image_size
-    origins, directions = camera_rays(views.cameras, height, width)
-    step = max(1, -(-max(height, width) // max_cells))
-    depths = views.depths[:, 0]
-    errors = []
-    for i in range(views.shape[0]):
-        depth = depths[i, ::step, ::step]
-        points = (origins[i] + depth[..., None] * directions[i, ::step, ::step])[depth > 0]
-        z, row, column, visible = _project(views, points)
-        visible[i] = False
-        row, column = row.clamp(0, height - 1), column.clamp(0, width - 1)
-        there = depths[torch.arange(len(depths))[:, None], row, column]
-        visible &= there > 0
-        errors.append(((z - there).abs() / there)[visible])
-    error = torch.cat(errors)
+    return _agreement(_sightings(views, max_cells))
+
+
+def _agreement(sightings: list[_Sightings]) -> Reprojection:
+    error = torch.cat([sighting.error for sighting in sightings])
     if not len(error):
         return Reprojection(0, float("nan"), float("nan"))
     return Reprojection(len(error), float(error.median()), float((error < CONSISTENT).float().mean()))

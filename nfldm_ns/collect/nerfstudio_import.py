@@ -170,7 +170,7 @@ def _chosen_frames(capture: Capture, options: ImportOptions) -> tuple[list[int],
                 f"{capture.folder} has {len(frames)} frames in its {split}ing split, too few for {count} views: "
                 "ask for fewer, at least one."
             )
-        chosen.append([sorted(frames)[int((i + 0.5) * len(frames) / count)] for i in range(count)])
+        chosen.append([sorted(frames)[i] for i in _middles(len(frames), count)])
     return chosen[0], chosen[1]
 
 
@@ -185,10 +185,14 @@ def choose_views(num_frames: int, num_source: int, num_target: int, folder: Path
             f"{folder} has {num_frames} frames, too few for {num_source} source and {num_target} target views: "
             "ask for fewer, at least one each."
         )
-    sources = [int((i + 0.5) * num_frames / num_source) for i in range(num_source)]
+    sources = _middles(num_frames, num_source)
     rest = [i for i in range(num_frames) if i not in set(sources)]
-    targets = [rest[int((i + 0.5) * len(rest) / num_target)] for i in range(num_target)]
-    return sources, targets
+    return sources, [rest[i] for i in _middles(len(rest), num_target)]
+
+
+def _middles(length: int, count: int) -> list[int]:
+    """Indices in the middles of `count` equal parts of a sequence."""
+    return [int((i + 0.5) * length / count) for i in range(count)]
 
 
 def _metric_pose(frame: CapturedFrame, capture: Capture, options: ImportOptions) -> Float[np.ndarray, "3 4"]:

@@ -50,19 +50,14 @@ def undistort(
     except cv2.error as error:
         raise UserInputError(f"The lens of {where} cannot be undone ({error.err}): check its distortion.") from None
     new = _same_aspect(matrix, new)
-    if (
-        not np.isfinite(new).all()
-        or min(new[0, 0], new[1, 1]) <= 0
-        or not 1 / LARGEST_ZOOM < new[0, 0] / fx < LARGEST_ZOOM
-    ):
+    if not np.isfinite(new).all() or not 1 / LARGEST_ZOOM < new[0, 0] / fx < LARGEST_ZOOM:
         raise UserInputError(f"The lens of {where} cannot be undone: check its distortion and focal length.")
     if fisheye:
-        maps = cv2.fisheye.initUndistortRectifyMap(matrix, lens, np.eye(3), new, size, cv2.CV_32FC1)
+        across, down = cv2.fisheye.initUndistortRectifyMap(matrix, lens, np.eye(3), new, size, cv2.CV_32FC1)
     else:
-        maps = cv2.initUndistortRectifyMap(matrix, lens, np.eye(3), new, size, cv2.CV_32FC1)
-    if (np.diff(maps[0], axis=1) <= 0).any() or (np.diff(maps[1], axis=0) <= 0).any():
+        across, down = cv2.initUndistortRectifyMap(matrix, lens, np.eye(3), new, size, cv2.CV_32FC1)
+    if (np.diff(across, axis=1) <= 0).any() or (np.diff(down, axis=0) <= 0).any():
         raise UserInputError(f"The lens of {where} cannot be undone, for it folds the image: check its distortion.")
-    across, down = maps
     image = cv2.remap(image, across, down, interpolation=cv2.INTER_LINEAR)
     if depth is not None:
         depth = cv2.remap(depth.astype(np.float32), across, down, interpolation=cv2.INTER_NEAREST, borderValue=(0,))

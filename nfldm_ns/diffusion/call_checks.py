@@ -1,4 +1,4 @@
-"""What a call of the pipeline must not be: checks that Python and the commands share."""
+"""What a call of the pipeline must not be."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from nfldm_ns.autoencoder.nerfstudio_trainer import (
     WholeCheckpointTrainer,
     first_step,
 )
+from nfldm_ns.autoencoder.refinement import density_logits
 from nfldm_ns.autoencoder.run_folder import MovableTrainerConfig
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.voxel_model import VoxelGridField
@@ -48,7 +49,6 @@ from nfldm_ns.scenes.writing import atomic_path
 if TYPE_CHECKING:
     from nfldm_ns.refine.refiner import Refiner
 
-SMALLEST_DENSITY = 1e-4  # 1/m; softplus has no inverse at 0
 MOST_BROKEN_STEPS = 10  # in a row
 RESULT = "scene"
 
@@ -67,8 +67,7 @@ class RefinedField(VoxelGridField):
         self.background_change = None if self.background is None else nn.Parameter(torch.zeros_like(self.background))
 
     def grid(self) -> VoxelGrid:
-        density = self.density.clamp(min=SMALLEST_DENSITY)
-        raw = density + torch.log(-torch.expm1(-density))
+        raw = density_logits(self.density)
         features = self.features + _spread(self.features) * self.feature_change
         background: Tensor | None = self.background
         if background is not None and self.background_change is not None:

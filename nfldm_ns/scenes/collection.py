@@ -340,15 +340,16 @@ def _check_frame(path: Path, frame: dict[str, Any]) -> None:
             f"The focal length or the centre of {name} in {path} cannot be right "
             f"({', '.join(f'{value:g}' for value in intrinsics)}): give fl_x, fl_y > 0, cx and cy in pixels."
         )
-    rotation = pose[:3, :3]
+    check_rotation(pose[:3, :3], f"{name} in {path}")
+
+
+def check_rotation(rotation: Float[np.ndarray, "3 3"], where: str) -> None:
+    """Raises `UserInputError` unless it turns, and does nothing else; `where` is what it belongs to."""
     if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-3:
-        raise UserInputError(
-            f"The rotation of {name} in {path} is not orthonormal: remove scale and shear from the matrix."
-        )
+        raise UserInputError(f"The rotation of {where} is not orthonormal: remove scale and shear from the matrix.")
     if np.linalg.det(rotation) < 0:
         raise UserInputError(
-            f"The pose of {name} in {path} is mirrored (determinant -1): "
-            "give a right-handed OpenGL camera-to-world matrix."
+            f"The pose of {where} is mirrored (determinant -1): give a right-handed OpenGL camera-to-world matrix."
         )
 
 
