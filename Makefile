@@ -72,7 +72,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The type checker sees the folders where they are installed.
 build/typecheck:
-	@mkdir -p $@/nfldm_ns
+	@rm -rf $@ && mkdir -p $@/nfldm_ns
 	@ln -sfn $(CURDIR)/method_configs $(CURDIR)/dataparsers $(CURDIR)/nfldm_ns/* $@/nfldm_ns/
 .PHONY: build/typecheck
 

@@ -26,7 +26,6 @@ from rich.progress import track
 from short_training import ShortTraining, make_autoencoder
 
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
-from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.autoencoder.novel_views import (
     MEAN_IMAGE_SCENES,
     SceneScores,
@@ -39,11 +38,12 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import exit_on_bad_input
-from nfldm_ns.evaluation.metrics import nearest_source_view
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderPreset
 from nfldm_ns.method_configs.scene_ae import scene_autoencoder_config
+from nfldm_ns.metrics.images import nearest_source_view
+from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
+from nfldm_ns.pretrained.weights import load_lpips
+from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
 

@@ -30,19 +30,19 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
-from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
-from nfldm_ns.autoencoder.nerfstudio_trainer import AdamWConfig
 from nfldm_ns.autoencoder.novel_views import reconstruct
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.galleries import image_grid, write_png
-from nfldm_ns.evaluation.metrics import ImageMetrics, extract_features, frechet_distance
-from nfldm_ns.evaluation.weights import load_inception, load_lpips
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.scene_ae import discriminator_optimizer
+from nfldm_ns.metrics.images import ImageMetrics, extract_features, frechet_distance
+from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
+from nfldm_ns.plugin.scene_ae_trainer import AdamWConfig
+from nfldm_ns.pretrained.weights import load_inception, load_lpips
+from nfldm_ns.reports.galleries import image_grid, write_png
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
 

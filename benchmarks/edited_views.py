@@ -28,12 +28,12 @@ from nfldm_ns.editing.region import Region, parse_region
 from nfldm_ns.editing.resampling import resample_region
 from nfldm_ns.editing.scenes import with_latents
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.layout import Layout, LayoutSettings
-from nfldm_ns.evaluation.metrics import extract_features, kernel_distance, lpips_distance
-from nfldm_ns.evaluation.weights import load_inception, load_lpips
 from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of
+from nfldm_ns.metrics.images import extract_features, kernel_distance, lpips_distance
+from nfldm_ns.metrics.layout import Layout, LayoutSettings
 from nfldm_ns.models import GENERATOR
+from nfldm_ns.pretrained.weights import load_inception, load_lpips
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.views import camera_rays, index_cameras, make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres

@@ -3,7 +3,7 @@
     python benchmarks/editing.py --data DATA --output-dir OUT [--what bev resample combine interpolate time pictures]
 
 - `bev`: how far scenes sampled for held-out maps agree with them: IoU of free floor and of walls as level rays from
-  the origin find them in V and in the map (`nfldm_ns.evaluation.layout`), beside the same with all other maps, and
+  the origin find them in V and in the map (`nfldm_ns.metrics.layout`), beside the same with all other maps, and
   beside the held-out scenes themselves after stage 1 and after stages 1 and 2. And what a block of wall that is painted
   into a map changes elsewhere, at the same seed. Generators without maps are skipped there.
 - `resample`: PSNR of what is seen outside a resampled region against before, in views that see some of it; LPIPS
@@ -58,10 +58,10 @@ from torch import Tensor
 
 from nfldm_ns.editing.scenes import encode_again, encode_real_scene
 from nfldm_ns.errors import exit_on_bad_input
-from nfldm_ns.evaluation.layout import Layout, agreement, map_layout, voxel_layout
-from nfldm_ns.evaluation.metrics import MAX_PSNR, psnr
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.resources import device_info
+from nfldm_ns.metrics.images import MAX_PSNR, psnr
+from nfldm_ns.metrics.layout import Layout, agreement, map_layout, voxel_layout
+from nfldm_ns.reports.report import Table
+from nfldm_ns.reports.resources import device_info
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.writing import require_writable
 

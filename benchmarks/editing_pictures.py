@@ -11,9 +11,9 @@ from torch import Tensor
 from nfldm_ns.editing.region import Region
 from nfldm_ns.editing.resampling import resample_region
 from nfldm_ns.editing.scenes import encode_real_scene
-from nfldm_ns.evaluation.galleries import bev_colors, density_from_above, image_grid, write_png
-from nfldm_ns.evaluation.layout import map_layout
 from nfldm_ns.generated.scene_files import GeneratedScene
+from nfldm_ns.metrics.layout import map_layout
+from nfldm_ns.reports.galleries import bev_colors, density_from_above, image_grid, write_png
 
 VARIANTS = 3
 FRAMES = 7

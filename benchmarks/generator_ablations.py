@@ -45,14 +45,15 @@ from nfldm_ns.diffusion.training import (
     velocity_errors,
 )
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder, load_latent_autoencoder
 from nfldm_ns.latents.training import LatentTrainingConfig, train_latent_autoencoder
-from nfldm_ns.latents.voxel_store import VoxelStore, model_hash
+from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
+from nfldm_ns.pretrained.weights import load_lpips
+from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import read_json
-from nfldm_ns.training import Schedule
+from nfldm_ns.training.identity import model_hash
+from nfldm_ns.training.schedule import Schedule
 
 
 @dataclass(frozen=True)

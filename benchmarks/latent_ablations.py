@@ -26,13 +26,13 @@ from torch import nn
 
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.round_trip import evaluate_round_trip
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig, train_latent_autoencoder, voxel_loss
 from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS, LatentPreset
+from nfldm_ns.pretrained.weights import load_lpips
+from nfldm_ns.reports.report import Table
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 

@@ -40,27 +40,27 @@ from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.consistency import reprojection_error
-from nfldm_ns.evaluation.galleries import image_grid, write_png
-from nfldm_ns.evaluation.geometry import DepthHistogram, floating_density
-from nfldm_ns.evaluation.image_sets import REFERENCE, picture_features, read_picture
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.resources import ResourceMeter, device_info
+from nfldm_ns.evaluation.evaluation import check_fit
+from nfldm_ns.evaluation.scenes import SURFACE, PictureFolder, Record, SceneJudge
+from nfldm_ns.evaluation.settings import EvaluationSettings
 from nfldm_ns.generated.cameras import fly_through
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of
-from nfldm_ns.judging.evaluation import check_fit
-from nfldm_ns.judging.scenes import SURFACE, PictureFolder, Record, SceneJudge
-from nfldm_ns.judging.settings import EvaluationSettings
 from nfldm_ns.method_configs.refine import LEARNING_RATES, refine_trainer_config
+from nfldm_ns.metrics.consistency import reprojection_error
+from nfldm_ns.metrics.geometry import DepthHistogram, floating_density
+from nfldm_ns.metrics.image_sets import REFERENCE, picture_features, read_picture
 from nfldm_ns.models import GENERATOR
+from nfldm_ns.plugin.refine import refine_grid
 from nfldm_ns.refine.distillation import Guidance
 from nfldm_ns.refine.images import example_images
 from nfldm_ns.refine.loading import load_prior
-from nfldm_ns.refine.nerfstudio_refine import refine_grid
 from nfldm_ns.refine.prior import ImagePrior
 from nfldm_ns.refine.refiner import Refiner
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.refine.views import ViewSampler
+from nfldm_ns.reports.galleries import image_grid, write_png
+from nfldm_ns.reports.report import Table
+from nfldm_ns.reports.resources import ResourceMeter, device_info
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid

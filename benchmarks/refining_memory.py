@@ -26,19 +26,19 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.resources import ResourceMeter, device_info
 from nfldm_ns.generated.scene_files import GeneratedScene, renderer_of
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.refine import refine_trainer_config
+from nfldm_ns.plugin.refine import refine_grid
 from nfldm_ns.refine.distillation import DistillationConfig, Guidance
 from nfldm_ns.refine.hub_priors import UnclipPrior
 from nfldm_ns.refine.loading import DTYPES
-from nfldm_ns.refine.nerfstudio_refine import refine_grid
 from nfldm_ns.refine.prior import Condition
 from nfldm_ns.refine.refiner import Refiner
 from nfldm_ns.refine.settings import Precision, RefinementConfig
 from nfldm_ns.refine.views import ViewSamplingConfig
+from nfldm_ns.reports.report import Table
+from nfldm_ns.reports.resources import ResourceMeter, device_info
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import require_writable, write_json

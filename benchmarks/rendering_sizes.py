@@ -34,11 +34,11 @@ from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from torch import Tensor
 
-from nfldm_ns.autoencoder.panorama import Panorama, panoramic_pictures, render_panorama
-from nfldm_ns.autoencoder.pictures import render_perspective
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
-from nfldm_ns.autoencoder.voxel_model import VoxelModel
 from nfldm_ns.generated.cameras import fly_through, look_along
+from nfldm_ns.plugin.panorama import Panorama, panoramic_pictures, render_panorama
+from nfldm_ns.plugin.pictures import render_perspective
+from nfldm_ns.plugin.voxel_model import VoxelModel
 from nfldm_ns.scenes.views import camera_rays, make_cameras, resize_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.image_sets import REFERENCE, set_distances, write_pictures
-from nfldm_ns.evaluation.weights import fetch_weights, load_inception
-from nfldm_ns.judging.evaluation import check_fit, image_features, progress_bars
-from nfldm_ns.judging.numbers import FEATURES, RESIZING
-from nfldm_ns.judging.scenes import PictureFolder, SceneJudge, judge_generated, judge_real, shown_views
-from nfldm_ns.judging.settings import EvaluationSettings, RealScenes, choose_real_scenes, claim_folder
+from nfldm_ns.evaluation.evaluation import check_fit, image_features, progress_bars
+from nfldm_ns.evaluation.numbers import FEATURES, RESIZING
+from nfldm_ns.evaluation.scenes import PictureFolder, SceneJudge, judge_generated, judge_real, shown_views
+from nfldm_ns.evaluation.settings import EvaluationSettings, RealScenes, choose_real_scenes, claim_folder
+from nfldm_ns.metrics.image_sets import REFERENCE, set_distances, write_pictures
+from nfldm_ns.pretrained.weights import fetch_weights, load_inception
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import atomic_path
 

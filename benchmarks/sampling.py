@@ -37,14 +37,14 @@ from torch import Tensor
 
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.image_sets import REFERENCE, read_picture
-from nfldm_ns.evaluation.metrics import kernel_distance
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.resources import device_info
-from nfldm_ns.judging.scenes import PictureFolder, render_sampled_views
-from nfldm_ns.latents.voxel_store import model_hash
+from nfldm_ns.evaluation.scenes import PictureFolder, render_sampled_views
+from nfldm_ns.metrics.image_sets import REFERENCE, read_picture
+from nfldm_ns.metrics.images import kernel_distance
+from nfldm_ns.reports.report import Table
+from nfldm_ns.reports.resources import device_info
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import require_writable, write_json
+from nfldm_ns.training.identity import model_hash
 
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     "dpm++": DPMSolverMultistepScheduler,

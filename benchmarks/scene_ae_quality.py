@@ -49,11 +49,11 @@ from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.galleries import depth_colors, error_colors, image_grid, write_png
-from nfldm_ns.evaluation.metrics import nearest_source_view
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.resources import device_info, package_versions
-from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.metrics.images import nearest_source_view
+from nfldm_ns.pretrained.weights import load_lpips
+from nfldm_ns.reports.galleries import depth_colors, error_colors, image_grid, write_png
+from nfldm_ns.reports.report import Table
+from nfldm_ns.reports.resources import device_info, package_versions
 from nfldm_ns.scenes.collection import Scene, SceneCollection
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json

@@ -30,14 +30,14 @@ from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import exit_on_bad_input
-from nfldm_ns.evaluation.consistency import reprojection_error
-from nfldm_ns.evaluation.galleries import image_grid, write_png
-from nfldm_ns.evaluation.metrics import extract_features, frechet_distance, kernel_distance, nearest_source_view
-from nfldm_ns.evaluation.report import Table
-from nfldm_ns.evaluation.weights import load_inception, load_lpips
 from nfldm_ns.generated.cameras import fly_through
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
+from nfldm_ns.metrics.consistency import reprojection_error
+from nfldm_ns.metrics.images import extract_features, frechet_distance, kernel_distance, nearest_source_view
 from nfldm_ns.models import resolve_model
+from nfldm_ns.pretrained.weights import load_inception, load_lpips
+from nfldm_ns.reports.galleries import image_grid, write_png
+from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid

@@ -13,11 +13,11 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
-from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
-from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneSampler
+from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
+from nfldm_ns.plugin.scene_ae_trainer import CosineScheduleConfig
 from nfldm_ns.scenes.collection import SceneCollection
 
 

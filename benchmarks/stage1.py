@@ -37,10 +37,10 @@ from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
 from nfldm_ns.errors import exit_on_bad_input
-from nfldm_ns.evaluation.resources import GIB, ResourceMeter, resident_bytes
-from nfldm_ns.evaluation.weights import load_lpips
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.scene_ae import scene_autoencoder_config
+from nfldm_ns.pretrained.weights import load_lpips
+from nfldm_ns.reports.resources import GIB, ResourceMeter, resident_bytes
 from nfldm_ns.scenes.views import Views, camera_rays, make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 

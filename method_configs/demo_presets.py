@@ -11,7 +11,7 @@ from nfldm_ns.diffusion.training import DiffusionTrainingConfig
 from nfldm_ns.latents.training import LatentTrainingConfig
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
-from nfldm_ns.training import Schedule
+from nfldm_ns.training.schedule import Schedule
 
 # Rooms of tan brick with grey floors: the most uniform of Freedoom's maps, brightened.
 ONE_LOOK = SceneOptions(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig
-from nfldm_ns.training import Schedule
+from nfldm_ns.training.schedule import Schedule
 
 PresetName = Literal["tiny", "rooms", "base", "paper"]
 

@@ -18,10 +18,10 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.training import Denoiser, Stage
 from nfldm_ns.diffusion.trajectory import CAMERA_DIM
-from nfldm_ns.evaluation.network_cost import NetworkCost, network_cost
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderPreset
+from nfldm_ns.metrics.network_cost import NetworkCost, network_cost
 
 
 @dataclass(frozen=True)

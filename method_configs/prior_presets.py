@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nfldm_ns.refine.prior_training import PriorTrainingConfig
-from nfldm_ns.training import Schedule
+from nfldm_ns.training.schedule import Schedule
 
 PriorPresetName = Literal["tiny", "small"]
 

@@ -7,8 +7,8 @@ from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
-from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig
-from nfldm_ns.refine.nerfstudio_refine import RefineTrainerConfig
+from nfldm_ns.plugin.refine import RefineTrainerConfig
+from nfldm_ns.plugin.scene_ae_trainer import CosineScheduleConfig
 
 METHOD = "nfldm-refine"
 # Of the density before softplus, of features and background in their standard deviations, of the decoder's weights.

@@ -7,17 +7,17 @@ from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
-from nfldm_ns.autoencoder.nerfstudio_datamanager import SceneDataManagerConfig
-from nfldm_ns.autoencoder.nerfstudio_model import SceneAutoencoderModelConfig, SceneNetworkConfig
-from nfldm_ns.autoencoder.nerfstudio_pipeline import SceneAutoencoderPipelineConfig
-from nfldm_ns.autoencoder.nerfstudio_trainer import (
+from nfldm_ns.autoencoder.scene_sampler import SceneSamplerConfig
+from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
+from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderPreset
+from nfldm_ns.plugin.scene_ae_datamanager import SceneDataManagerConfig
+from nfldm_ns.plugin.scene_ae_model import SceneAutoencoderModelConfig, SceneNetworkConfig
+from nfldm_ns.plugin.scene_ae_pipeline import SceneAutoencoderPipelineConfig
+from nfldm_ns.plugin.scene_ae_trainer import (
     AdamWConfig,
     CosineScheduleConfig,
     SceneAutoencoderTrainerConfig,
 )
-from nfldm_ns.autoencoder.scene_sampler import SceneSamplerConfig
-from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
-from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderPreset
 
 
 def scene_autoencoder_config(method_name: str, preset: SceneAutoencoderPreset) -> SceneAutoencoderTrainerConfig:

@@ -1,0 +1,3 @@
+from nfldm_ns.moved_modules import find_moved_modules
+
+find_moved_modules()

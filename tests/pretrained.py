@@ -7,7 +7,7 @@ import functools
 import pytest
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.weights import fetch_weights
+from nfldm_ns.pretrained.weights import fetch_weights
 
 
 def require_weights(*names: str) -> None:

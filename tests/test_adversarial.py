@@ -7,7 +7,7 @@ import torch
 
 from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator, discriminator_loss, generator_loss
 from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
-from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.pretrained.weights import load_lpips
 from tests.pretrained import require_weights
 
 CHANNELS = (4, 6)

@@ -11,7 +11,7 @@ from nfldm_ns.latents.background_path import BackgroundPath, background_loss
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig, train_latent_autoencoder
 from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.scenes.views import rotate_cameras90
-from nfldm_ns.training import Schedule
+from nfldm_ns.training.schedule import Schedule
 from tests.small_models import LATENT_SIZES, random_grid, small_latent_autoencoder, small_scene_autoencoder
 from tests.synthetic import make_box_room_collection, surround_cameras
 

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from nfldm_ns.commands import collect, demo, encode, sample, train_diffusion, train_latent_ae, weights
-from nfldm_ns.evaluation.weights import FOLDER_VARIABLE
+from nfldm_ns.pretrained.weights import FOLDER_VARIABLE
 from nfldm_ns.scenes.collection import SceneCollection
 from tests.pretrained import require_weights
 from tests.small_models import small_latent_autoencoder, small_pipeline, small_scene_autoencoder

@@ -21,13 +21,10 @@ from PIL import Image
 from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
 from nfldm_ns.autoencoder.grid_optimisation import GridOptimiserConfig
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_frustums
-from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_scheduler
 from nfldm_ns.editing.region import box_region
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.layout import LayoutSettings, map_layout
-from nfldm_ns.evaluation.metrics import kernel_distance
 from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.training import LatentTrainingConfig
@@ -35,10 +32,13 @@ from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS, DiffusionPreset, LatentPreset
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.refine import refine_trainer_config
+from nfldm_ns.metrics.images import kernel_distance
+from nfldm_ns.metrics.layout import LayoutSettings, map_layout
+from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.views import make_cameras
-from nfldm_ns.training import Schedule
+from nfldm_ns.training.schedule import Schedule
 from tests.pretrained import require_weights
 from tests.small_models import (
     DENOISER_SIZES,

@@ -16,7 +16,6 @@ from nfldm_ns.diffusion.bev import MapEncoder, to_grid_order, turn_map
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.latent_memory import encode_latents
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, check_agreement, load_pipeline, scene_generators
-from nfldm_ns.diffusion.sampling import sample_scenes
 from nfldm_ns.diffusion.training import (
     STAGES,
     DiffusionLosses,
@@ -33,11 +32,14 @@ from nfldm_ns.editing.region import box_region
 from nfldm_ns.editing.resampling import resample_region
 from nfldm_ns.editing.scenes import load_scene
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.voxel_store import encode_collection, model_hash
+from nfldm_ns.latents.voxel_store import encode_collection
+from nfldm_ns.sampling.scenes import sample_scenes
 from nfldm_ns.scenes.bev_maps import read_drawn_map
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 from nfldm_ns.scenes.writing import bev_png, write_bev
-from nfldm_ns.training import ItemDraws, Schedule
+from nfldm_ns.training.draws import ItemDraws
+from nfldm_ns.training.identity import model_hash
+from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
 from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_pipeline, small_scene_autoencoder
 from tests.synthetic import AABB, BEV_CLASSES, BEV_SIZE, make_box_room_collection

@@ -9,8 +9,8 @@ import torch
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from nfldm_ns.evaluation.consistency import reproject, reprojection_error
 from nfldm_ns.generated.cameras import look_along
+from nfldm_ns.metrics.consistency import reproject, reprojection_error
 from nfldm_ns.scenes.views import Views, camera_rays, make_cameras
 
 SIZE = 24

@@ -35,7 +35,8 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
 from nfldm_ns.scenes.views import rotate_cameras90
-from nfldm_ns.training import Schedule, read_metrics
+from nfldm_ns.training.run import read_metrics
+from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
 from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
 from tests.synthetic import AABB, make_box_room_collection, surround_cameras

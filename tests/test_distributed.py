@@ -15,10 +15,10 @@ from nerfstudio.utils import comms
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, depth_loss
-from nfldm_ns.autoencoder.nerfstudio_trainer import SceneAutoencoderTrainer, SceneAutoencoderTrainerConfig
 from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.plugin.scene_ae_trainer import SceneAutoencoderTrainer, SceneAutoencoderTrainerConfig
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import Views
 from tests.pretrained import require_weights

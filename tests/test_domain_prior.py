@@ -41,7 +41,7 @@ from nfldm_ns.refine.prior import pick, repeat, rows_of
 from nfldm_ns.refine.prior_training import PriorTrainingConfig, train_prior
 from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, space_shape
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.training import Schedule
+from nfldm_ns.training.schedule import Schedule
 from tests.pretrained import require_weights
 
 MODEL = {"image_size": 16, "channels": (8, 8), "attention": (False, True), "head_dim": 8}

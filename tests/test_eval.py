@@ -16,12 +16,16 @@ from nfldm_ns.choice import evenly
 from nfldm_ns.commands import eval as command
 from nfldm_ns.diffusion.pipeline import scene_generators
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation import image_sets
-from nfldm_ns.evaluation.geometry import BINS, DepthHistogram, floating_density
-from nfldm_ns.evaluation.image_sets import picture_features, set_distances, write_pictures
-from nfldm_ns.evaluation.inception import resize_clean
-from nfldm_ns.evaluation.metrics import frechet_distance
-from nfldm_ns.evaluation.neighbours import (
+from nfldm_ns.evaluation import evaluation
+from nfldm_ns.evaluation.evaluation import evaluate_pipeline
+from nfldm_ns.evaluation.numbers import _turned
+from nfldm_ns.evaluation.scenes import SceneJudge, render_sampled_views
+from nfldm_ns.evaluation.settings import EvaluationSettings, choose_real_scenes
+from nfldm_ns.metrics import image_sets
+from nfldm_ns.metrics.geometry import BINS, DepthHistogram, floating_density
+from nfldm_ns.metrics.image_sets import picture_features, set_distances, write_pictures
+from nfldm_ns.metrics.images import frechet_distance
+from nfldm_ns.metrics.neighbours import (
     Nearest,
     compare_nearest,
     copy_rate,
@@ -31,11 +35,7 @@ from nfldm_ns.evaluation.neighbours import (
     precision_recall,
     quantiles,
 )
-from nfldm_ns.judging import evaluation
-from nfldm_ns.judging.evaluation import evaluate_pipeline
-from nfldm_ns.judging.numbers import _turned
-from nfldm_ns.judging.scenes import SceneJudge, render_sampled_views
-from nfldm_ns.judging.settings import EvaluationSettings, choose_real_scenes
+from nfldm_ns.pretrained.inception import resize_clean
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -81,7 +81,7 @@ def slow_measures(real: np.ndarray, fake: np.ndarray, k: int) -> dict[str, float
 
 @pytest.mark.parametrize("k", [1, 3, 5])
 def test_neighbour_measures_are_those_of_the_papers(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nfldm_ns.evaluation.neighbours.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("nfldm_ns.metrics.neighbours.ROWS_AT_ONCE", 7)
     real = torch.randn(40, 3, dtype=torch.float64)
     fake = 0.7 * torch.randn(31, 3, dtype=torch.float64) + 0.8
     expected = slow_measures(real.numpy(), fake.numpy(), k)

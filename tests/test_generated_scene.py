@@ -21,12 +21,12 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 
-from nfldm_ns.autoencoder.voxel_model import crop_grid
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import fly_through, look_along, surround_cameras
-from nfldm_ns.generated.contact_sheet import contact_sheet
 from nfldm_ns.generated.scene_files import load_generated_scene
-from nfldm_ns.generated.writing import render_views, write_generated_scene
+from nfldm_ns.plugin.generated_run import render_views, write_generated_scene
+from nfldm_ns.plugin.voxel_model import crop_grid
+from nfldm_ns.sampling.contact_sheet import contact_sheet
 from nfldm_ns.scenes.collection import read_depth, read_image
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from tests.pretrained import require_weights

@@ -27,10 +27,13 @@ from nfldm_ns.latents.training import (
     voxel_loss,
 )
 from nfldm_ns.latents.voxel_code import MAX_ALPHA, VoxelCode, linear_code
-from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection, model_hash
+from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.training import Schedule, batch_indices, read_metrics
+from nfldm_ns.training.draws import batch_indices
+from nfldm_ns.training.identity import model_hash
+from nfldm_ns.training.run import read_metrics
+from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
 from tests.small_models import (
     LATENT_SIZES,

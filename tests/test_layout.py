@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.layout import Layout, LayoutSettings, agreement, map_layout, voxel_layout
+from nfldm_ns.metrics.layout import Layout, LayoutSettings, agreement, map_layout, voxel_layout
 from nfldm_ns.scenes.collection import BevClass
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 

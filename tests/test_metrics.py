@@ -11,8 +11,8 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
-from nfldm_ns.evaluation import metrics
-from nfldm_ns.evaluation.weights import load_inception, load_lpips
+from nfldm_ns.metrics import images as metrics
+from nfldm_ns.pretrained.weights import load_inception, load_lpips
 from nfldm_ns.scenes.views import SceneBatch, Views, make_cameras
 from tests.pretrained import require_weights
 

@@ -21,21 +21,21 @@ from nerfstudio.utils.eval_utils import eval_setup
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
-from nfldm_ns.autoencoder.nerfstudio_model import SceneNetworkConfig
-from nfldm_ns.autoencoder.nerfstudio_trainer import CosineScheduleConfig, SceneAutoencoderTrainerConfig
-from nfldm_ns.autoencoder.run_folder import config_folder
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
-from nfldm_ns.autoencoder.voxel_model import (
+from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.method_configs.scene_ae import discriminator_optimizer, nfldm_scene_ae_tiny
+from nfldm_ns.plugin.run_folder import config_folder
+from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
+from nfldm_ns.plugin.scene_ae_trainer import CosineScheduleConfig, SceneAutoencoderTrainerConfig
+from nfldm_ns.plugin.voxel_model import (
     VoxelGridField,
     density_from_above,
     ray_features,
     ray_lengths,
     single_camera,
 )
-from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
-from nfldm_ns.errors import UserInputError
-from nfldm_ns.method_configs.scene_ae import discriminator_optimizer, nfldm_scene_ae_tiny
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import camera_rays
 from nfldm_ns.scenes.voxel_grid import VoxelGrid

@@ -24,8 +24,8 @@ from nfldm_ns.autoencoder.novel_views import (
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.metrics import nearest_source_view
-from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.metrics.images import nearest_source_view
+from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.scenes.collection import Scene, SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid

@@ -86,7 +86,11 @@ def imports(file: Path) -> set[str]:
     return found
 
 
-LAYERS = ["scenes", "autoencoder", "latents", "diffusion", "editing", "judging", "demo"]
+LAYERS = [
+    *("scenes", "reports", "collect", "pretrained", "metrics", "training"),
+    *("autoencoder", "latents", "diffusion", "generated", "refine", "plugin"),
+    *("sampling", "editing", "evaluation", "demo"),
+]
 FORBIDDEN: dict[str, list[str]] = {
     "dataparsers": ["nfldm_ns.method_configs", "nfldm_ns.commands"],
     "method_configs": ["nfldm_ns.commands"],

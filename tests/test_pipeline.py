@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 
 from nfldm_ns.commands import encode, sample, train_diffusion, train_latent_ae
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, save_in_half_precision, scene_generators
-from nfldm_ns.diffusion.sampling import sample_scenes
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.sampling.scenes import sample_scenes
 from tests.small_models import small_latent_autoencoder, small_pipeline, small_scene_autoencoder
 from tests.synthetic import make_box_room_collection
 

@@ -9,10 +9,10 @@ from torch import nn
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.commands import presets
-from nfldm_ns.evaluation.network_cost import NetworkCost, network_cost
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
 from nfldm_ns.method_configs.preset_costs import discriminator_cost, preset_costs, scene_autoencoder_cost
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
+from nfldm_ns.metrics.network_cost import NetworkCost, network_cost
 from nfldm_ns.scenes.views import Views
 from tests.synthetic import AABB, BoxRoom, surround_cameras
 

@@ -7,8 +7,8 @@ import torch
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
 
-from nfldm_ns.autoencoder.voxel_model import VoxelModel, ray_pictures
 from nfldm_ns.diffusion.pipeline import load_pipeline, scene_generators
+from nfldm_ns.plugin.voxel_model import VoxelModel, ray_pictures
 from nfldm_ns.scenes.views import index_cameras
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import surround_cameras
 from nfldm_ns.generated.scene_files import GeneratedScene, load_generated_scene, renderer_of
-from nfldm_ns.generated.writing import render_views, write_generated_scene
 from nfldm_ns.method_configs.refine import nfldm_refine
+from nfldm_ns.plugin.generated_run import render_views, write_generated_scene
+from nfldm_ns.plugin.refine import RefinedField, RefineTrainer, RefineTrainerConfig, refine_grid
 from nfldm_ns.refine.distillation import DistillationConfig
 from nfldm_ns.refine.loading import load_prior
-from nfldm_ns.refine.nerfstudio_refine import RefinedField, RefineTrainer, RefineTrainerConfig, refine_grid
 from nfldm_ns.refine.prior import Condition
 from nfldm_ns.refine.refiner import Refiner
 from nfldm_ns.refine.settings import RefinementConfig, RegulariserConfig

@@ -14,10 +14,11 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.commands.encode import main as encode
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser, reconstruction_distance
-from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection, model_hash
+from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.training.identity import model_hash
 from tests.small_models import random_grid, small_latent_autoencoder, small_scene_autoencoder
 
 COLOURS = StageOneLossConfig(lpips_mult=0.0, depth_mult=0.1, depth_norm="l1")

@@ -12,11 +12,11 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.models.base_model import ModelConfig
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.panorama import face_rotations
-from nfldm_ns.autoencoder.pictures import render_perspective, render_steadily, resampling_weights
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
-from nfldm_ns.autoencoder.voxel_model import VoxelModel, is_plane, picture_dict, ray_features, single_camera
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.plugin.panorama import face_rotations
+from nfldm_ns.plugin.pictures import render_perspective, render_steadily, resampling_weights
+from nfldm_ns.plugin.voxel_model import VoxelModel, is_plane, picture_dict, ray_features, single_camera
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
 from tests.small_models import small_scene_autoencoder

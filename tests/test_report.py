@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation import galleries
-from nfldm_ns.evaluation.report import (
+from nfldm_ns.reports import galleries
+from nfldm_ns.reports.report import (
     MISSING,
     Curves,
     Gallery,
@@ -32,7 +32,7 @@ from nfldm_ns.evaluation.report import (
     Wide,
     _smooth,
 )
-from nfldm_ns.evaluation.resources import ResourceMeter, device_info, package_versions
+from nfldm_ns.reports.resources import ResourceMeter, device_info, package_versions
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
@@ -286,7 +286,7 @@ def test_smoothing_keeps_lines_and_ignores_nan() -> None:
 METER = """
 import json, time
 import numpy as np
-from nfldm_ns.evaluation.resources import ResourceMeter
+from nfldm_ns.reports.resources import ResourceMeter
 
 with ResourceMeter(interval_s=0.02) as meter:
     before = meter.use.peak_rss_gib

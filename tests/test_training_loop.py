@@ -23,7 +23,9 @@ from nfldm_ns.diffusion.training import DiffusionTrainingConfig, train_denoiser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.training import LatentTrainingConfig, train_latent_autoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
-from nfldm_ns.training import ItemDraws, Schedule, read_metrics
+from nfldm_ns.training.draws import ItemDraws
+from nfldm_ns.training.run import read_metrics
+from nfldm_ns.training.schedule import Schedule
 from tests.small_models import DENOISER_SIZES, LATENT_SIZES, small_latent_autoencoder, small_scene_autoencoder
 from tests.synthetic import make_box_room_collection
 

@@ -19,7 +19,7 @@ import torch
 import yaml
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
-from nfldm_ns.autoencoder.nerfstudio_trainer import SceneAutoencoderTrainer, SceneAutoencoderTrainerConfig
+from nfldm_ns.plugin.scene_ae_trainer import SceneAutoencoderTrainer, SceneAutoencoderTrainerConfig
 from nfldm_ns.scenes import writing
 from nfldm_ns.scenes.writing import atomic_path, clear_unfinished
 from tests.test_nerfstudio_plugin import COMMANDS, ended_with, small_config

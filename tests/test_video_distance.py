@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation import weights
-from nfldm_ns.evaluation.i3d import pad_same
-from nfldm_ns.evaluation.metrics import frechet_distance
-from nfldm_ns.evaluation.video_distance import extract_video_features, network_input
 from nfldm_ns.generated.cameras import path_through
 from nfldm_ns.generated.fly_throughs import flythrough_clips
+from nfldm_ns.metrics.images import frechet_distance
+from nfldm_ns.metrics.videos import extract_video_features, network_input
+from nfldm_ns.pretrained import weights
+from nfldm_ns.pretrained.i3d import pad_same
 from nfldm_ns.scenes.views import index_cameras, view_yaws
 from tests.pretrained import require_weights
 from tests.small_models import random_grid, small_scene_autoencoder

@@ -19,9 +19,9 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from nfldm_ns.commands.weights import main
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation import weights
-from nfldm_ns.evaluation.inception import InceptionFeatures
-from nfldm_ns.evaluation.weights import HubSource, IndexSource, PretrainedWeights
+from nfldm_ns.pretrained import weights
+from nfldm_ns.pretrained.inception import InceptionFeatures
+from nfldm_ns.pretrained.weights import HubSource, IndexSource, PretrainedWeights
 from tests.pretrained import require_weights
 
 

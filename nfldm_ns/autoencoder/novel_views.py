@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
-from nfldm_ns.evaluation.metrics import (
+from nfldm_ns.metrics.images import (
     ImageMetrics,
     mean_image,
     nearest_source_view,
@@ -49,7 +49,7 @@ def evaluate_novel_views(
     Args:
         render: gives the target views of a batch, for example `reconstruct`; later stages pass their own.
         mean: the mean image, a baseline.
-        lpips: from `nfldm_ns.evaluation.weights.load_lpips`; None leaves LPIPS out.
+        lpips: from `nfldm_ns.pretrained.weights.load_lpips`; None leaves LPIPS out.
         picture_folder: where to put PNGs of real above rendered views, one per scene; None writes none.
 
     Returns:

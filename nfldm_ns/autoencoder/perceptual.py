@@ -19,7 +19,7 @@ class PerceptualNetwork(nn.Module):
     """LPIPS (Zhang et al. 2018) in two steps, so that a discriminator can look at the same features.
 
     Args:
-        metric: the frozen metric, from `nfldm_ns.evaluation.weights.load_lpips`.
+        metric: the frozen metric, from `nfldm_ns.pretrained.weights.load_lpips`.
         dtype: of its convolutions; features are float32 all the same.
     """
 

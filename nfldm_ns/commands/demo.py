@@ -43,8 +43,8 @@ class Demo:
         from nfldm_ns.demo.console import StageConsole
         from nfldm_ns.demo.runner import claim_folder, run_stages
         from nfldm_ns.demo.stages import Demo as DemoStages
-        from nfldm_ns.evaluation.weights import fetch_weights
         from nfldm_ns.method_configs.demo_presets import DEMO_PRESETS
+        from nfldm_ns.pretrained.weights import fetch_weights
 
         settings = DEMO_PRESETS[self.preset].with_seed(self.seed)
         if self.num_scenes is not None:

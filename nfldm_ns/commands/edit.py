@@ -243,7 +243,7 @@ class Interpolate:
     def run(self) -> None:
         from nfldm_ns.editing.interpolation import interpolate_scenes, interpolation_frames
         from nfldm_ns.editing.scenes import cameras_of, load_scene, write_edited_scene
-        from nfldm_ns.evaluation.galleries import write_video
+        from nfldm_ns.reports.galleries import write_video
 
         _check_numbers(self.num_inference_steps)
         if self.fps <= 0:

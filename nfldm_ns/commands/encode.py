@@ -74,9 +74,9 @@ class Encode:
         if not self.refine_steps:
             return None
         from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
-        from nfldm_ns.evaluation.weights import load_lpips
         from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
         from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
+        from nfldm_ns.pretrained.weights import load_lpips
 
         near = None if self.near is None else load_latent_autoencoder(self.near).to(device).eval().requires_grad_(False)
         return VoxelOptimiser(PerceptualNetwork(load_lpips("vgg")).to(device), self.refine_steps, near, self.near_mult)

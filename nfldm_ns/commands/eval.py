@@ -54,9 +54,9 @@ class Eval:
         import torch
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
-        from nfldm_ns.evaluation.weights import fetch_weights, load_i3d, load_inception
-        from nfldm_ns.judging.evaluation import NUMBERS, PAGE, evaluate_pipeline
-        from nfldm_ns.judging.settings import EvaluationSettings
+        from nfldm_ns.evaluation.evaluation import NUMBERS, PAGE, evaluate_pipeline
+        from nfldm_ns.evaluation.settings import EvaluationSettings
+        from nfldm_ns.pretrained.weights import fetch_weights, load_i3d, load_inception
         from nfldm_ns.scenes.collection import SceneCollection
 
         settings = EvaluationSettings(
@@ -83,7 +83,7 @@ class Eval:
 
     def measures_fvd(self) -> bool:
         """Whether FVD is asked for, or else possible; says so if it is left out."""
-        from nfldm_ns.evaluation.weights import fetch_weights, find_weights
+        from nfldm_ns.pretrained.weights import fetch_weights, find_weights
 
         if self.fvd == "yes":
             fetch_weights("i3d-kinetics-400")

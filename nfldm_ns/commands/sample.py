@@ -46,9 +46,9 @@ class Sample:
         from rich.progress import track
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
-        from nfldm_ns.diffusion.sampling import sample_scenes
-        from nfldm_ns.evaluation.galleries import write_png
-        from nfldm_ns.generated.contact_sheet import contact_sheet
+        from nfldm_ns.reports.galleries import write_png
+        from nfldm_ns.sampling.contact_sheet import contact_sheet
+        from nfldm_ns.sampling.scenes import sample_scenes
         from nfldm_ns.scenes.writing import require_writable
 
         if self.num_scenes < 1 or self.batch_size < 1 or self.num_inference_steps < 1:

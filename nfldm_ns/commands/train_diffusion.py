@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process, looks_at_maps, process_device
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.training.options import ScheduleOptions, is_first_process, looks_at_maps, process_device
 
 if TYPE_CHECKING:
     from nfldm_ns.diffusion.training import Denoiser, Stage

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.training.options import ScheduleOptions, is_first_process
 
 if TYPE_CHECKING:
     from torch import nn
@@ -48,11 +48,11 @@ class TrainLatentAutoencoder:
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
-        from nfldm_ns.evaluation.weights import load_lpips
         from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
         from nfldm_ns.latents.training import public_config, train_latent_autoencoder
         from nfldm_ns.latents.voxel_store import VoxelStore
         from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
+        from nfldm_ns.pretrained.weights import load_lpips
 
         self._require_own_sizes()
         store = VoxelStore.open(self.voxels)

@@ -6,8 +6,8 @@ from typing import Literal
 
 import tyro
 
-from nfldm_ns.commands.schedule import ScheduleOptions, is_first_process, looks_at_maps
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.training.options import ScheduleOptions, is_first_process, looks_at_maps
 
 
 @dataclass

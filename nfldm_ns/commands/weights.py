@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import tyro
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.evaluation.weights import WEIGHTS, WeightsName, explicit_folder, fetch_weights, find_weights, read_weights
+from nfldm_ns.pretrained.weights import WEIGHTS, WeightsName, explicit_folder, fetch_weights, find_weights, read_weights
 
 
 @dataclass

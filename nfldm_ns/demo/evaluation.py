@@ -18,18 +18,18 @@ from nfldm_ns.choice import evenly
 from nfldm_ns.demo.runner import Report
 from nfldm_ns.demo.settings import DemoSettings
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
-from nfldm_ns.diffusion.sampling import sample_scenes
-from nfldm_ns.evaluation.image_sets import (
+from nfldm_ns.evaluation.scenes import render_sampled_views
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.round_trip import round_trip_variants
+from nfldm_ns.metrics.image_sets import (
     Images,
     picture_features,
     same_picture_features,
     set_distances,
     write_pictures,
 )
-from nfldm_ns.evaluation.metrics import ImageMetrics, nearest_source_view
-from nfldm_ns.judging.scenes import render_sampled_views
-from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
-from nfldm_ns.latents.round_trip import round_trip_variants
+from nfldm_ns.metrics.images import ImageMetrics, nearest_source_view
+from nfldm_ns.sampling.scenes import sample_scenes
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
 from nfldm_ns.scenes.writing import atomic_path, write_json

@@ -20,19 +20,19 @@ from nfldm_ns.demo.console import clock
 from nfldm_ns.demo.folder import DemoFolder
 from nfldm_ns.demo.runner import Report as Progress
 from nfldm_ns.demo.settings import DemoSettings
-from nfldm_ns.evaluation.galleries import bev_colors, density_from_above, depth_colors, encode_video, image_grid
-from nfldm_ns.evaluation.metrics import nearest_source_view
-from nfldm_ns.evaluation.report import Curves, Gallery, Picture, Plots, Report, Section, Table, Video, Wide
 from nfldm_ns.generated.cameras import fly_through
 from nfldm_ns.generated.scene_files import load_generated_scene
-from nfldm_ns.generated.writing import render_views
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_autoencoder
 from nfldm_ns.latents.round_trip import round_trip_variants
+from nfldm_ns.metrics.images import nearest_source_view
 from nfldm_ns.models import GENERATOR
+from nfldm_ns.plugin.generated_run import render_views
+from nfldm_ns.reports.galleries import bev_colors, density_from_above, depth_colors, encode_video, image_grid
+from nfldm_ns.reports.report import Curves, Gallery, Picture, Plots, Report, Section, Table, Video, Wide
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.training import read_metrics
+from nfldm_ns.training.run import read_metrics
 
 PAGE = "index.html"
 REAL_SCENES = 6

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from nfldm_ns.demo.console import StageConsole
 from nfldm_ns.demo.settings import fingerprint, plain
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.resources import ResourceMeter
+from nfldm_ns.reports.resources import ResourceMeter
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.writing import write_json
 

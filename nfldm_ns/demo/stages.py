@@ -20,13 +20,13 @@ from nfldm_ns.demo.settings import DemoSettings
 from nfldm_ns.demo.summary import write_summary
 from nfldm_ns.diffusion.latent_memory import encode_latents
 from nfldm_ns.diffusion.pipeline import load_pipeline
-from nfldm_ns.diffusion.sampling import sample_scenes
 from nfldm_ns.diffusion.training import STAGES, save_pipeline
-from nfldm_ns.evaluation.weights import load_inception, load_lpips
 from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
 from nfldm_ns.latents.training import train_latent_autoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.models import GENERATOR
+from nfldm_ns.pretrained.weights import load_inception, load_lpips
+from nfldm_ns.sampling.scenes import sample_scenes
 from nfldm_ns.scenes.collection import SceneCollection
 
 

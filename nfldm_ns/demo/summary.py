@@ -10,7 +10,7 @@ from nfldm_ns.demo.evaluation import METRICS
 from nfldm_ns.demo.folder import DemoFolder
 from nfldm_ns.demo.runner import Marker, read_marker
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.resources import GIB, device_info, package_versions, resident_bytes
+from nfldm_ns.reports.resources import GIB, device_info, package_versions, resident_bytes
 from nfldm_ns.scenes.collection import SceneCollection, read_json
 from nfldm_ns.scenes.writing import write_json
 

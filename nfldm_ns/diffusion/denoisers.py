@@ -166,44 +166,73 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         return scene_code.split([self.config.global_dim, CAMERA_DIM * self.config.num_cameras], dim=-1)
 
 
-def _unet(
-    in_channels: int,
-    out_channels: int,
-    code_dim: int,
-    channels: tuple[int, ...],
-    attention: tuple[bool, ...],
-    layers: int,
-    context_dim: int,
-    head_dim: int,
-) -> UNet2DConditionModel:
-    """A U-Net with self- and cross-attention where `attention` says so, and the scene code as class embedding.
+class _UNetDenoiser(ModelMixin, ConfigMixin):
+    """What psi_c and psi_f have in common: a U-Net over a latent, the scene code and a semantic map as conditions.
 
-    The embedding's scale and shift follow each group norm: the paper's conditional group norm.
+    The scene code is the U-Net's class embedding, whose scale and shift follow each group norm (the paper's conditional
+    group norm), and a token of cross-attention; columns of the map are further tokens.
     """
-    down = tuple("CrossAttnDownBlock2D" if flag else "DownBlock2D" for flag in attention)
-    up = tuple("CrossAttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(attention))
-    return UNet2DConditionModel(
-        in_channels=in_channels,
-        out_channels=out_channels,
-        block_out_channels=channels,
-        down_block_types=down,
-        up_block_types=up,
-        mid_block_type="UNetMidBlock2DCrossAttn",
-        layers_per_block=layers,
-        cross_attention_dim=context_dim,
-        attention_head_dim=tuple(max(width // head_dim, 1) for width in channels),
-        norm_num_groups=_groups(channels),
-        class_embed_type="projection",
-        projection_class_embeddings_input_dim=code_dim,
-        resnet_time_scale_shift="scale_shift",
-    )
+
+    config_name = "config.json"
+
+    def _add_code(self) -> None:
+        """What reads the scene code."""
+        self.code = Normaliser(self.config.code_dim)
+        self.token = nn.Linear(self.config.code_dim, self.config.context_dim)
+
+    def _add_unet(self, out_channels: int, guide_channels: int) -> None:
+        """A U-Net that also sees `guide_channels` beside the sample, and what reads maps, if there are any."""
+        config = self.config
+        channels, attention = tuple(config.channels), tuple(config.attention)
+        self.unet = UNet2DConditionModel(
+            in_channels=out_channels + guide_channels,
+            out_channels=out_channels,
+            block_out_channels=channels,
+            down_block_types=tuple("CrossAttnDownBlock2D" if flag else "DownBlock2D" for flag in attention),
+            up_block_types=tuple("CrossAttnUpBlock2D" if flag else "UpBlock2D" for flag in reversed(attention)),
+            mid_block_type="UNetMidBlock2DCrossAttn",
+            layers_per_block=config.layers,
+            cross_attention_dim=config.context_dim,
+            attention_head_dim=tuple(max(width // config.head_dim, 1) for width in channels),
+            norm_num_groups=_groups(channels),
+            class_embed_type="projection",
+            projection_class_embeddings_input_dim=config.code_dim,
+            resnet_time_scale_shift="scale_shift",
+        )
+        if config.bev_classes:
+            cells, width = tuple(config.coarse_shape[2:]), config.context_dim
+            self.map_encoder = MapEncoder(config.bev_classes, cells, width, width // 2)
+
+    def _map_cells(self, bev: Tensor | None, drop_bev: Tensor | None, count: int) -> Tensor | None:
+        """What maps say of each column of c, `[B, D, Yc, Xc]`; None for a denoiser without maps."""
+        _require_map_fits(self, bev)
+        return self.map_encoder(bev, drop_bev, count) if self.config.bev_classes else None
+
+    def _denoise(
+        self,
+        sample: Float[Tensor, "batch channels y x"],
+        guide: Float[Tensor, "batch guides y x"] | None,
+        timestep: Int[Tensor, "batch"],
+        scene_code: Float[Tensor, "batch code"],
+        cells: Float[Tensor, "batch dim yc xc"] | None,
+        context: Float[Tensor, "batch tokens dim"] | None,
+        drop_code: Bool[Tensor, "batch"] | None,
+    ) -> Float[Tensor, "batch channels y x"]:
+        code = self.code(scene_code)
+        if drop_code is not None:
+            code = torch.where(drop_code[:, None], torch.zeros_like(code), code)
+        tokens = [self.token(code)[:, None]]
+        tokens += [] if cells is None else [cells.flatten(2).mT]
+        tokens += [] if context is None else [context]
+        seen = sample if guide is None else torch.cat([sample, guide], dim=1)
+        return self.unet(seen, timestep, torch.cat(tokens, dim=1), class_labels=code).sample
 
 
 def _groups(channels: tuple[int, ...]) -> int:
     return next(groups for groups in (32, 16, 8, 4, 2, 1) if all(width % groups == 0 for width in channels))
 
 
-class CoarseDenoiser(ModelMixin, ConfigMixin):
+class CoarseDenoiser(_UNetDenoiser):
     """psi_c: a U-Net over c with z folded into channels, conditioned on the scene code.
 
     Args:
@@ -219,8 +248,6 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
         bev_classes, bev_size, bev_dropout: see above. The map enters as tokens, one per column of c, that
             cross-attention sees after that of the scene code, and beside the noisy c as further channels.
     """
-
-    config_name = "config.json"
 
     @register_to_config
     def __init__(
@@ -240,12 +267,9 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
         self.latent = Normaliser(folded, *coarse_shape[2:])
-        self.code = Normaliser(code_dim)
-        self.token = nn.Linear(code_dim, context_dim)
-        inputs = folded + MAP_CHANNELS * bool(bev_classes)
-        self.unet = _unet(inputs, folded, code_dim, tuple(channels), tuple(attention), layers, context_dim, head_dim)
+        self._add_code()
+        self._add_unet(folded, MAP_CHANNELS * bool(bev_classes))
         if bev_classes:
-            self.map_encoder = MapEncoder(bev_classes, coarse_shape[2:], context_dim, context_dim // 2)
             self.project_map = nn.Conv2d(context_dim, MAP_CHANNELS, 1)
             nn.init.zeros_(self.unet.conv_in.weight[:, folded:])
 
@@ -271,18 +295,12 @@ class CoarseDenoiser(ModelMixin, ConfigMixin):
             context: further tokens for cross-attention.
             drop_code: scenes that are to be predicted without their code.
         """
-        _require_map_fits(self, bev)
-        code = _without(self.code(scene_code), drop_code)
-        tokens = self.token(code)[:, None]
-        if self.config.bev_classes:
-            cells = self.map_encoder(bev, drop_bev, len(sample))
-            tokens = torch.cat([tokens, cells.flatten(2).mT], dim=1)
-            sample = torch.cat([sample, self.project_map(cells)], dim=1)
-        tokens = _with_context(tokens, context)
-        return self.unet(sample, timestep, tokens, class_labels=code).sample
+        cells = self._map_cells(bev, drop_bev, len(sample))
+        guide = None if cells is None else self.project_map(cells)
+        return self._denoise(sample, guide, timestep, scene_code, cells, context, drop_code)
 
 
-class FineDenoiser(ModelMixin, ConfigMixin):
+class FineDenoiser(_UNetDenoiser):
     """psi_f: a U-Net over f, conditioned on the scene code and on c, which is upsampled and concatenated.
 
     Args:
@@ -293,8 +311,6 @@ class FineDenoiser(ModelMixin, ConfigMixin):
         bev_classes, bev_size, bev_dropout: see above. Tokens of the map enter as in `CoarseDenoiser`, and upsampled as
             a part of c's guide, together with the share of each class at f's own resolution.
     """
-
-    config_name = "config.json"
 
     @register_to_config
     def __init__(
@@ -317,21 +333,10 @@ class FineDenoiser(ModelMixin, ConfigMixin):
         folded = coarse_shape[0] * coarse_shape[1]
         self.latent = Normaliser(*fine_shape)
         self.coarse = Normaliser(folded, *coarse_shape[2:])
-        self.code = Normaliser(code_dim)
-        self.token = nn.Linear(code_dim, context_dim)
+        self._add_code()
         self.project_coarse = nn.Conv2d(folded, coarse_channels, 3, padding=1)
-        self.unet = _unet(
-            fine_shape[0] + coarse_channels,
-            fine_shape[0],
-            code_dim,
-            tuple(channels),
-            tuple(attention),
-            layers,
-            context_dim,
-            head_dim,
-        )
+        self._add_unet(fine_shape[0], coarse_channels)
         if bev_classes:
-            self.map_encoder = MapEncoder(bev_classes, coarse_shape[2:], context_dim, context_dim // 2)
             self.project_map = _zeroed(nn.Conv2d(context_dim, coarse_channels, 1))
             self.project_classes = _zeroed(nn.Conv2d(bev_classes, coarse_channels, 3, padding=1))
 
@@ -358,28 +363,15 @@ class FineDenoiser(ModelMixin, ConfigMixin):
             context: further tokens for cross-attention.
             drop_code: scenes that are to be predicted without their code.
         """
-        _require_map_fits(self, bev)
         size, count = (sample.shape[-2], sample.shape[-1]), len(sample)
-        code = _without(self.code(scene_code), drop_code)
-        tokens = self.token(code)[:, None]
+        cells = self._map_cells(bev, drop_bev, count)
         guide = self.project_coarse(self.coarse(coarse.flatten(1, 2)))
-        if self.config.bev_classes:
-            cells = self.map_encoder(bev, drop_bev, count)
-            tokens = torch.cat([tokens, cells.flatten(2).mT], dim=1)
+        if cells is not None:
             guide = guide + self.project_map(cells)
         guide = F.interpolate(guide, size=size, mode="bilinear", align_corners=False)
-        if self.config.bev_classes:
+        if cells is not None:
             guide = guide + self.project_classes(self.map_encoder.areas(bev, size, drop_bev, count))
-        tokens = _with_context(tokens, context)
-        return self.unet(torch.cat([sample, guide], dim=1), timestep, tokens, class_labels=code).sample
-
-
-def _without(code: Float[Tensor, "batch code"], drop: Bool[Tensor, "batch"] | None) -> Float[Tensor, "batch code"]:
-    return code if drop is None else torch.where(drop[:, None], torch.zeros_like(code), code)
-
-
-def _with_context(tokens: Float[Tensor, "batch n dim"], context: Tensor | None) -> Float[Tensor, "batch tokens dim"]:
-    return tokens if context is None else torch.cat([tokens, context], dim=1)
+        return self._denoise(sample, guide, timestep, scene_code, cells, context, drop_code)
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:
@@ -389,7 +381,7 @@ def _zeroed(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def _require_map_fits(denoiser: GlobalDenoiser | CoarseDenoiser | FineDenoiser, bev: Tensor | None) -> None:
+def _require_map_fits(denoiser: GlobalDenoiser | _UNetDenoiser, bev: Tensor | None) -> None:
     size = denoiser.config.bev_size
     if bev is not None and (size is None or tuple(bev.shape[1:]) != tuple(size)):
         raise ValueError(f"maps of {tuple(bev.shape[1:])} cells were given to a denoiser for {size}")

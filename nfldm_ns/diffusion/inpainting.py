@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import SchedulerMixin
@@ -20,8 +21,28 @@ from torch import Tensor, nn
 
 from nfldm_ns.latents.scene_latents import SceneLatents
 
-if TYPE_CHECKING:
-    from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+
+class Denoising(Protocol):
+    """What inpainting needs of the pipeline that samples."""
+
+    scheduler: SchedulerMixin
+    _num_timesteps: int
+
+    def progress_bar(self, iterable: Any = None, total: int | None = None) -> AbstractContextManager[Any]: ...
+
+    def denoise(
+        self,
+        denoiser: nn.Module,
+        noise: Tensor,
+        num_inference_steps: int,
+        generator: Any = None,
+        callback: Callable[..., Tensor] | None = None,
+        **conditions: Tensor,
+    ) -> Tensor: ...
+
+    def denoise_step(
+        self, denoiser: nn.Module, latents: Tensor, timestep: Tensor, generator: Any, conditions: dict[str, Tensor]
+    ) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -114,7 +135,7 @@ def stretches(num_steps: int, order: int, jump_length: int, strength: float = 1.
 
 
 def inpaint(
-    pipeline: NFLDMPipeline,
+    pipeline: Denoising,
     denoiser: nn.Module,
     noise: Float[Tensor, "scenes *shape"],
     num_inference_steps: int,

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from diffusers.models.attention_processor import AttnProcessor
-from diffusers.training_utils import EMAModel
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -23,21 +22,13 @@ from nfldm_ns.diffusion.pipeline import assemble_pipeline
 from nfldm_ns.diffusion.validation import DenoiserPictures
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
-from nfldm_ns.latents.training import public_config
-from nfldm_ns.latents.voxel_store import model_hash
 from nfldm_ns.scenes.collection import bev_class, read_json
 from nfldm_ns.scenes.writing import atomic_path
-from nfldm_ns.training import (
-    ItemDraws,
-    ProgressCallback,
-    RunFolder,
-    Schedule,
-    batch_indices,
-    batch_positions,
-    joint_batch_size,
-    new_accelerator,
-    train,
-)
+from nfldm_ns.training.draws import BatchShare, ItemDraws
+from nfldm_ns.training.identity import model_hash, public_config
+from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
+from nfldm_ns.training.run import RunFolder
+from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
 
 Stage = Literal["global", "coarse", "fine"]
 STAGES: tuple[Stage, ...] = ("global", "coarse", "fine")
@@ -180,6 +171,7 @@ class DiffusionLosses:
     scenes of a step: however a step is split into passes and processes, it is the same.
 
     Args:
+        share: what this process works on; by default everything.
         with_map: False hides the maps of all scenes from a denoiser that knows maps.
     """
 
@@ -191,27 +183,20 @@ class DiffusionLosses:
         memory: LatentMemory,
         config: DiffusionTrainingConfig,
         device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        joint_batch_size: int | None = None,
+        share: BatchShare | None = None,
         with_map: bool = True,
     ) -> None:
         self.with_map = with_map
         self.stage, self.wrapped, self.denoiser = stage, wrapped, denoiser
         self.memory, self.config, self.device = memory, config, device
-        self.rank, self.world_size = rank, world_size
-        self.joint_batch_size = joint_batch_size or config.schedule.batch_size
+        self.share = share or batch_share(config.schedule)
         self.scheduler = training_scheduler(config)
 
     def __call__(self, number: int) -> dict[str, Tensor]:
-        schedule, memory = self.config.schedule, self.memory
-        share = (schedule.batch_size, number)
-        indices = batch_indices(len(memory), *share, schedule.seed, self.rank, self.world_size)
-        positions = batch_positions(*share, self.rank, self.world_size)
-        step, first = divmod(positions.start, self.joint_batch_size)
-        timestep = self.timesteps(self.joint_batch_size, schedule.seed + step)[first : first + len(indices)]
-        draws = ItemDraws(schedule.seed, positions, self.device)
-        return {"loss": self.loss(indices, timestep, draws)}
+        share = self.share
+        step, part = share.place(number)
+        timestep = self.timesteps(share.joint_batch_size, share.seed + step)[part]
+        return {"loss": self.loss(share.items(len(self.memory), number), timestep, share.draws(number, self.device))}
 
     def timesteps(self, count: int, seed: int) -> Int[Tensor, "count"]:
         """Timesteps of a batch."""
@@ -385,11 +370,11 @@ def train_denoiser(
         _begin_from(initial, denoiser)
         identity["initial_weights"] = model_hash(initial)
     folder = RunFolder(output_dir, identity, accelerator)
-    ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = moving_averages(denoiser, config.ema_decay)
 
     def make_losses(wrapped: nn.Module) -> DiffusionLosses:
-        share = (accelerator.process_index, accelerator.num_processes, joint_batch_size(config.schedule, accelerator))
-        return DiffusionLosses(stage, wrapped, denoiser, memory, config, accelerator.device, *share)
+        share = batch_share(config.schedule, accelerator)
+        return DiffusionLosses(stage, wrapped, denoiser, memory, config, accelerator.device, share)
 
     render = None
     if scene_autoencoder is not None and config.schedule.validation_steps:
@@ -408,10 +393,7 @@ def train_denoiser(
         on_progress=on_progress,
     )
     ema.copy_to(denoiser.parameters())
-    if accelerator.is_main_process:
-        with atomic_path(Path(output_dir) / DENOISER_FOLDER) as temporary:
-            denoiser.save_pretrained(temporary)
-    accelerator.wait_for_everyone()
+    keep_result(Path(output_dir) / DENOISER_FOLDER, accelerator, denoiser.save_pretrained)
     return denoiser.eval()
 
 

@@ -18,13 +18,13 @@ from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.bev import to_grid_order
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.trajectory import CAMERA_DIM, trajectory_to_cameras
-from nfldm_ns.evaluation.galleries import bev_colors, density_from_above, image_grid, to_uint8
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
+from nfldm_ns.reports.galleries import bev_colors, density_from_above, image_grid, to_uint8
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.tracking import Pictures
-from nfldm_ns.training import ItemDraws
+from nfldm_ns.training.draws import ItemDraws
+from nfldm_ns.training.trackers import Pictures
 
 NUM_SCENES = 4
 STEPS = 20

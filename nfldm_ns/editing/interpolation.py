@@ -11,12 +11,12 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
-from nfldm_ns.diffusion.sampling import sampling_record
 from nfldm_ns.editing.scenes import latents_of, require_pipeline_of, with_latents
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import fly_through
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision
-from nfldm_ns.generated.writing import render_views
+from nfldm_ns.plugin.generated_run import render_views
+from nfldm_ns.sampling.scenes import sampling_record
 from nfldm_ns.scenes.views import index_cameras
 
 SAME = 0.05  # largest difference of latents, whose unit is about their standard deviation, that rounding may make

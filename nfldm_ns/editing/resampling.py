@@ -10,11 +10,11 @@ from jaxtyping import UInt8
 
 from nfldm_ns.diffusion.inpainting import Inpainting
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
-from nfldm_ns.diffusion.sampling import sampling_record
 from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.editing.region import Region
 from nfldm_ns.editing.scenes import latents_of, require_pipeline_of, scene_code_of, with_latents
 from nfldm_ns.generated.scene_files import GeneratedScene
+from nfldm_ns.sampling.scenes import sampling_record
 from nfldm_ns.scenes.collection import BEV_FILE
 
 SEAM_M = 1.0

@@ -19,8 +19,8 @@ from nfldm_ns.diffusion.trajectory import cameras_to_trajectory
 from nfldm_ns.editing.region import Region
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, load_generated_scene, renderer_of
-from nfldm_ns.generated.writing import write_generated_scene
 from nfldm_ns.latents.scene_latents import SceneLatents
+from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.scenes.collection import BEV_FILE, SceneCollection
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
-from nfldm_ns.evaluation.metrics import ImageMetrics
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.quantizer import CodebookUsage
 from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.metrics.images import ImageMetrics
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -34,7 +34,7 @@ def evaluate_round_trip(
 
     Args:
         scene_ids: scenes of the store, usually those of the test split.
-        lpips: from `nfldm_ns.evaluation.weights.load_lpips`; None leaves LPIPS out.
+        lpips: from `nfldm_ns.pretrained.weights.load_lpips`; None leaves LPIPS out.
         ablations: also judge without each of the latents, and with latents that are not quantised.
 
     Returns:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -25,21 +24,14 @@ from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder,
 from nfldm_ns.latents.quantizer import CodebookUsage
 from nfldm_ns.latents.validation import RoundTripPictures
 from nfldm_ns.latents.voxel_code import VoxelCode
-from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore, model_hash, own_config
+from nfldm_ns.latents.voxel_store import VoxelMemory, VoxelStore
 from nfldm_ns.scenes.views import Views, rotate_cameras90
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.scenes.writing import atomic_path
-from nfldm_ns.training import (
-    ItemDraws,
-    ProgressCallback,
-    RunFolder,
-    Schedule,
-    batch_indices,
-    batch_positions,
-    joint_batch_size,
-    new_accelerator,
-    train,
-)
+from nfldm_ns.training.draws import ItemDraws
+from nfldm_ns.training.identity import model_hash, public_config
+from nfldm_ns.training.loop import ProgressCallback, keep_result, train
+from nfldm_ns.training.run import RunFolder
+from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
 
 FIT_SCENES = 96  # scenes that statistics and the linear code are fitted to
 USAGE_WINDOW = 50  # steps over which the use of the codebooks is counted
@@ -139,7 +131,7 @@ class LatentLosses:
     ) -> None:
         self.model, self.code, self.renderer = model, code, renderer
         self.memory, self.cache, self.config = memory, cache, config
-        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.share = batch_share(config.schedule, accelerator)
         self.device = accelerator.device
         self.lpips = lpips
         self.sum_over_processes = partial(accelerator.reduce, reduction="sum")
@@ -189,11 +181,7 @@ class LatentLosses:
 
     def batch(self, number: int) -> tuple[VoxelGrid, Views, ItemDraws]:
         """Voxels of a pass's scenes and views to compare their renderings with, turned together, and further draws."""
-        schedule = self.config.schedule
-        share = (schedule.batch_size, number)
-        indices = batch_indices(len(self.memory), *share, schedule.seed, self.rank, self.world_size)
-        positions = batch_positions(*share, self.rank, self.world_size)
-        draws = ItemDraws(schedule.seed, positions, self.device)
+        indices, draws = self.share.items(len(self.memory), number), self.share.draws(number, self.device)
         views = [self._load_views(self.memory.scene_ids[i]) for i in indices]
         views = [v[draws.permutation(i, v.shape[0])[: self.config.num_views]] for i, v in enumerate(views)]
         grid = self.memory.grid(indices, self.device)
@@ -281,10 +269,7 @@ def train_latent_autoencoder(
         description="Latent auto-encoder",
         on_progress=on_progress,
     )
-    if accelerator.is_main_process:
-        with atomic_path(Path(output_dir) / MODEL_FOLDER) as temporary:
-            model.save_pretrained(temporary)
-    accelerator.wait_for_everyone()
+    keep_result(Path(output_dir) / MODEL_FOLDER, accelerator, model.save_pretrained)
     return model.eval()
 
 
@@ -309,11 +294,6 @@ def new_latent_autoencoder(store: VoxelStore, model_config: dict[str, Any]) -> L
         raise UserInputError(
             f"This preset does not fit the voxels in {store.root} ({error}): choose another."
         ) from None
-
-
-def public_config(model: nn.Module) -> dict[str, Any]:
-    """A model's configuration without diffusers' own entries, as it comes back from a file: lists, no tuples."""
-    return json.loads(json.dumps(own_config(model)))
 
 
 def _require_same_sizes(

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
-from nfldm_ns.evaluation.galleries import image_grid
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.reports.galleries import image_grid
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.tracking import Pictures
+from nfldm_ns.training.loop import held_out_split
+from nfldm_ns.training.trackers import Pictures
 
 NUM_SCENES = 4
-SPLITS = ("val", "test", "train")
 
 
 class RoundTripPictures:
@@ -32,8 +32,7 @@ class RoundTripPictures:
 
     def __init__(self, store: VoxelStore, model: LatentAutoencoder, renderer: SceneAutoencoder) -> None:
         self.store, self.model, self.renderer = store, model, renderer
-        split = next(split for split in SPLITS if store.splits[split])
-        self.scene_ids = evenly(store.splits[split], NUM_SCENES)
+        self.scene_ids = evenly(store.splits[held_out_split(store.splits)], NUM_SCENES)
 
     def __call__(self) -> Pictures:
         """One picture with a row per scene."""

@@ -18,9 +18,9 @@ from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
-from nfldm_ns.latents.voxel_store import model_hash
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.training.identity import model_hash
 
 # The losses of the presets of stage 1, without a discriminator.
 LOSS = StageOneLossConfig(lpips_mult=1.0, rgb_mult=1.0, depth_mult=0.1, depth_norm="l1", opacity_mult=1.0)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -20,43 +18,16 @@ from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_safetensors
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
 from nfldm_ns.scenes.collection import SPLITS, SceneCollection, read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_json
-
-if TYPE_CHECKING:
-    from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
+from nfldm_ns.training.identity import model_hash
 
 FORMAT = "nfldm-voxel-store"
 VERSION = 2
 AUTOENCODER_FOLDER = "scene_autoencoder"
 TENSORS = ("density", "features", "background")
-
-
-def own_config(model: torch.nn.Module) -> dict[str, Any]:
-    """A model's configuration without diffusers' own entries.
-
-    What says that it has no maps is left out: such models are the same as those made before there were any.
-    """
-    config = dict(model.config)  # type: ignore[arg-type]
-    return {k: v for k, v in config.items() if not k.startswith("_") and (v or not k.startswith("bev_"))}
-
-
-def model_hash(model: torch.nn.Module, parts: Mapping[str, torch.nn.Module] | None = None) -> str:
-    """A fingerprint of a model's configuration and weights, in 16 hexadecimal digits.
-
-    Args:
-        parts: those of its modules whose weights count, by name; by default all.
-    """
-    digest = hashlib.sha256()
-    digest.update(json.dumps(own_config(model), sort_keys=True).encode())
-    state = model.state_dict()
-    if parts is not None:
-        state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 @dataclass

@@ -24,7 +24,7 @@ from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safeten
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.diffusion.denoisers import Normaliser
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.refine.prior import Condition, ImagePrior, resize_square
 from nfldm_ns.refine.seen_maps import MAP_FEATURES, MapDescription, SeenMapEncoder, SeenMaps
 from nfldm_ns.refine.spaces import (

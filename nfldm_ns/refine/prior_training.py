@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.training_utils import EMAModel
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
@@ -23,8 +22,6 @@ from nfldm_ns.diffusion.training import (
 )
 from nfldm_ns.diffusion.validation import sample_latents
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.galleries import image_grid
-from nfldm_ns.latents.training import public_config
 from nfldm_ns.refine.domain_prior import (
     CLEAN,
     RENDERED,
@@ -39,19 +36,14 @@ from nfldm_ns.refine.domain_prior import (
 from nfldm_ns.refine.images import collection_paths, read_square_images, render_paths
 from nfldm_ns.refine.seen_maps import NOT_SEEN, MapDescription, SeenMaps, maps_seen_in
 from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, make_space
+from nfldm_ns.reports.galleries import image_grid
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.tracking import Pictures
-from nfldm_ns.training import (
-    ItemDraws,
-    ProgressCallback,
-    RunFolder,
-    Schedule,
-    batch_indices,
-    batch_positions,
-    joint_batch_size,
-    new_accelerator,
-    train,
-)
+from nfldm_ns.training.draws import BatchShare, ItemDraws
+from nfldm_ns.training.identity import public_config
+from nfldm_ns.training.loop import ProgressCallback, held_out_split, moving_averages, train
+from nfldm_ns.training.run import RunFolder
+from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
+from nfldm_ns.training.trackers import Pictures
 
 PRIOR_FOLDER = "prior"
 NUM_STATISTICS = 1024  # images that features and embeddings have their statistics of
@@ -88,6 +80,7 @@ class PriorLosses:
     Args:
         wrapped: the denoiser, as the accelerator wraps it.
         images: `[N, 3, S, S]`, 8 bits.
+        share: what this process works on; by default everything.
         renders: `[R, 3, S, S]`, 8 bits: what it learns to tell from them; there may be none.
         seen: what the images see of their scenes' maps; None for a prior without. Renders are learned without a map.
     """
@@ -101,9 +94,7 @@ class PriorLosses:
         images: UInt8[Tensor, "images 3 size size"],
         config: PriorTrainingConfig,
         device: torch.device,
-        rank: int = 0,
-        world_size: int = 1,
-        joint_batch_size: int | None = None,
+        share: BatchShare | None = None,
         renders: UInt8[Tensor, "renders 3 size size"] | None = None,
         seen: SeenMaps | None = None,
     ) -> None:
@@ -111,18 +102,14 @@ class PriorLosses:
         self.renders = images[:0] if renders is None else renders
         self.wrapped, self.denoiser, self.space, self.embedder = wrapped, denoiser, space, embedder
         self.images, self.config, self.device = images, config, device
-        self.rank, self.world_size = rank, world_size
-        self.joint_batch_size = joint_batch_size or config.schedule.batch_size
+        self.share = share or batch_share(config.schedule)
         self.scheduler = training_scheduler(DiffusionTrainingConfig())
 
     def __call__(self, number: int) -> dict[str, Tensor]:
-        schedule = self.config.schedule
-        share = (schedule.batch_size, number)
-        indices = batch_indices(len(self.images), *share, schedule.seed, self.rank, self.world_size)
-        positions = batch_positions(*share, self.rank, self.world_size)
-        step, first = divmod(positions.start, self.joint_batch_size)
-        timestep = self.timesteps(self.joint_batch_size, schedule.seed + step)[first : first + len(indices)]
-        losses = self.losses(indices, timestep, ItemDraws(schedule.seed, positions, self.device))
+        share = self.share
+        step, part = share.place(number)
+        timestep = self.timesteps(share.joint_batch_size, share.seed + step)[part]
+        losses = self.losses(share.items(len(self.images), number), timestep, share.draws(number, self.device))
         return {"loss": torch.stack(list(losses.values())).sum(), **{k: v.detach() for k, v in losses.items()}}
 
     def timesteps(self, count: int, seed: int) -> Int[Tensor, "count"]:
@@ -265,7 +252,7 @@ def train_prior(
     paths = paths if max_images is None else evenly(paths, max_images)
     images = read_square_images(paths, size)
     renders = read_square_images(render_paths(generated), size) if generated else images[:0]
-    held_out = next((split for split in ("val", "test") if collection.splits[split]), "train")
+    held_out = held_out_split(collection.splits)
     held_out_paths = evenly(collection_paths(collection, held_out), NUM_HELD_OUT)
     held_out_images = read_square_images(held_out_paths, size)
     seen, held_out_seen = (
@@ -286,13 +273,11 @@ def train_prior(
         "batch_size": joint_batch_size(config.schedule, accelerator),
     }
     folder = RunFolder(output_dir, identity, accelerator)
-    ema = EMAModel(denoiser.parameters(), decay=config.ema_decay, use_ema_warmup=True, power=0.75)
+    ema = moving_averages(denoiser, config.ema_decay)
 
     def make_losses(wrapped: nn.Module) -> PriorLosses:
-        share = (accelerator.process_index, accelerator.num_processes, joint_batch_size(config.schedule, accelerator))
-        return PriorLosses(
-            wrapped, denoiser, space, embedder, images, config, accelerator.device, *share, renders=renders, seen=seen
-        )
+        share = batch_share(config.schedule, accelerator)
+        return PriorLosses(wrapped, denoiser, space, embedder, images, config, accelerator.device, share, renders, seen)
 
     render = None
     if config.schedule.validation_steps:

@@ -10,7 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
-from nfldm_ns.evaluation.weights import load_lpips
+from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.refine.prior import resize_square
 
 Space = Literal["pixels", "features"]

@@ -1,0 +1,224 @@
+"""The evaluation of a trained generator: `eval.json` and `index.html`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.novel_views import mean_training_image
+from nfldm_ns.choice import evenly
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.evaluation.numbers import (
+    Records,
+    check_copies,
+    depth_histograms,
+    depth_numbers,
+    floating_numbers,
+    image_numbers,
+    video_numbers,
+)
+from nfldm_ns.evaluation.page import write_page
+from nfldm_ns.evaluation.scenes import FIXED_VIEWS, PictureFolder, SceneJudge, judge_generated, judge_real
+from nfldm_ns.evaluation.settings import SETTINGS, EvaluationSettings, RealScenes, choose_real_scenes, claim_folder
+from nfldm_ns.metrics.image_sets import picture_features, read_picture, same_picture_features
+from nfldm_ns.reports.galleries import write_png
+from nfldm_ns.reports.resources import device_info, package_versions
+from nfldm_ns.scenes.collection import SceneCollection, read_json
+from nfldm_ns.scenes.writing import write_json
+
+NUMBERS = "eval.json"
+PAGE = "index.html"
+MEAN_IMAGE = "mean_image.png"
+MEAN_IMAGE_SCENES = 128
+IMAGE_SETS = ("test", "train", "stage1", "stage2", "samples")
+
+
+def evaluate_pipeline(
+    pipeline: NFLDMPipeline,
+    collection: SceneCollection,
+    output_dir: Path,
+    settings: EvaluationSettings,
+    inception: nn.Module,
+    source: str = "",
+    i3d: nn.Module | None = None,
+) -> dict[str, Any]:
+    """Samples, measures and writes the report; an interrupted run goes on where it stopped.
+
+    Args:
+        pipeline: on the device to work on.
+        collection: what it was trained on; images of its test split are the reference.
+        inception: from `weights.load_inception`, on the same device.
+        source: where the pipeline is from, for the record.
+        i3d: from `weights.load_i3d`, on the same device; needed if the settings ask for FVD.
+
+    Returns:
+        the content of `eval.json` (docs/evaluation.md).
+
+    Raises:
+        UserInputError: if the collection and the pipeline do not fit, a split has too few views, or the folder holds
+            something else.
+    """
+    check_fit(pipeline, collection, settings)
+    if settings.fvd and i3d is None:
+        raise ValueError("the settings ask for FVD, but no I3D was given")
+    real = {split: choose_real_scenes(collection, split, settings) for split in ("test", "train")}
+    claim_folder(output_dir, pipeline, collection, settings)
+    folder = PictureFolder(output_dir)
+    filmed = _filmed_scenes(real, settings)
+    judge = SceneJudge(pipeline, i3d)
+    with progress_bars() as show:
+        title = show(f"Sampling {settings.num_scenes} scenes")
+        names = judge_generated(judge, folder, settings, title, len(filmed["test"]))
+        for split, scenes in real.items():
+            title = show(f"Encoding {len(scenes.scene_ids)} {split} scenes")
+            judge_real(judge, collection, folder, split, scenes, settings.with_source_views, title, filmed[split])
+        features = _set_features(folder, real, names, settings, inception, collection, show)
+        scene_names = {"generated": names, **{split: scenes.scene_ids for split, scenes in real.items()}}
+        fixed = _fixed_features(folder, scene_names, inception, show)
+        done = show("Comparing")
+        records = Records(folder, scene_names, judge.far)
+        images = image_numbers(features, settings)
+        done(0.5)
+        histograms, copies = depth_histograms(records), check_copies(records, fixed)
+        done(0.9)
+        numbers = {
+            **read_json(output_dir / SETTINGS),
+            "collection": {"name": collection.name, "path": str(collection.root)},
+            "source": source,
+            "views_of_real_scenes": {split: scenes.num_views for split, scenes in real.items()},
+            **images,
+            "distances": {**images["distances"], **video_numbers(records)},
+            "depth": depth_numbers(histograms),
+            "floating": floating_numbers(records),
+            "copies": copies.numbers(),
+            "versions": package_versions(),
+            "device": device_info(),
+        }
+        write_json(output_dir / NUMBERS, numbers)
+        write_page(output_dir / PAGE, folder, numbers, histograms, copies, collection)
+        done(1.0)
+    return numbers
+
+
+def _filmed_scenes(real: dict[str, RealScenes], settings: EvaluationSettings) -> dict[str, list[str]]:
+    """Real scenes with fly-throughs: as many of each split, and of generated scenes, as there are of all."""
+    if not settings.fvd:
+        return {split: [] for split in real}
+    count = min(settings.num_scenes, *(len(scenes.scene_ids) for scenes in real.values()))
+    return {split: evenly(scenes.scene_ids, count) for split, scenes in real.items()}
+
+
+def check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: EvaluationSettings) -> None:
+    """Raises `UserInputError` unless a pipeline, a collection and what is to be measured fit together."""
+    autoencoder = pipeline.scene_autoencoder
+    if not torch.allclose(collection.aabb, autoencoder.aabb.cpu(), atol=1e-4):
+        raise UserInputError(
+            f"The pipeline was trained for the box {autoencoder.aabb.tolist()}, but {collection.root} has "
+            f"{collection.aabb.tolist()}: give the collection it was trained on."
+        )
+    cameras = pipeline.global_denoiser.config.num_cameras
+    if settings.views_per_scene > cameras:
+        raise UserInputError(
+            f"--views-per-scene is {settings.views_per_scene}, but sampled trajectories have {cameras} cameras: "
+            "give no more than that."
+        )
+    if settings.fvd and cameras < 2:
+        raise UserInputError("Sampled trajectories have one camera, which is no path for FVD: add --fvd no.")
+    size = tuple(pipeline.global_denoiser.config.image_size)
+    width, height = collection.image_size
+    if size != (height, width):
+        raise UserInputError(
+            f"Generated images have {size[1]} x {size[0]} pixels, but those of {collection.root} {width} x {height}: "
+            "give the collection it was trained on."
+        )
+    collection.require_train_and_test()
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str], Callable[[float], None]]]:
+    """Bars below each other; `show(title)` begins one and returns what tells its share."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns) as progress:
+
+        def show(title: str) -> Callable[[float], None]:
+            task = progress.add_task(title, total=1.0)
+            return lambda share: progress.update(task, completed=share)
+
+        yield show
+
+
+def _set_features(
+    folder: PictureFolder,
+    real: dict[str, RealScenes],
+    generated: list[str],
+    settings: EvaluationSettings,
+    inception: nn.Module,
+    collection: SceneCollection,
+    show: Callable[[str], Callable[[float], None]],
+) -> dict[str, Tensor]:
+    """Features of exactly `num_images` images of each set."""
+    scenes = {"train": sorted(real["train"].shown), "samples": generated}
+    views = {"train": real["train"].num_views, "samples": settings.views_per_scene}
+    features = {}
+    for name in IMAGE_SETS:
+        chosen, count = scenes.get(name, sorted(real["test"].shown)), views.get(name, real["test"].num_views)
+        title = show(f"Features of {settings.num_images} images: {name}")
+        features[name] = image_features(folder, name, chosen, count, settings.num_images, inception, title)
+    mean = _mean_image(folder, collection)
+    return {**features, "mean_image": same_picture_features(inception, mean, settings.num_images)}
+
+
+def image_features(
+    folder: PictureFolder,
+    name: str,
+    scenes: Sequence[str],
+    views: int,
+    num_images: int,
+    inception: nn.Module,
+    on_progress: Callable[[float], None] | None = None,
+) -> Float[Tensor, "images features"]:
+    """Inception features, kept in the folder, of evenly chosen pictures of a set.
+
+    Args:
+        views: pictures that there are of each scene.
+        num_images: how many are taken of all.
+    """
+    paths = [folder.pictures(name) / f"{scene}_{view}.png" for scene in scenes for view in range(views)]
+    return picture_features(inception, evenly(paths, num_images), folder.root / "features" / name, on_progress)
+
+
+def _mean_image(folder: PictureFolder, collection: SceneCollection) -> Tensor:
+    path = folder.root / MEAN_IMAGE
+    if not path.is_file():
+        scenes = evenly(collection.split("train"), MEAN_IMAGE_SCENES)
+        write_png(path, mean_training_image(collection.batch([collection.load_scene(i)]) for i in scenes))
+    return read_picture(path)
+
+
+def _fixed_features(
+    folder: PictureFolder,
+    scenes: dict[str, list[str]],
+    inception: nn.Module,
+    show: Callable[[str], Callable[[float], None]],
+) -> dict[str, Tensor]:
+    """Features of the views of the shared cameras, in the order of the scenes."""
+    features = {}
+    for name, chosen in scenes.items():
+        paths = [folder.fixed(name) / f"{scene}_{view}.png" for scene in chosen for view in range(FIXED_VIEWS)]
+        title = show(f"Features of {len(paths)} views for the copy check: {name}")
+        features[name] = picture_features(inception, paths, folder.root / "features" / f"fixed_{name}", title)
+    return features

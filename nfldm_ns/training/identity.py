@@ -1,0 +1,41 @@
+"""What tells one trained model from another: its configuration and a fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+
+def own_config(model: torch.nn.Module) -> dict[str, Any]:
+    """A model's configuration without diffusers' own entries.
+
+    What says that it has no maps is left out: such models are the same as those made before there were any.
+    """
+    config = dict(model.config)  # type: ignore[arg-type]
+    return {k: v for k, v in config.items() if not k.startswith("_") and (v or not k.startswith("bev_"))}
+
+
+def public_config(model: torch.nn.Module) -> dict[str, Any]:
+    """A model's configuration without diffusers' own entries, as it comes back from a file: lists, no tuples."""
+    return json.loads(json.dumps(own_config(model)))
+
+
+def model_hash(model: torch.nn.Module, parts: Mapping[str, torch.nn.Module] | None = None) -> str:
+    """A fingerprint of a model's configuration and weights, in 16 hexadecimal digits.
+
+    Args:
+        parts: those of its modules whose weights count, by name; by default all.
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps(own_config(model), sort_keys=True).encode())
+    state = model.state_dict()
+    if parts is not None:
+        state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,60 @@
+"""What the commands that train stages 2 and 3 and priors share."""
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from nfldm_ns.errors import UserInputError
+
+if TYPE_CHECKING:
+    import torch
+
+ReportTo = Literal["tensorboard", "wandb", "all", "none"]
+
+
+@dataclass
+class ScheduleOptions:
+    """How long and how fast to train, of each network; by default as the preset says."""
+
+    max_steps: int | None = None
+    """Optimiser steps."""
+    time_budget_s: float | None = None
+    """Ends after this many seconds if that comes first."""
+    batch_size: int | None = None
+    """Scenes (of priors: images) per pass and process."""
+    gradient_accumulation_steps: int | None = None
+    """Passes per optimiser step: a step learns from this many times `--batch-size` (times the processes)."""
+    learning_rate: float | None = None
+    """Its peak."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """By default the preset's, else what `accelerate launch` says."""
+    validation_steps: int | None = None
+    """Steps between sample pictures in the trackers; 0 for none."""
+    report_to: ReportTo = "tensorboard"
+    """Where losses and pictures are shown, besides metrics.jsonl; wandb needs `pip install wandb`."""
+    seed: int = 0
+    """Of weights, order and noise."""
+
+    def given(self) -> dict[str, Any]:
+        """Fields of `nfldm_ns.training.schedule.Schedule` that the user gave; the preset has the others."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def looks_at_maps(condition: Literal["none", "bev"], bev_dropout: float | None) -> bool:
+    """Whether a training sees semantic maps; `UserInputError` if it is to drop maps that it does not see."""
+    if bev_dropout is not None and condition != "bev":
+        raise UserInputError("--bev-dropout drops maps, which --condition bev alone looks at: add it.")
+    return condition == "bev"
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one that writes and talks."""
+    from accelerate import Accelerator
+
+    return Accelerator().is_main_process
+
+
+def process_device() -> "torch.device":
+    """The device of this process."""
+    from accelerate import Accelerator
+
+    return Accelerator().device
