@@ -16,11 +16,12 @@ SKIPPED := ^pyliblzfse==
 
 CODE := $(wildcard nfldm_ns method_configs dataparsers tests benchmarks)
 
-.PHONY: help setup demo test lint format constraints clean
+.PHONY: help setup demo test results lint format constraints clean
 
 help:
 	@echo "make demo    set up, then train and sample the whole pipeline; ends in outputs/demo/index.html"
 	@echo "make test    set up, then run the tests"
+	@echo "make results NAME=...  repeat a measurement of docs/results.md, with ARGS as it says there"
 	@echo "make lint    set up, then check style, formatting and types"
 	@echo "make format  apply the formatting"
 	@echo "make setup   only set up .venv"
@@ -32,6 +33,12 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest $(ARGS)
+
+# What docs/results.md reports: 'make results NAME=sharpness ARGS="--data data/mazes ..."', as written there.
+results: $(STAMP)
+	@test -n "$(NAME)" && test -f benchmarks/$(NAME).py || \
+	    { echo "error: name a script: make results NAME=..., one of $(basename $(notdir $(wildcard benchmarks/*.py)))." >&2; exit 2; }
+	python benchmarks/$(NAME).py $(ARGS)
 
 lint: $(STAMP) build/typecheck
 	ruff check $(CODE)

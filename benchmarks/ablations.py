@@ -20,10 +20,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-import tyro
-from comparisons import VariantOptions, stored
 from rich.progress import track
-from short_training import ShortTraining, make_autoencoder
 
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.novel_views import (
@@ -37,7 +34,6 @@ from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
 from nfldm_ns.choice import evenly
-from nfldm_ns.errors import exit_on_bad_input
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER, SceneAutoencoderPreset
 from nfldm_ns.method_configs.scene_ae import scene_autoencoder_config
 from nfldm_ns.metrics.images import nearest_source_view
@@ -46,6 +42,9 @@ from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
+from shared.comparisons import VariantOptions, stored
+from shared.running import run
+from shared.short_training import ShortTraining, make_autoencoder
 
 
 @dataclass(frozen=True)
@@ -251,5 +250,4 @@ def cells(scores: dict[str, float]) -> list[float | None]:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -24,8 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import tyro
-from short_training import ShortTraining, make_autoencoder
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
@@ -35,7 +33,7 @@ from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
 from nfldm_ns.choice import evenly
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.scene_ae import discriminator_optimizer
 from nfldm_ns.metrics.images import ImageMetrics, extract_features, frechet_distance
@@ -45,6 +43,8 @@ from nfldm_ns.pretrained.weights import load_inception, load_lpips
 from nfldm_ns.reports.galleries import image_grid, write_png
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
+from shared.running import run
+from shared.short_training import ShortTraining, make_autoencoder
 
 PRESET = SCENE_AUTOENCODER["tiny"]
 
@@ -179,5 +179,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options))
+    run(main, Options, __doc__)

@@ -29,9 +29,19 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import tyro
-from comparisons import stored
-from edited_views import (
+from jaxtyping import Bool
+from sampling import fingerprints
+from torch import Tensor
+
+from nfldm_ns.editing.scenes import encode_again, encode_real_scene
+from nfldm_ns.metrics.images import MAX_PSNR, psnr
+from nfldm_ns.metrics.layout import Layout, agreement, map_layout, voxel_layout
+from nfldm_ns.reports.report import Table
+from nfldm_ns.reports.resources import device_info
+from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.writing import require_writable
+from shared.comparisons import stored
+from shared.edited_views import (
     ACROSS,
     BLOCK_AT_M,
     BLOCK_M,
@@ -51,19 +61,8 @@ from edited_views import (
     seen_outside,
     takes_maps,
 )
-from editing_pictures import draw_pictures
-from jaxtyping import Bool
-from sampling import fingerprints
-from torch import Tensor
-
-from nfldm_ns.editing.scenes import encode_again, encode_real_scene
-from nfldm_ns.errors import exit_on_bad_input
-from nfldm_ns.metrics.images import MAX_PSNR, psnr
-from nfldm_ns.metrics.layout import Layout, agreement, map_layout, voxel_layout
-from nfldm_ns.reports.report import Table
-from nfldm_ns.reports.resources import device_info
-from nfldm_ns.scenes.views import Views
-from nfldm_ns.scenes.writing import require_writable
+from shared.editing_pictures import draw_pictures
+from shared.running import run
 
 SOME = 0.1  # share of a view's pixels from which on it sees something
 REAL = "real scenes, stages 1 and 2"
@@ -419,5 +418,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

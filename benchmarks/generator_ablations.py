@@ -25,11 +25,8 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-from comparisons import VariantOptions, find_result, fingerprint, stored
 from latent_ablations import GROUPS as LATENT_GROUPS
 from latent_ablations import Change, model_arguments, open_store, settings
-from sampled_views import SampleJudge, SampleOptions, work_device
 from torch import nn
 
 from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
@@ -44,7 +41,7 @@ from nfldm_ns.diffusion.training import (
     train_denoiser,
     velocity_errors,
 )
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder, load_latent_autoencoder
 from nfldm_ns.latents.training import LatentTrainingConfig, train_latent_autoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore
@@ -54,6 +51,9 @@ from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.training.identity import model_hash
 from nfldm_ns.training.schedule import Schedule
+from shared.comparisons import VariantOptions, find_result, fingerprint, stored
+from shared.running import run
+from shared.sampled_views import SampleJudge, SampleOptions, work_device
 
 
 @dataclass(frozen=True)
@@ -330,5 +330,4 @@ def cells(result: dict[str, Any]) -> list[float | None]:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

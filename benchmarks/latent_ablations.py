@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
-from comparisons import VariantOptions, find_result, stored
 from torch import nn
 
 from nfldm_ns.choice import evenly
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.round_trip import evaluate_round_trip
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig, train_latent_autoencoder, voxel_loss
@@ -33,6 +31,8 @@ from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS, LatentPreset
 from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.report import Table
+from shared.comparisons import VariantOptions, find_result, stored
+from shared.running import run
 
 Change = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -197,5 +197,4 @@ def other_cells(result: dict[str, Any]) -> list[float | None]:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

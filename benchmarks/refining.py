@@ -29,17 +29,15 @@ from typing import Any, get_args
 
 import torch
 import tyro
-from comparisons import as_json, fingerprint, stored, use_threads
 from nerfstudio.cameras.cameras import Cameras
 from safetensors.torch import load_file
-from sampled_views import Features, SampleJudge, work_device
 from sampling import fingerprints, kid_difference
 from torch import Tensor
 
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.evaluation import check_fit
 from nfldm_ns.evaluation.scenes import SURFACE, PictureFolder, Record, SceneJudge
 from nfldm_ns.evaluation.settings import EvaluationSettings
@@ -65,6 +63,9 @@ from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import write_json
+from shared.comparisons import as_json, fingerprint, stored, use_threads
+from shared.running import run
+from shared.sampled_views import Features, SampleJudge, work_device
 
 BEFORE = "before"
 PLACES = ("trajectory", "free")  # cameras of the images for FID and KID
@@ -477,5 +478,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -17,15 +17,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import tyro
-from comparisons import use_threads
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from sampled_views import work_device
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene, renderer_of
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.refine import refine_trainer_config
@@ -42,6 +39,9 @@ from nfldm_ns.reports.resources import ResourceMeter, device_info
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import require_writable, write_json
+from shared.comparisons import use_threads
+from shared.running import run
+from shared.sampled_views import work_device
 
 TOKENS, EMBEDDING, WORD_DIM = 77, 1024, 1024
 BOX = ((-20.0, -20.0, -2.0), (20.0, 20.0, 8.0))
@@ -184,5 +184,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -27,7 +27,6 @@ from pathlib import Path
 import mediapy
 import torch
 import torch.nn.functional as F
-import tyro
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.utils.eval_utils import eval_setup
@@ -41,6 +40,7 @@ from nfldm_ns.plugin.pictures import render_perspective
 from nfldm_ns.plugin.voxel_model import VoxelModel
 from nfldm_ns.scenes.views import camera_rays, make_cameras, resize_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from shared.running import run
 
 SIZES = (64, 128, 256, 512, 1024)
 SHOWN = 160  # pixels of each picture in the sheet
@@ -247,4 +247,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    run(main, Options, __doc__)

@@ -24,7 +24,6 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from comparisons import require_choice, use_threads
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -32,11 +31,10 @@ from diffusers import (
     SchedulerMixin,
     UniPCMultistepScheduler,
 )
-from sampled_views import Features, SampleJudge, SampleOptions, jackknife, work_device
 from torch import Tensor
 
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline, scene_generators
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.scenes import PictureFolder, render_sampled_views
 from nfldm_ns.metrics.image_sets import REFERENCE, read_picture
 from nfldm_ns.metrics.images import kernel_distance
@@ -45,6 +43,9 @@ from nfldm_ns.reports.resources import device_info
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import require_writable, write_json
 from nfldm_ns.training.identity import model_hash
+from shared.comparisons import require_choice, use_threads
+from shared.running import run
+from shared.sampled_views import Features, SampleJudge, SampleOptions, jackknife, work_device
 
 SCHEDULERS: dict[str, type[SchedulerMixin]] = {
     "dpm++": DPMSolverMultistepScheduler,
@@ -322,5 +323,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

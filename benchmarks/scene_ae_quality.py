@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -48,7 +47,7 @@ from nfldm_ns.autoencoder.novel_views import (
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
-from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.metrics.images import nearest_source_view
 from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.galleries import depth_colors, error_colors, image_grid, write_png
@@ -57,6 +56,7 @@ from nfldm_ns.reports.resources import device_info, package_versions
 from nfldm_ns.scenes.collection import Scene, SceneCollection
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
+from shared.running import run
 
 BEST, MIDDLE, WORST = 5, 6, 5
 LARGEST_ERROR = 0.5
@@ -424,5 +424,4 @@ def write_results(folder: Path, results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

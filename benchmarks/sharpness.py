@@ -11,8 +11,6 @@ Writes `sharpness.json`, `sharpness.md` and `sharpness.png`. Needs the weights o
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import tyro
 from rich.progress import track
 from torch import Tensor
 
@@ -29,7 +26,6 @@ from nfldm_ns.autoencoder.novel_views import SceneScores, ViewJudge
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
-from nfldm_ns.errors import exit_on_bad_input
 from nfldm_ns.generated.cameras import fly_through
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
 from nfldm_ns.metrics.consistency import reprojection_error
@@ -42,6 +38,7 @@ from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
+from shared.running import run
 
 FLIGHT_FRAMES = 24
 COLUMNS = ("PSNR (dB)", "LPIPS", "depth error (m)", "FID", "KID", "neighbours (1/255)", "unmoved (1/255)", "s of CPU")
@@ -174,8 +171,7 @@ def write(
     cells = [[name, *(values.get(key) for key in keys)] for name, values in results.items()]
     caption = f"{len(real)} held-out places, {sum(map(len, real))} target views."
     table = Table(["", *COLUMNS], cells, caption, digits=[0, 2, 3, 2, 1, 4, 2, 2, 2])
-    command = shlex.join(["python", "benchmarks/sharpness.py", *sys.argv[1:]])
-    write_json(options.output_dir / "sharpness.json", {"command": command, "seed": options.seed, "rows": results})
+    write_json(options.output_dir / "sharpness.json", {"seed": options.seed, "rows": results})
     with atomic_path(options.output_dir / "sharpness.md") as temporary:
         temporary.write_text(f"{command}\n\n{table.markdown()}", encoding="utf-8")
     shown = range(0, len(real), -(-len(real) // SHOWN_SCENES))
@@ -186,5 +182,4 @@ def write(
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

@@ -25,8 +25,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import tyro
-from comparisons import require_choice, use_threads
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
@@ -36,13 +34,14 @@ from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, 
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
-from nfldm_ns.errors import exit_on_bad_input
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.scene_ae import scene_autoencoder_config
 from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.resources import GIB, ResourceMeter, resident_bytes
 from nfldm_ns.scenes.views import Views, camera_rays, make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from shared.comparisons import require_choice, use_threads
+from shared.running import run
 
 
 @dataclass
@@ -309,5 +308,4 @@ def main(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_bad_input():
-        main(tyro.cli(Options, description=__doc__))
+    run(main, Options, __doc__)

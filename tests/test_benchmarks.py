@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
@@ -64,7 +64,7 @@ SMALL_NETWORK = {
 def script(name: str) -> ModuleType:
     """A script of benchmarks/ as a module."""
     path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", path)
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name.replace('/', '_')}", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
@@ -218,8 +218,8 @@ def test_latent_ablations_downsample_c(factor: int) -> None:
 @pytest.fixture
 def no_inception(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network in its place."""
-    monkeypatch.setattr("sampled_views.fetch_weights", lambda name: None)
-    monkeypatch.setattr("sampled_views.load_inception", MeanColor)
+    monkeypatch.setattr("shared.sampled_views.fetch_weights", lambda name: None)
+    monkeypatch.setattr("shared.sampled_views.load_inception", MeanColor)
 
 
 def results(folder: Path) -> dict[str, dict]:
@@ -407,8 +407,8 @@ def drawing_pipeline() -> NFLDMPipeline:
 def edit_options(box_room_collection: SceneCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The script and its smallest options; networks that judge are small ones."""
     editing = script("editing")
-    monkeypatch.setattr("edited_views.load_inception", MeanColor)
-    monkeypatch.setattr("edited_views.load_lpips", MeanDifference)
+    monkeypatch.setattr("shared.edited_views.load_inception", MeanColor)
+    monkeypatch.setattr("shared.edited_views.load_lpips", MeanDifference)
     small_pipeline().save_pretrained(tmp_path / "pipeline")
     return editing, editing.Options(
         pipeline=tmp_path / "pipeline",
@@ -464,7 +464,7 @@ def test_editing_is_measured_once_and_drawn(edit_options: Any, capsys: pytest.Ca
 
 def test_maps_that_are_followed_score_like_real_scenes(edit_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     editing, options = edit_options
-    monkeypatch.setattr("edited_views.load_pipeline", lambda folder: drawing_pipeline())
+    monkeypatch.setattr("shared.edited_views.load_pipeline", lambda folder: drawing_pipeline())
     editing.main(replace(options, what=("bev", "pictures")))
     found = results(options.output_dir)["bev"]
     sampled, without = found["rows"][editing.WITH_MAP], found["rows"]["sampled without maps"]
@@ -502,7 +502,7 @@ def test_a_block_is_painted_where_floor_is_seen() -> None:
 
 
 def test_pixels_outside_of_a_region_are_those_whose_rays_do_not_enter_it() -> None:
-    views = script("edited_views")
+    views = script("shared/edited_views")
     grid = random_grid(1)
     region = box_region(grid, (1.0, -3.0, 3.0, 3.0))
     poses = look_along(torch.zeros(2, 3), torch.tensor([math.pi / 2, math.pi]), torch.zeros(2))  # north, west
@@ -516,7 +516,7 @@ def test_pixels_outside_of_a_region_are_those_whose_rays_do_not_enter_it() -> No
 
 
 def test_kid_and_its_error() -> None:
-    views = script("edited_views")
+    views = script("shared/edited_views")
     reference, fake = torch.randn(40, 3, 4).double(), torch.randn(40, 3, 4).double() + 1
     found = views.kid(reference, fake)
     assert found["kid"] == pytest.approx(kernel_distance(reference.flatten(0, 1), fake.flatten(0, 1)).mean)
@@ -528,7 +528,7 @@ def test_kid_and_its_error() -> None:
 def test_the_jackknife_of_a_mean_is_its_standard_error() -> None:
     """With ten scenes in ten groups it would be exactly s / sqrt(n); here each group has the mean of its two."""
     values = torch.randn(20, generator=torch.Generator().manual_seed(0)).double()
-    mean, error = script("sampled_views").jackknife(lambda mask: float(values[mask(20)].mean()), 20)
+    mean, error = script("shared/sampled_views").jackknife(lambda mask: float(values[mask(20)].mean()), 20)
     groups = values.view(2, 10).mean(0)
     assert mean == pytest.approx(float(values.mean())) and error == pytest.approx(float(groups.std() / math.sqrt(10)))
 
@@ -692,3 +692,21 @@ def test_sharpness_compares_encoders_with_refined_and_optimised_voxels(box_room_
         assert np.isfinite([*values.values()]).all(), name
     assert rows["refining, 1 steps"]["seconds"] > rows["refining, encoder"]["seconds"]
     assert "4 target views" in capsys.readouterr().out and (tmp_path / "out" / "sharpness.png").is_file()
+
+
+def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
+    @dataclass
+    class Options:
+        """Measures nothing."""
+
+        output_dir: Path
+        seed: int = 0
+
+    running = script("shared/running")
+    monkeypatch.setattr(sys, "argv", ["benchmarks/nothing.py", "--output-dir", str(tmp_path), "--seed", "3"])
+    running.run(lambda options: print(f"seed {options.seed}"), Options, None)
+    made = json.loads((tmp_path / "record.json").read_text())
+    assert made["command"] == f"python benchmarks/nothing.py --output-dir {tmp_path} --seed 3"
+    assert made["seed"] == 3 and made["data"] is None and made["device"]["cores"] >= 1 and made["seconds"] >= 0
+    assert made["commit"] == running.commit() and running.commit(tmp_path) == "unknown"
+    assert capsys.readouterr().out.splitlines()[0] == "seed 3"

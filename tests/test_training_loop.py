@@ -17,12 +17,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.multiprocessing import start_processes
 
-from nfldm_ns import tracking, training
 from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, train_denoiser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.training import LatentTrainingConfig, train_latent_autoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
+from nfldm_ns.training import loop, run, trackers
 from nfldm_ns.training.draws import ItemDraws
 from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
@@ -125,8 +125,8 @@ def _work(rank: int, folder: Path, root: Path) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", world_size=RANKS, rank=rank)
     written: list[str] = []
-    save = training.save_file
-    training.save_file = lambda tensors, path: (written.append(str(path)), save(tensors, path))  # type: ignore
+    save = run.save_file
+    run.save_file = lambda tensors, path: (written.append(str(path)), save(tensors, path))  # type: ignore
     schedule = replace(SCHEDULE, batch_size=1, gradient_accumulation_steps=2)
     trainings = Trainings(root)
     results = {
@@ -163,26 +163,26 @@ def _die(*_: Any) -> None:
 
 
 def _die_in_a_step() -> None:
-    step, calls = training._step, iter(range(100))
-    training._step = lambda *args: _die() if next(calls) == 3 else step(*args)  # type: ignore[assignment]
+    step, calls = loop._step, iter(range(100))
+    loop._step = lambda *args: _die() if next(calls) == 3 else step(*args)  # type: ignore[assignment]
 
 
 def _die_within_a_checkpoint() -> None:
-    save = training.save_file
-    training.save_file = lambda tensors, path: _die() if "ema" in str(path) else save(tensors, path)  # type: ignore
+    save = run.save_file
+    run.save_file = lambda tensors, path: _die() if "ema" in str(path) else save(tensors, path)  # type: ignore
 
 
 def _die_before_the_old_checkpoint_goes() -> None:
-    rmtree = training.shutil.rmtree
+    rmtree = run.shutil.rmtree
 
     def remove(path: Path, **options: Any) -> None:
         _die() if Path(path).name.startswith("checkpoint-") else rmtree(path, **options)
 
-    training.shutil.rmtree = remove  # type: ignore[assignment]
+    run.shutil.rmtree = remove  # type: ignore[assignment]
 
 
 def _die_in_the_log() -> None:
-    training._means = _die  # type: ignore[assignment]
+    loop._means = _die  # type: ignore[assignment]
 
 
 def _killed(prepare: Callable[[], None], root: Path, folder: Path) -> None:
@@ -244,7 +244,7 @@ def test_sample_renders_of_stage_2_are_logged_once_also_after_a_stop(trainings, 
         raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        step, calls = training._step, iter(range(100))
+        step, calls = loop._step, iter(range(100))
         patch.setattr(training, "_step", lambda *args: stop() if next(calls) == 3 else step(*args))
         with pytest.raises(Interrupted):
             trainings.stage2(tmp_path / "watched", replace(schedule, checkpoint_every=2), quantize=True)
@@ -286,7 +286,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb_behind_its_last_entry(tr
 
     monkeypatch.setitem(accelerator.LOGGER_TYPE_TO_CLASS, "wandb", FakeTracker)
     schedule = replace(SCHEDULE, log_every=1, checkpoint_every=10, report_to="wandb")
-    step, calls = training._step, iter(range(100))
+    step, calls = loop._step, iter(range(100))
 
     def stop(*args: Any) -> Any:
         if next(calls) == 3:
@@ -305,14 +305,14 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb_behind_its_last_entry(tr
 
 
 def test_trackers_by_name_and_a_missing_package(monkeypatch, trainings, tmp_path):
-    assert tracking.tracker_names("none") == [] and tracking.tracker_names("tensorboard") == ["tensorboard"]
-    monkeypatch.setattr(tracking, "is_wandb_available", lambda: False)
-    assert tracking.tracker_names("all") == ["tensorboard"]
+    assert trackers.tracker_names("none") == [] and trackers.tracker_names("tensorboard") == ["tensorboard"]
+    monkeypatch.setattr(trackers, "is_wandb_available", lambda: False)
+    assert trackers.tracker_names("all") == ["tensorboard"]
     with pytest.raises(UserInputError, match="pip install wandb"):
         trainings.stage3(tmp_path / "run", replace(SCHEDULE, report_to="wandb"))
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(tracking, "is_wandb_available", lambda: True)
-    assert tracking.tracker_names("all") == ["tensorboard", "wandb"]
+    monkeypatch.setattr(trackers, "is_wandb_available", lambda: True)
+    assert trackers.tracker_names("all") == ["tensorboard", "wandb"]
 
 
 # Precision

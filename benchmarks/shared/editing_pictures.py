@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from edited_views import Editor, Maps, combine, harmonise, interpolate, paint_block, takes_maps
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
@@ -14,6 +13,7 @@ from nfldm_ns.editing.scenes import encode_real_scene
 from nfldm_ns.generated.scene_files import GeneratedScene
 from nfldm_ns.metrics.layout import map_layout
 from nfldm_ns.reports.galleries import bev_colors, density_from_above, image_grid, write_png
+from shared.edited_views import Editor, Maps, combine, harmonise, interpolate, paint_block, takes_maps
 
 VARIANTS = 3
 FRAMES = 7

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from comparisons import fingerprint
 from diffusers.utils import logging
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ from nfldm_ns.metrics.image_sets import REFERENCE, set_distances, write_pictures
 from nfldm_ns.pretrained.weights import fetch_weights, load_inception
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import atomic_path
+from shared.comparisons import fingerprint
 
 Features = Float[Tensor, "images features"]
 Distances = dict[str, dict[str, float]]

@@ -14,10 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from comparisons import use_threads
 from jaxtyping import Bool, Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
-from sampled_views import jackknife, work_device
 from torch import Tensor, nn
 
 from nfldm_ns.choice import evenly
@@ -37,6 +35,8 @@ from nfldm_ns.pretrained.weights import load_inception, load_lpips
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.views import camera_rays, index_cameras, make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
+from shared.comparisons import use_threads
+from shared.sampled_views import jackknife, work_device
 
 Part = Literal["bev", "resample", "combine", "interpolate", "time", "pictures"]
 PARTS: tuple[Part, ...] = ("bev", "resample", "combine", "interpolate", "time", "pictures")
