@@ -24,12 +24,13 @@ from nfldm_ns.commands.demo import main
 from nfldm_ns.demo import pace
 from nfldm_ns.demo.console import StageConsole, Timetable, clock
 from nfldm_ns.demo.denoisers import load_latents, save_latents
-from nfldm_ns.demo.evaluation import compare_image_sets, judge_novel_views
+from nfldm_ns.demo.evaluation import compare_image_sets
 from nfldm_ns.demo.runner import Stage, read_marker, run_stages
 from nfldm_ns.demo.scene_training import run_folder, train_command
 from nfldm_ns.demo.settings import fingerprint
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.evaluation.novel_views import judge_novel_views
 from nfldm_ns.generated.scene_files import load_generated_scene
 from nfldm_ns.method_configs.demo_presets import DEMO_PRESETS
 from nfldm_ns.scenes.collection import SceneCollection

@@ -245,7 +245,7 @@ def test_sample_renders_of_stage_2_are_logged_once_also_after_a_stop(trainings, 
 
     with pytest.MonkeyPatch.context() as patch:
         step, calls = loop._step, iter(range(100))
-        patch.setattr(training, "_step", lambda *args: stop() if next(calls) == 3 else step(*args))
+        patch.setattr(loop, "_step", lambda *args: stop() if next(calls) == 3 else step(*args))
         with pytest.raises(Interrupted):
             trainings.stage2(tmp_path / "watched", replace(schedule, checkpoint_every=2), quantize=True)
     trainings.stage2(tmp_path / "watched", schedule, quantize=True)
@@ -293,7 +293,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb_behind_its_last_entry(tr
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(training, "_step", stop)
+    monkeypatch.setattr(loop, "_step", stop)
     with pytest.raises(KeyboardInterrupt):
         trainings.stage3(tmp_path, schedule, "global")
     trainings.stage3(tmp_path, schedule, "global")

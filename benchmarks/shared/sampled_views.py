@@ -14,13 +14,14 @@ from diffusers.utils import logging
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.evaluation.evaluation import check_fit, image_features, progress_bars
+from nfldm_ns.evaluation.evaluation import check_fit, picture_paths, progress_bars
 from nfldm_ns.evaluation.numbers import FEATURES, RESIZING
 from nfldm_ns.evaluation.scenes import PictureFolder, SceneJudge, judge_generated, judge_real, shown_views
 from nfldm_ns.evaluation.settings import EvaluationSettings, RealScenes, choose_real_scenes, claim_folder
-from nfldm_ns.metrics.image_sets import REFERENCE, set_distances, write_pictures
+from nfldm_ns.metrics.image_sets import REFERENCE, picture_features, set_distances, write_pictures
 from nfldm_ns.pretrained.weights import fetch_weights, load_inception
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import atomic_path
@@ -146,7 +147,8 @@ class SampleJudge:
         views: int,
         on_progress: Callable[[float], None] | None = None,
     ) -> Features:
-        return image_features(folder, name, scenes, views, self.settings.num_images, self.inception, on_progress)
+        paths = evenly(picture_paths(folder, name, scenes, views), self.settings.num_images)
+        return picture_features(self.inception, paths, folder.root / "features" / name, on_progress)
 
     def floor(self) -> Distances:
         """`fid` and `kid` of real views of training scenes, as `train`: about the best there can be."""

@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.novel_views import mean_training_image
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
 from nfldm_ns.demo.runner import Report
 from nfldm_ns.demo.settings import DemoSettings
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.evaluation.image_sets import IMAGE_SETS, MEAN_IMAGE_SCENES, features_of_sets, mean_image
+from nfldm_ns.evaluation.novel_views import judge_novel_views
 from nfldm_ns.evaluation.scenes import render_sampled_views
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
-from nfldm_ns.latents.round_trip import round_trip_variants
-from nfldm_ns.metrics.image_sets import (
-    Images,
-    picture_features,
-    same_picture_features,
-    set_distances,
-    write_pictures,
-)
-from nfldm_ns.metrics.images import ImageMetrics, nearest_source_view
+from nfldm_ns.metrics.image_sets import Images, set_distances, write_pictures
 from nfldm_ns.sampling.scenes import sample_scenes
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.scenes.views import SceneBatch
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 SCENES_AT_ONCE = 4
-MEAN_IMAGE_SCENES = 128
 NOVEL_VIEWS_SHARE = 0.4  # of the time of the evaluation
 METRICS = "metrics.json"
 
@@ -100,12 +89,12 @@ def evaluate(
         folder: holds `samples/` from `render_samples`; gets `test/`, `train/`, `stage1/` and `stage2/` beside it.
     """
     num_scenes = -(-settings.num_images // settings.views_per_scene)
-    train = evenly(collection.split("train"), max(MEAN_IMAGE_SCENES, num_scenes))
+    num_train = max(MEAN_IMAGE_SCENES, num_scenes)
     report(0.0, "mean image")
-    mean = mean_training_image(collection.batch([collection.load_scene(i)]) for i in train)
+    mean = mean_image(collection, num_train)
     with atomic_path(folder / "train") as temporary:
         temporary.mkdir()
-        for scene_id in evenly(train, num_scenes):
+        for scene_id in evenly(evenly(collection.split("train"), num_train), num_scenes):
             scene = collection.load_scene(scene_id)
             write_pictures(temporary, scene_id, scene.target.images[: settings.views_per_scene])
     test = evenly(collection.split("test"), num_scenes)
@@ -130,72 +119,6 @@ def evaluate(
     write_json(folder / METRICS, {"novel_views": novel_views, "image_sets": image_sets})
 
 
-@torch.inference_mode()
-def judge_novel_views(
-    collection: SceneCollection,
-    scene_ids: Sequence[str],
-    scene_autoencoder: SceneAutoencoder,
-    latent_autoencoder: LatentAutoencoder,
-    views: int,
-    mean: Float[Tensor, "3 height width"],
-    lpips: nn.Module,
-    folder: Path,
-    report: Callable[[float], None],
-) -> dict[str, Any]:
-    """Metrics of target views by method, and their pictures in `folder`.
-
-    Args:
-        scene_ids: held-out scenes.
-        views: target views of each.
-        mean: a baseline.
-
-    Returns:
-        `num_images`, and `ImageMetrics.compute()` of `stage1`, `stage2` (after the latents), `without_fine`,
-        `without_coarse`, `without_global`, `not_quantised`, `nearest_view` and `mean_image`; LPIPS of the ablations is
-        left out.
-    """
-    device = scene_autoencoder.device
-    metrics: dict[str, ImageMetrics] = {}
-    pictures = {name: folder / name for name in ("test", "stage1", "stage2")}
-    for path in pictures.values():
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
-    for done, batch in enumerate(_batches(collection, scene_ids, views)):
-        batch = batch.to(device)
-        _save(pictures["test"], batch, batch.target.images)
-        for name, grid in round_trip_variants(latent_autoencoder, scene_autoencoder.encode(batch.source)).items():
-            judge = metrics.setdefault(name, ImageMetrics(lpips if name in pictures else None))
-            rendered = scene_autoencoder.render(grid, batch.target.cameras)
-            judge.update(rendered.rgb, batch.target.images)
-            judge.update_depth(rendered.depth, batch.target, batch.aabb)
-            if name in pictures:
-                _save(pictures[name], batch, rendered.rgb)
-        baselines = {
-            "nearest_view": nearest_source_view(batch),
-            "mean_image": mean.to(device).expand_as(batch.target.images),
-        }
-        for name, images in baselines.items():
-            metrics.setdefault(name, ImageMetrics(lpips)).update(images, batch.target.images)
-        report(min(1.0, (done + 1) * SCENES_AT_ONCE / len(scene_ids)))
-    return {
-        "num_scenes": len(scene_ids),
-        "num_images": metrics["stage1"].num_images,
-        **{name: judge.compute() for name, judge in metrics.items()},
-    }
-
-
-def _batches(collection: SceneCollection, scene_ids: Sequence[str], views: int) -> Iterator[SceneBatch]:
-    """Scenes with their first target views."""
-    for first in range(0, len(scene_ids), SCENES_AT_ONCE):
-        batch = collection.batch([collection.load_scene(i) for i in scene_ids[first : first + SCENES_AT_ONCE]])
-        yield SceneBatch(batch.scene_ids, batch.source, batch.target[:, :views], batch.aabb)
-
-
-def _save(folder: Path, batch: SceneBatch, images: Float[Tensor, "batch views 3 height width"]) -> None:
-    for scene_id, scene in zip(batch.scene_ids, images, strict=True):
-        write_pictures(folder, scene_id, scene)
-
-
 def compare_image_sets(
     folder: Path,
     mean: Float[Tensor, "3 height width"],
@@ -209,17 +132,11 @@ def compare_image_sets(
         `num_images`, and `fid` and `kid` by set: `samples`, `stage1`, `stage2`, `mean_image`, `train` (real views of
         training places: about the best there can be); `samples_to_train` compares with those instead.
     """
-    names = ("test", "train", "stage1", "stage2", "samples")
-    paths = {name: sorted((folder / name).glob("*.png")) for name in names}
+    paths = {name: sorted((folder / name).glob("*.png")) for name in IMAGE_SETS}
     count = min(num_images, *map(len, paths.values()))
-    features = {}
-    for i, name in enumerate(names):
-        part = partial(_report_part, report, i, len(names))
-        features[name] = picture_features(inception, evenly(paths[name], count), on_progress=part)
-    features["mean_image"] = same_picture_features(inception, mean, count)
+
+    def show(name: str) -> Callable[[float], None]:
+        return lambda share: report((IMAGE_SETS.index(name) + share) / len(IMAGE_SETS))
+
+    features = features_of_sets(paths, count, inception, lambda: mean, show)
     return {"num_images": count, **set_distances(features)}
-
-
-def _report_part(report: Callable[[float], None], index: int, count: int, share: float) -> None:
-    """Tells the share of all of `count` parts when `share` of one of them is done."""
-    report((index + share) / count)

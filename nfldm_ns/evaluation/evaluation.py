@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.novel_views import mean_training_image
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.evaluation.image_sets import IMAGE_SETS, features_of_sets, mean_image
 from nfldm_ns.evaluation.numbers import (
     Records,
     check_copies,
@@ -28,7 +27,7 @@ from nfldm_ns.evaluation.numbers import (
 from nfldm_ns.evaluation.page import write_page
 from nfldm_ns.evaluation.scenes import FIXED_VIEWS, PictureFolder, SceneJudge, judge_generated, judge_real
 from nfldm_ns.evaluation.settings import SETTINGS, EvaluationSettings, RealScenes, choose_real_scenes, claim_folder
-from nfldm_ns.metrics.image_sets import picture_features, read_picture, same_picture_features
+from nfldm_ns.metrics.image_sets import picture_features, read_picture
 from nfldm_ns.reports.galleries import write_png
 from nfldm_ns.reports.resources import device_info, package_versions
 from nfldm_ns.scenes.collection import SceneCollection, read_json
@@ -36,9 +35,7 @@ from nfldm_ns.scenes.writing import write_json
 
 NUMBERS = "eval.json"
 PAGE = "index.html"
-MEAN_IMAGE = "mean_image.png"
-MEAN_IMAGE_SCENES = 128
-IMAGE_SETS = ("test", "train", "stage1", "stage2", "samples")
+MEAN_IMAGE_FILE = "mean_image.png"
 
 
 def evaluate_pipeline(
@@ -173,39 +170,31 @@ def _set_features(
     """Features of exactly `num_images` images of each set."""
     scenes = {"train": sorted(real["train"].shown), "samples": generated}
     views = {"train": real["train"].num_views, "samples": settings.views_per_scene}
-    features = {}
-    for name in IMAGE_SETS:
-        chosen, count = scenes.get(name, sorted(real["test"].shown)), views.get(name, real["test"].num_views)
-        title = show(f"Features of {settings.num_images} images: {name}")
-        features[name] = image_features(folder, name, chosen, count, settings.num_images, inception, title)
-    mean = _mean_image(folder, collection)
-    return {**features, "mean_image": same_picture_features(inception, mean, settings.num_images)}
+    paths = {
+        name: picture_paths(
+            folder, name, scenes.get(name, sorted(real["test"].shown)), views.get(name, real["test"].num_views)
+        )
+        for name in IMAGE_SETS
+    }
+    return features_of_sets(
+        paths,
+        settings.num_images,
+        inception,
+        lambda: _mean_image(folder, collection),
+        lambda name: show(f"Features of {settings.num_images} images: {name}"),
+        folder.root / "features",
+    )
 
 
-def image_features(
-    folder: PictureFolder,
-    name: str,
-    scenes: Sequence[str],
-    views: int,
-    num_images: int,
-    inception: nn.Module,
-    on_progress: Callable[[float], None] | None = None,
-) -> Float[Tensor, "images features"]:
-    """Inception features, kept in the folder, of evenly chosen pictures of a set.
-
-    Args:
-        views: pictures that there are of each scene.
-        num_images: how many are taken of all.
-    """
-    paths = [folder.pictures(name) / f"{scene}_{view}.png" for scene in scenes for view in range(views)]
-    return picture_features(inception, evenly(paths, num_images), folder.root / "features" / name, on_progress)
+def picture_paths(folder: PictureFolder, name: str, scenes: Sequence[str], views: int) -> list[Path]:
+    """Pictures of a set, `views` of each scene."""
+    return [folder.pictures(name) / f"{scene}_{view}.png" for scene in scenes for view in range(views)]
 
 
 def _mean_image(folder: PictureFolder, collection: SceneCollection) -> Tensor:
-    path = folder.root / MEAN_IMAGE
+    path = folder.root / MEAN_IMAGE_FILE
     if not path.is_file():
-        scenes = evenly(collection.split("train"), MEAN_IMAGE_SCENES)
-        write_png(path, mean_training_image(collection.batch([collection.load_scene(i)]) for i in scenes))
+        write_png(path, mean_image(collection))
     return read_picture(path)
 
 
