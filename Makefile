@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # viser asks for this reader of Record3D captures, which nothing here uses and which alone would need a C compiler.
 SKIPPED := ^pyliblzfse==
 
-CODE := $(wildcard nfldm_ns method_configs dataparsers tests benchmarks)
+CODE := $(wildcard nfldm_ns method_configs dataparsers tests benchmarks examples)
 
 .PHONY: help setup demo test results lint format constraints clean
 
