@@ -47,11 +47,21 @@ def read_square_images(paths: Sequence[Path], size: int) -> UInt8[Tensor, "image
 
 
 def collection_paths(collection: SceneCollection, split: str) -> list[Path]:
-    """All images of one split, source and target views, scene by scene."""
+    """All images of one split, source and target views, scene by scene.
+
+    Raises:
+        UserInputError: if one has a mask, for a prior would learn what lies under it.
+    """
     paths = []
     for scene_id in collection.split(split):
         folder = collection.scene_dir(scene_id)
         transforms = read_transforms(folder)
+        masked = next((name for name, frame in transforms.frames.items() if "mask_path" in frame), None)
+        if masked is not None:
+            raise UserInputError(
+                f"The frame {masked} of {transforms.path} has a mask, but a prior would learn masked pixels as if they "
+                "were of the scenes: give a folder of images, or a collection without masks."
+            )
         paths += [folder / name for name in dict.fromkeys([*transforms.source_names, *transforms.target_names])]
     return paths
 
