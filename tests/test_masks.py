@@ -23,7 +23,7 @@ from nfldm_ns.collect.checking import check_collection
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.metrics import psnr
 from nfldm_ns.latents.training import LatentLossConfig, LatentLosses, LatentTrainingConfig
-from nfldm_ns.refine.images import collection_paths
+from nfldm_ns.refine.images import collection_paths, example_images
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views, valid_cells
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -119,8 +119,11 @@ class TestFiles:
         assert re.search(f"/masks/{message}", problem), problem
 
     def test_a_prior_of_images_refuses_them(self, collection: SceneCollection) -> None:
-        with pytest.raises(UserInputError, match="has a mask, but a prior would learn masked pixels"):
+        with pytest.raises(UserInputError, match="has a mask, but here masked pixels would count"):
             collection_paths(collection, "train")
+        with pytest.raises(UserInputError, match="has a mask"):
+            example_images(collection.scene_dir("room_000"), 16)
+        assert len(example_images(collection.scene_dir("room_001"), 16)) == 12
 
 
 class TestViews:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import DESCRIPTION
-from nfldm_ns.scenes.collection import SceneCollection, read_transforms
+from nfldm_ns.scenes.collection import SceneCollection, Transforms, read_transforms
 from nfldm_ns.scenes.image_files import open_image, rgb_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -50,20 +50,24 @@ def collection_paths(collection: SceneCollection, split: str) -> list[Path]:
     """All images of one split, source and target views, scene by scene.
 
     Raises:
-        UserInputError: if one has a mask, for a prior would learn what lies under it.
+        UserInputError: if one has a mask, for what lies under it would count, too.
     """
     paths = []
     for scene_id in collection.split(split):
         folder = collection.scene_dir(scene_id)
         transforms = read_transforms(folder)
-        masked = next((name for name, frame in transforms.frames.items() if "mask_path" in frame), None)
-        if masked is not None:
-            raise UserInputError(
-                f"The frame {masked} of {transforms.path} has a mask, but a prior would learn masked pixels as if they "
-                "were of the scenes: give a folder of images, or a collection without masks."
-            )
+        _refuse_masks(transforms)
         paths += [folder / name for name in dict.fromkeys([*transforms.source_names, *transforms.target_names])]
     return paths
+
+
+def _refuse_masks(transforms: Transforms) -> None:
+    masked = next((name for name, frame in transforms.frames.items() if "mask_path" in frame), None)
+    if masked is not None:
+        raise UserInputError(
+            f"The frame {masked} of {transforms.path} has a mask, but here masked pixels would count as if they were of "
+            "the scene: give a folder of images, or a collection without masks."
+        )
 
 
 def render_paths(folders: Sequence[Path]) -> list[Path]:
@@ -99,7 +103,7 @@ def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor
     A scene (generated or of a collection) gives its `images/`, a collection those of its training scenes.
 
     Raises:
-        UserInputError: if there are none.
+        UserInputError: if there are none, or one has a mask.
     """
     path = Path(path)
     if path.is_file():
@@ -107,8 +111,10 @@ def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor
     elif (path / "collection.json").is_file():
         paths = collection_paths(SceneCollection.open(path), "train")
     elif path.is_dir():
-        folder = path / "images" if (path / "transforms.json").is_file() else path
-        paths = _images_in(folder)
+        is_scene = (path / "transforms.json").is_file()
+        if is_scene:
+            _refuse_masks(read_transforms(path))
+        paths = _images_in(path / "images" if is_scene else path)
     else:
         raise UserInputError(f"There is no {path}: give an image, a folder of images, a scene or a scene collection.")
     if not paths:
