@@ -65,8 +65,8 @@ def _refuse_masks(transforms: Transforms) -> None:
     masked = next((name for name, frame in transforms.frames.items() if "mask_path" in frame), None)
     if masked is not None:
         raise UserInputError(
-            f"The frame {masked} of {transforms.path} has a mask, but here masked pixels would count as if they were of "
-            "the scene: give a folder of images, or a collection without masks."
+            f"The frame {masked} of {transforms.path} has a mask, but here masked pixels would count as if they were "
+            "of the scene: give a folder of images, or a collection without masks."
         )
 
 
