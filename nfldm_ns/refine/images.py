@@ -14,7 +14,7 @@ from torch import Tensor
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import DESCRIPTION
-from nfldm_ns.scenes.collection import SceneCollection, Transforms, read_transforms
+from nfldm_ns.scenes.collection import MASK_FOLDER, SceneCollection, read_transforms
 from nfldm_ns.scenes.image_files import open_image, rgb_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -56,18 +56,17 @@ def collection_paths(collection: SceneCollection, split: str) -> list[Path]:
     for scene_id in collection.split(split):
         folder = collection.scene_dir(scene_id)
         transforms = read_transforms(folder)
-        _refuse_masks(transforms)
+        if any("mask_path" in frame for frame in transforms.frames.values()):
+            raise _masked(folder)
         paths += [folder / name for name in dict.fromkeys([*transforms.source_names, *transforms.target_names])]
     return paths
 
 
-def _refuse_masks(transforms: Transforms) -> None:
-    masked = next((name for name, frame in transforms.frames.items() if "mask_path" in frame), None)
-    if masked is not None:
-        raise UserInputError(
-            f"The frame {masked} of {transforms.path} has a mask, but here masked pixels would count as if they were "
-            "of the scene: give a folder of images, or a collection without masks."
-        )
+def _masked(scene: Path) -> UserInputError:
+    return UserInputError(
+        f"The scene {scene} has masks, but here masked pixels would count as if they were of it: give a folder of "
+        "images, or scenes without masks."
+    )
 
 
 def render_paths(folders: Sequence[Path]) -> list[Path]:
@@ -112,8 +111,8 @@ def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor
         paths = collection_paths(SceneCollection.open(path), "train")
     elif path.is_dir():
         is_scene = (path / "transforms.json").is_file()
-        if is_scene:
-            _refuse_masks(read_transforms(path))
+        if is_scene and (path / MASK_FOLDER).is_dir():
+            raise _masked(path)
         paths = _images_in(path / "images" if is_scene else path)
     else:
         raise UserInputError(f"There is no {path}: give an image, a folder of images, a scene or a scene collection.")

@@ -25,6 +25,7 @@ VERSION = 2  # version 1 has no masks
 READABLE_VERSIONS = (1, 2)
 DEPTH_UNIT_M = 0.001
 BEV_FILE = "bev.png"
+MASK_FOLDER = "masks"
 SPLITS = ("train", "val", "test")
 
 

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.collection import BEV_FILE, DEPTH_UNIT_M, FORMAT, VERSION, BevClass
+from nfldm_ns.scenes.collection import BEV_FILE, DEPTH_UNIT_M, FORMAT, MASK_FOLDER, VERSION, BevClass
 from nfldm_ns.scenes.views import Views, masks_or_valid
 
 FULL_DISK_BYTES = 2**16
@@ -206,9 +206,9 @@ def _write_views(folder: Path, role: str, views: Views) -> list[dict[str, Any]]:
             write_depth(folder / "depths" / name, views.depths[i, 0].float().cpu().numpy())
             frame["depth_file_path"] = f"depths/{name}"
         if views.masks is not None:
-            (folder / "masks").mkdir(exist_ok=True)
-            write_mask(folder / "masks" / name, views.masks[i, 0].cpu().numpy())
-            frame["mask_path"] = f"masks/{name}"
+            (folder / MASK_FOLDER).mkdir(exist_ok=True)
+            write_mask(folder / MASK_FOLDER / name, views.masks[i, 0].cpu().numpy())
+            frame["mask_path"] = f"{MASK_FOLDER}/{name}"
         frames.append(frame)
     return frames
 
