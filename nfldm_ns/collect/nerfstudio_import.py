@@ -267,7 +267,10 @@ def _read_mask(frame: CapturedFrame, size: tuple[int, int]) -> Bool[np.ndarray, 
 
 
 def _resize_mask(
-    mask: Bool[np.ndarray, "height width"] | None, box: tuple[float, ...], wanted: tuple[int, int], frame: CapturedFrame
+    mask: Bool[np.ndarray, "height width"] | None,
+    box: tuple[float, float, float, float],
+    wanted: tuple[int, int],
+    frame: CapturedFrame,
 ) -> Bool[np.ndarray, "new_height new_width"]:
     """New pixels are valid only if all that is averaged into them is."""
     if mask is None:
