@@ -72,8 +72,10 @@ def scene_outputs(collection: SceneCollection, scene_id: str, split: str) -> Dat
     names = transforms.source_names if split == "train" else transforms.target_names
     frames = [transforms.frames[name] for name in names]
     with_depth = all("depth_file_path" in frame for frame in frames)
+    with_masks = all("mask_path" in frame for frame in frames)
     return DataparserOutputs(
         image_filenames=[folder / name for name in names],
+        mask_filenames=[folder / frame["mask_path"] for frame in frames] if with_masks else None,
         cameras=transforms.cameras(names, collection.image_size),
         scene_box=SceneBox(aabb=collection.aabb.clone()),
         metadata={

@@ -16,7 +16,7 @@ from PIL import Image
 
 from nfldm_ns.collect.capture_schema import read_capture
 from nfldm_ns.collect.checking import check_collection, turned_images
-from nfldm_ns.collect.undistortion import undistort
+from nfldm_ns.collect.undistortion import undistort, undistorted_mask
 from nfldm_ns.commands.collect import main
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SceneCollection, read_transforms
@@ -249,8 +249,12 @@ class TestKeys:
                 lambda c: c["frames"][1].update(file_path=c["frames"][0]["file_path"]),
                 "Two frames .* have the file_path",
             ),
-            (lambda c: c["frames"][1].update(mask_path="m.png"), "has a mask_path"),
-            (lambda c: c.update(fisheye_crop_radius=20.0), "has a fisheye_crop_radius"),
+            (lambda c: c["frames"][1].update(mask_path="m.png"), "m.png is missing: restore it or remove mask_path"),
+            (
+                lambda c: c["frames"][2].update(mask_path=c["frames"][2]["file_path"]),
+                "mode RGB, but a mask must be grey",
+            ),
+            (lambda c: c.update(fisheye_crop_radius=0.1), "Nothing of .*/images/.* is left of its mask or fisheye"),
             (lambda c: c.update(camera_model="EQUIRECTANGULAR"), "is EQUIRECTANGULAR: only OpenCV's"),
             (lambda c: c.update(k4=0.1), "has k4, k5 or k6"),
             (lambda c: set_everywhere(c, h=36), "another aspect: is it turned or cropped"),
@@ -269,6 +273,97 @@ class TestKeys:
         assert re.search(message, " ".join(error.split())), error
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
         assert before == {path: path.read_bytes() for path in capture.rglob("*") if path.is_file()}
+
+
+class TestMasks:
+    def write_masks(self, capture: Path, mask: np.ndarray, *indices: int) -> None:
+        """The mask of these frames, by default of all."""
+        Image.fromarray(mask).save(capture / "mask.png")
+
+        def name(content: dict) -> None:
+            for i in indices or range(len(content["frames"])):
+                content["frames"][i]["mask_path"] = "mask.png"
+
+        change(capture, name)
+
+    @pytest.mark.parametrize("kind", [np.uint8, bool, np.uint16])
+    def test_masked_pixels_stay_masked_and_the_rest_as_it_was(self, capture: Path, tmp_path: Path, kind) -> None:
+        before = imported(tmp_path / "a", capture)
+        mask = np.ones((SIZE, SIZE), kind)
+        mask[:11, 20:] = 0  # half of a new pixel's row
+        self.write_masks(capture, mask)
+        after = imported(tmp_path / "b", capture)
+        expected = np.ones((24, 24), bool)
+        expected[:6, 10:] = False
+        assert np.array_equal(after.masks[:, 0], np.broadcast_to(expected, (8, 24, 24)))
+        assert torch.equal(after.images, before.images)
+        assert torch.equal(after.depths, before.depths * after.masks)
+
+    def test_frames_without_a_mask_are_valid_and_captures_without_any_have_none(self, capture, tmp_path) -> None:
+        assert imported(tmp_path / "a", capture).masks is None
+        assert not (tmp_path / "a" / "scenes" / "hall" / "masks").exists()
+        mask = np.ones((SIZE, SIZE), np.uint8)
+        mask[:, :4] = 0
+        self.write_masks(capture, mask, 0)
+        root = tmp_path / "b"
+        assert run(root, [capture]) == 0
+        scene = SceneCollection.open(root).load_scene("hall")
+        masked = (~Views.cat([scene.source, scene.target]).masks).flatten(1).float().mean(1)
+        assert sorted(masked.tolist()) == [0.0] * 11 + [pytest.approx(1 / 12)]
+
+    def test_of_a_turned_photo_the_mask_may_be_turned_alike(self, capture: Path, tmp_path: Path) -> None:
+        mask = np.ones((SIZE, SIZE), np.uint8)
+        mask[:12] = 0
+        self.write_masks(capture, mask)
+        upright = imported(tmp_path / "a", capture)
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(capture / "mask.png") as image:
+            turned = image.transpose(Image.Transpose.ROTATE_90)
+        turned.save(capture / "mask.png", exif=exif)
+        assert torch.equal(imported(tmp_path / "b", capture).masks, upright.masks)
+
+    def test_masks_of_half_the_size_and_of_another_aspect(self, capture: Path, tmp_path: Path, capsys) -> None:
+        mask = np.ones((SIZE // 2, SIZE // 2), np.uint8)
+        mask[5] = 0
+        self.write_masks(capture, mask)
+        assert np.array_equal(imported(tmp_path / "a", capture).masks[0, 0], mask > 0)
+        self.write_masks(capture, mask[:20])
+        assert run(tmp_path / "b", [capture]) == 2
+        assert "mask.png is 24 x 20, another aspect than its image's 48 x 48" in capsys.readouterr().err
+
+    def test_a_mask_of_everything_is_one_sentence(self, capture: Path, tmp_path: Path, capsys) -> None:
+        self.write_masks(capture, np.zeros((SIZE, SIZE), np.uint8))
+        assert run(tmp_path / "out", [capture]) == 2
+        error = capsys.readouterr().err
+        assert error.count("error: ") == 1 and "is left of its mask" in error and not (tmp_path / "out").exists()
+
+    def test_what_lies_beyond_the_crop_radius_is_masked(self, capture: Path, tmp_path: Path) -> None:
+        keys = ("fl_x", "fl_y", "cx", "cy", "w", "h")
+        change(capture, lambda c: [frame.update({k: frame[k] * 4 for k in keys}) for frame in c["frames"]])
+        change(capture, lambda c: c.update(fisheye_crop_radius=4 * 20.0))  # in the pixels of w and h
+        rows, columns = np.mgrid[:SIZE, :SIZE] + 0.5 - SIZE / 2
+        seen = (np.hypot(columns, rows) <= 20).reshape(24, 2, 24, 2).all(axis=(1, 3))
+        masks = imported(tmp_path / "out", capture).masks
+        assert np.array_equal(masks[3, 0], seen) and 0.4 < seen.mean() < 0.55
+
+    @pytest.mark.parametrize("fisheye", [False, True])
+    def test_masks_are_undistorted_with_their_images(self, fisheye: bool) -> None:
+        """No pixel that is called valid holds any of the colour under the mask."""
+        image = np.zeros((72, 96, 3), np.uint8)
+        mask = np.ones((72, 96), bool)
+        mask[20:40, 10:50] = False
+        image[~mask] = 255
+        distortion = (0.05, -0.01, 0, 0, 0, 0) if fisheye else (-0.2, 0.05, 0, 0, 0, 0)
+        flat, _, moved, _ = undistort(image, None, mask, TestLenses.INTRINSICS, distortion, fisheye, "here")
+        assert moved is not None and flat[moved].max() == 0
+        assert float((flat[~moved] == 255).mean()) > 0.75
+
+    def test_pixels_that_no_lens_saw_are_masked(self) -> None:
+        across, down = (values.astype(np.float32) for values in np.meshgrid(np.arange(6) - 1.0, np.arange(4)))
+        moved = undistorted_mask(np.ones((4, 6), bool), across, down)
+        assert not moved[:, 0].any() and moved[:, 1:].all()
+        assert undistorted_mask(np.ones((4, 6), bool), across + 1, down) is None
 
 
 class TestLenses:
@@ -301,8 +396,8 @@ class TestLenses:
     )
     def test_directions_are_where_a_pinhole_shows_them(self, distortion, fisheye) -> None:
         points, image = self.dots(distortion, fisheye)
-        flat, depth, (fx, fy, cx, cy) = undistort(
-            image, np.full((72, 96), 2.0), self.INTRINSICS, distortion, fisheye, "here"
+        flat, depth, _, (fx, fy, cx, cy) = undistort(
+            image, np.full((72, 96), 2.0), None, self.INTRINSICS, distortion, fisheye, "here"
         )
         assert fx == pytest.approx(fy) and set(np.unique(depth)) <= {0, 2}
         seen = 0
@@ -320,12 +415,14 @@ class TestLenses:
 
     def test_a_pinhole_stays_as_it_is(self) -> None:
         image = np.zeros((4, 4, 3), np.uint8)
-        same, none, intrinsics = undistort(image, None, self.INTRINSICS, (0.0,) * 6, False, "here")
-        assert same is image and none is None and intrinsics is self.INTRINSICS
+        same, *none, intrinsics = undistort(image, None, None, self.INTRINSICS, (0.0,) * 6, False, "here")
+        assert same is image and none == [None, None] and intrinsics is self.INTRINSICS
 
     def test_a_lens_that_makes_no_sense_is_a_sentence(self) -> None:
         with pytest.raises(UserInputError, match="The lens of here cannot be undone"):
-            undistort(np.zeros((72, 96, 3), np.uint8), None, self.INTRINSICS, (-50.0, 900, 0, 0, 0, 0), False, "here")
+            undistort(
+                np.zeros((72, 96, 3), np.uint8), None, None, self.INTRINSICS, (-50.0, 900, 0, 0, 0, 0), False, "here"
+            )
 
     def test_distortion_of_the_frame_counts_before_that_of_the_file(self, capture: Path) -> None:
         change(capture, lambda c: (c.update(distortion_params=[0.1, 0, 0, 0]), c["frames"][0].update(k1=0.2)))

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
@@ -73,6 +73,7 @@ def fuse_frustums(
     fusion: Fusion = "occupancy",
     splatting: Splatting = "nearest",
     attention: Float[Tensor, "batch views h w"] | None = None,
+    valid: Bool[Tensor, "batch views h w"] | None = None,
 ) -> VoxelGrid:
     """Places all frustums in the world and fuses them into one grid, at once for all views of all scenes.
 
@@ -98,11 +99,12 @@ def fuse_frustums(
         cameras: batch shape `[B, N]`.
         centres, widths: planar depth of the bins in metres.
         shape: (Z, Y, X).
+        valid: rays whose entries count; None for all.
     """
     if (attention is not None) != (fusion == "attention"):
         raise ValueError(f"fusion {fusion!r} does not go with attention {'given' if attention is not None else 'None'}")
     frustums = _frustum_values(density, features, cameras, widths, attention)
-    entries = _splat(frustums, features, cameras, centres, aabb, shape, splatting == "trilinear")
+    entries = _splat(frustums, features, cameras, centres, aabb, shape, splatting == "trilinear", valid)
     return _fuse(entries, fusion, features.shape[0], aabb, shape, splatting == "filled")
 
 
@@ -156,12 +158,15 @@ def _splat(
     aabb: Float[Tensor, "2 3"],
     shape: tuple[int, int, int],
     trilinear: bool,
+    valid: Bool[Tensor, "batch views h w"] | None,
 ) -> _Entries:
-    """Every entry to the voxel, or the eight voxels, at its bin's centre."""
+    """Every entry of a valid ray to the voxel, or the eight voxels, at its bin's centre."""
     batch, _, num_values, bins, h, w = frustums.shape
     with torch.no_grad():
         origins, directions = camera_rays(cameras, h, w)
         corners = frustum_voxels(origins, directions, centres, aabb, shape, trilinear)
+        if valid is not None:
+            corners = [(index, share * valid[..., None]) for index, share in corners]
         scene = torch.arange(batch, device=frustums.device).view(-1, 1, 1, 1, 1) * math.prod(shape)
         index = torch.cat([(index + scene).flatten() for index, _ in corners])
         share = torch.cat([share.flatten() for _, share in corners])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,7 +23,7 @@ from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, depth_errors, downsample_depth, measured_share
 from nfldm_ns.autoencoder.stylegan2_discriminator import StyleGAN2Discriminator
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.views import Views, valid_cells
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 
@@ -121,11 +121,12 @@ def stage_one_losses(
     """Weighted losses by name. One backward pass of their sum trains auto-encoder and discriminator.
 
     Args:
-        target: views of batch shape `[B, M]`; pixels of unknown depth never supervise depth.
+        target: views of batch shape `[B, M]`; pixels of unknown depth never supervise depth, masked ones nothing.
         perceptual: needed for `lpips_mult` and the projected discriminator.
         discriminator: from `make_discriminator`; adds the adversarial loss and its own, whose gradients do not mix.
         step: of the training; says when the gradient penalty is due (`r1_loss`).
     """
+    rendered = replace(rendered, rgb=target.covered(rendered.rgb))
     losses = {"rgb_loss": config.rgb_mult * F.l1_loss(rendered.rgb, target.images)}
     if config.lpips_mult or discriminator is not None:
         losses.update(_view_losses(config, rendered, target, perceptual, discriminator, step))
@@ -194,7 +195,7 @@ def depth_loss(maps: FeatureMaps, target: Views, norm: Literal["l1", "l2"] = "l2
 
 
 def opacity_loss(maps: FeatureMaps, target: Views) -> Float[Tensor, ""]:
-    """Accumulation of the rays on which no surface was measured, as a mean over all rays.
+    """Accumulation of the rays on which no surface was measured, as a mean over all rays; masked ones count nothing.
 
     A prior, no measurement: images look the same whether a sky is painted on the box's border or lies behind it, and
     of the two this prefers an empty box. The lack of a reading says the more the more of the view was measured, so a
@@ -202,8 +203,11 @@ def opacity_loss(maps: FeatureMaps, target: Views) -> Float[Tensor, ""]:
     """
     if target.depths is None:
         return maps.accumulation.new_zeros(())
-    unmeasured = downsample_depth(target.depths, *maps.accumulation.shape[-2:]) == 0
-    return (measured_share(target.depths) * unmeasured * maps.accumulation).mean()
+    size = maps.accumulation.shape[-2:]
+    unmeasured = downsample_depth(target.depths, *size) == 0
+    if target.masks is not None:
+        unmeasured = unmeasured & valid_cells(target.masks, *size)
+    return (measured_share(target) * unmeasured * maps.accumulation).mean()
 
 
 def hidden_background_loss(maps: FeatureMaps) -> Float[Tensor, ""]:

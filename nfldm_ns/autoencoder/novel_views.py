@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +23,7 @@ from nfldm_ns.metrics.images import (
     surface_inside_box,
 )
 from nfldm_ns.scenes.collection import Scene
-from nfldm_ns.scenes.views import SceneBatch, Views, evenly_spread_views, sparse_depths
+from nfldm_ns.scenes.views import SceneBatch, Views, evenly_spread_views, masks_or_valid, sparse_depths
 from nfldm_ns.scenes.writing import write_image
 
 MEAN_IMAGE_SCENES = 256
@@ -44,7 +44,7 @@ def evaluate_novel_views(
     lpips: nn.Module | None,
     picture_folder: Path | None = None,
 ) -> dict[str, float]:
-    """Means over the target views of all batches.
+    """Means over the target views of all batches; masked pixels are not judged (see `ImageMetrics.update`).
 
     Args:
         render: gives the target views of a batch, for example `reconstruct`; later stages pass their own.
@@ -60,11 +60,11 @@ def evaluate_novel_views(
     methods = {"": ImageMetrics(lpips), "nearest_view_": ImageMetrics(lpips), "mean_image_": ImageMetrics(lpips)}
     num_scenes = 0
     for batch in batches:
-        rendered, true = render(batch), batch.target.images
-        methods[""].update(rendered.rgb, true)
+        rendered, (true, masks) = render(batch), (batch.target.images, batch.target.masks)
+        methods[""].update(rendered.rgb, true, masks)
         methods[""].update_depth(rendered.depth, batch.target, batch.aabb)
-        methods["nearest_view_"].update(nearest_source_view(batch), true)
-        methods["mean_image_"].update(mean.to(true).expand_as(true), true)
+        methods["nearest_view_"].update(nearest_source_view(batch), true, masks)
+        methods["mean_image_"].update(mean.to(true).expand_as(true), true, masks)
         for i, scene_id in enumerate(batch.scene_ids if picture_folder else ()):
             picture = comparison(rendered.rgb[i], batch.target[i])
             assert picture_folder is not None
@@ -113,7 +113,7 @@ class EncoderInput:
         elif self.depth == "sparse":
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {scene.scene_id}".encode()))
             depths = sparse_depths(depths, self.num_points, generator)
-        source = Views(source.cameras, source.images, depths)
+        source = replace(source, depths=depths)
         if self.num_views is not None:
             source = source[evenly_spread_views(source.cameras, self.num_views)]
         return Scene(scene.scene_id, source, scene.target, scene.bev)
@@ -138,13 +138,17 @@ class ViewJudge:
         self._real = None if perceptual is None else perceptual.features(target.images.flatten(0, 1) * 2 - 1)
         depths = torch.zeros_like(target.images[..., :1, :, :]) if target.depths is None else target.depths
         self._depths = depths
-        self._inside = surface_inside_box(Views(target.cameras, target.images, depths), aabb)
+        self._inside = surface_inside_box(replace(target, depths=depths), aabb)
+        self._valid = masks_or_valid(target)
 
     @torch.no_grad()
     def score_images(self, images: Float[Tensor, "batch views 3 height width"]) -> Scores:
-        """`psnr` (dB), `ssim` and `lpips` of each view of images in [0, 1]: the value, and 1 image."""
-        images, real = images.float().clamp(0, 1), self.target.images
-        values = {"psnr": psnr(images, real), "ssim": ssim(images, real)}
+        """`psnr` (dB), `ssim` and `lpips` of each view of images in [0, 1]: the value, and 1 image.
+
+        PSNR is of valid pixels; for the others masked pixels show the real colours.
+        """
+        images, real = self.target.covered(images.float().clamp(0, 1)), self.target.images
+        values = {"psnr": psnr(images, real, self.target.masks), "ssim": ssim(images, real)}
         if self.perceptual is not None and self._real is not None:
             features = self.perceptual.features(images.flatten(0, 1) * 2 - 1)
             values["lpips"] = self.perceptual.distance(features, self._real).reshape(images.shape[:2])
@@ -156,7 +160,8 @@ class ViewJudge:
 
         `depth_mae_m` and `depth_mae_in_box_m` are absolute errors of planar depth in metres, the second over surfaces
         inside the box; `accumulation_known` and `accumulation_unknown` are the shares of rays that end on voxels, over
-        pixels of known and of unknown depth (in scenes without any known depth neither is counted).
+        pixels of known and of unknown depth (in scenes without any known depth neither is counted). Masked pixels never
+        count.
         """
         scores = self.score_images(rendered.rgb)
         known = self._depths > 0
@@ -165,7 +170,7 @@ class ViewJudge:
         scores["depth_mae_m"] = _sums(error, known)
         scores["depth_mae_in_box_m"] = _sums(error, self._inside)
         scores["accumulation_known"] = _sums(rendered.accumulation, known)
-        scores["accumulation_unknown"] = _sums(rendered.accumulation, measured & ~known)
+        scores["accumulation_unknown"] = _sums(rendered.accumulation, measured & ~known & self._valid)
         return scores
 
 

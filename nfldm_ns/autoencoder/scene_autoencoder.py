@@ -20,7 +20,7 @@ from nfldm_ns.autoencoder.encoder import ImageEncoder
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, box_exit_depth, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.refinement import GridRefiner, edge_error, refine_grid
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
-from nfldm_ns.scenes.views import Views, camera_rays
+from nfldm_ns.scenes.views import Views, camera_rays, valid_cells
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 REFINEMENT_DEPTH_WEIGHT = 0.1  # of depth errors in metres beside those of colours, as in the presets' losses
@@ -168,6 +168,9 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
     def encode(self, views: Views, refinement_steps: int | None = None) -> VoxelGrid:
         """Source views of batch shape `[B, N]`, any number of them, to one grid per scene.
 
+        Masked pixels have no say in it: the encoder sees a constant in their place, and no feature pixel that holds one
+        becomes a part of V or of the background's code.
+
         Args:
             refinement_steps: of learned refinement (`refine`); by default as configured, 0 for none.
         """
@@ -185,7 +188,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
     def _view_error(self, grid: VoxelGrid, views: Views) -> Float[Tensor, ""]:
         """How far V is from showing these views: colours, edges, and depth where it is known."""
         rendered = self.render(grid, views.cameras)
-        error = edge_error(rendered.rgb, views.images)
+        error = edge_error(views.covered(rendered.rgb), views.images)
         if views.depths is not None and self.config.encoder_input == "rgbd":
             far, known = depth_errors(rendered.maps, views.depths)
             error = error + REFINEMENT_DEPTH_WEIGHT * (far * known).mean()
@@ -199,6 +202,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         beyond, attention = extra.tensor_split([self.config.background_channels], dim=2)
         h, w = features.shape[-2:]
         _, directions = camera_rays(views.cameras, h, w)
+        valid = None if views.masks is None else valid_cells(views.masks, h, w)[:, :, 0]
         density = None
         leaves = torch.ones_like(features[:, :, 0])
         if self.config.density_from == "views":
@@ -218,11 +222,12 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             self.config.fusion,
             self.config.splatting,
             ATTENTION_RANGE * torch.tanh(attention[:, :, 0]) if self.config.fusion == "attention" else None,
+            valid,
         )
         if density is None:
             logits = self.density_head(grid.features.movedim(1, -1)).movedim(-1, 1)
             grid.density = F.softplus(logits + self.density_bias)
-        grid.background = background_code(beyond, leaves, directions)
+        grid.background = background_code(beyond, leaves if valid is None else leaves * valid, directions)
         return grid
 
     def _encode_images(self, views: Views) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,6 +235,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         if self.config.encoder_input == "rgbd":
             depths = views.depths if views.depths is not None else torch.zeros_like(views.images[..., :1, :, :])
             inputs = torch.cat([inputs, depths / self.bin_centres[-1], (depths > 0).to(depths.dtype)], dim=-3)
+        if views.masks is not None:
+            inputs = torch.where(views.masks, inputs, 0)
         inputs = inputs.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         return self.encoder(inputs)
 
@@ -251,7 +258,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         at_surface = (1 - distance.abs()).clamp(min=0)
         before = (-distance).clamp(min=0, max=1)
         surface_logits = self.prior_surface * at_surface - self.prior_empty * before
-        return torch.where(known, surface_logits, -self.prior_unknown * measured_share(views.depths))
+        return torch.where(known, surface_logits, -self.prior_unknown * measured_share(views))
 
     def render(
         self, grid: VoxelGrid, cameras: Cameras, height: int | None = None, width: int | None = None
@@ -317,9 +324,13 @@ def depth_errors(
     return (maps.depth - torch.minimum(depth, maps.exit_depth)).abs(), depth > 0
 
 
-def measured_share(depths: Float[Tensor, "*batch 1 height width"]) -> Float[Tensor, "*batch 1 1 1"]:
-    """Share of each view's pixels whose depth is known."""
-    return (depths > 0).to(depths).mean((-2, -1), keepdim=True)
+def measured_share(views: Views) -> Float[Tensor, "*batch 1 1 1"]:
+    """Share of each view's valid pixels whose depth is known."""
+    assert views.depths is not None
+    known = (views.depths > 0).to(views.depths)
+    if views.masks is None:
+        return known.mean((-2, -1), keepdim=True)
+    return known.sum((-2, -1), keepdim=True) / views.masks.sum((-2, -1), keepdim=True).clamp(min=1)
 
 
 def downsample_depth(depths: Float[Tensor, "*batch 1 height width"], h: int, w: int) -> Float[Tensor, "*batch 1 h w"]:

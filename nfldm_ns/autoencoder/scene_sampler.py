@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Bool, Int, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from rich.progress import track
 from torch import Tensor
@@ -26,6 +26,7 @@ class _CompactViews:
     cameras: Cameras
     images: UInt8[Tensor, "views 3 height width"]
     millimetres: Int[Tensor, "views 1 height width"] | None
+    masks: Bool[Tensor, "views 1 height width"] | None
 
     @staticmethod
     def of(views: Views) -> _CompactViews:
@@ -34,16 +35,17 @@ class _CompactViews:
             views.cameras,
             views.images.mul(255).round().byte(),
             None if depths is None else depths.div(DEPTH_UNIT_M).round().to(torch.uint16),
+            views.masks,
         )
 
     def views(self) -> Views:
         depths = None if self.millimetres is None else self.millimetres.float() * DEPTH_UNIT_M
-        return Views(self.cameras, self.images.float().div_(255), depths)
+        return Views(self.cameras, self.images.float().div_(255), depths, self.masks)
 
     @property
     def num_bytes(self) -> int:
-        depths = self.millimetres
-        return self.images.nbytes + (0 if depths is None else depths.nbytes)
+        maps = (self.images, self.millimetres, self.masks)
+        return sum(tensor.nbytes for tensor in maps if tensor is not None)
 
 
 class SceneCache:
@@ -184,7 +186,7 @@ class SceneSampler:
         if config.quarter_turns:
             turns = int(random.integers(4))
             source, target = (
-                Views(rotate_cameras90(views.cameras, turns), views.images, views.depths) for views in (source, target)
+                replace(views, cameras=rotate_cameras90(views.cameras, turns)) for views in (source, target)
             )
         return Scene(scene.scene_id, source, target)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from nfldm_ns.errors import UserInputError
@@ -90,6 +90,7 @@ class Lens:
         focal: (fx, fy) in pixels; None where only angles are known.
         centre: (cx, cy) in pixels; None: the middle of the image.
         angles: fields of view (x, y) in radians, for where there is no focal length.
+        radius: pixels from the centre beyond which the lens shows nothing; None: it fills the image.
     """
 
     fisheye: bool
@@ -98,6 +99,7 @@ class Lens:
     focal: tuple[float, float] | None
     centre: tuple[float, float] | None
     angles: tuple[float | None, float | None]
+    radius: float | None = None
 
     def intrinsics(self, size: tuple[int, int], where: str) -> Float[np.ndarray, "4"]:
         """fx, fy, cx, cy in pixels of an image of this (width, height).
@@ -105,9 +107,8 @@ class Lens:
         Raises:
             UserInputError: if the image is not the one that the numbers are for, made smaller or larger as a whole.
         """
-        scale = 1.0
+        scale = self._scale(size)
         if self.size is not None:
-            scale = max(size) / max(self.size)
             error = max(abs(given * scale - found) for given, found in zip(self.size, size, strict=True))
             if error > 1:
                 raise UserInputError(
@@ -118,8 +119,23 @@ class Lens:
             fx, fy = (value * scale for value in self.focal)
         else:
             fx, fy = self._focal_from_angles(size)
-        cx, cy = (value * scale for value in self.centre) if self.centre else (size[0] / 2, size[1] / 2)
-        return np.array([fx, fy, cx, cy])
+        return np.array([fx, fy, *self._centre(size)])
+
+    def seen(self, size: tuple[int, int]) -> Bool[np.ndarray, "height width"] | None:
+        """Which pixels of an image of this (width, height) lie within `radius`; None for all."""
+        if self.radius is None:
+            return None
+        cx, cy = self._centre(size)
+        rows, columns = np.mgrid[: size[1], : size[0]] + 0.5
+        return np.hypot(columns - cx, rows - cy) <= self.radius * self._scale(size)
+
+    def _scale(self, size: tuple[int, int]) -> float:
+        return 1.0 if self.size is None else max(size) / max(self.size)
+
+    def _centre(self, size: tuple[int, int]) -> tuple[float, float]:
+        if self.centre is None:
+            return size[0] / 2, size[1] / 2
+        return self.centre[0] * self._scale(size), self.centre[1] * self._scale(size)
 
     def _focal_from_angles(self, size: tuple[int, int]) -> tuple[float, float]:
         """Square pixels where one angle is given."""
@@ -133,13 +149,14 @@ class CapturedFrame:
 
     Attributes:
         name: `file_path` as it is written.
-        image, depth: files; no depth is None.
+        image, depth, mask: files; no depth or mask is None.
         pose: camera-to-world of OpenGL, `[3, 4]`, in the file's units.
     """
 
     name: str
     image: Path
     depth: Path | None
+    mask: Path | None
     pose: Float[np.ndarray, "3 4"]
     lens: Lens
 
@@ -173,7 +190,6 @@ def read_capture(folder: Path) -> Capture:
         capture = _Capture.model_validate(content)
     except ValidationError as error:
         raise UserInputError(_sentence(path, content, error)) from None
-    _check_masks(path, capture)
     frames = [_frame(folder, path, capture, frame) for frame in capture.frames]
     files = [(frame.image.parent.resolve() / frame.image.name, frame.name) for frame in frames]
     counts = Counter(file for file, _ in files)
@@ -204,26 +220,13 @@ def _sentence(path: Path, content: Any, error: ValidationError) -> str:
     return f"{key}{frame} in {path} is {given} ({message[0].lower()}{message[1:]}): see docs/data.md for the format."
 
 
-def _check_masks(path: Path, capture: _Capture) -> None:
-    masked = next((frame for frame in capture.frames if frame.mask_path), None)
-    if masked is not None:
-        raise UserInputError(
-            f"The frame {masked.file_path} of {path} has a mask_path, and masked pixels would be learned as if they "
-            "were of the scene: leave such frames out, or remove mask_path to learn them."
-        )
-    if capture.fisheye_crop_radius is not None:
-        raise UserInputError(
-            f"{path} has a fisheye_crop_radius, and what lies beyond it would be learned as if it were of the scene: "
-            "crop the images, and remove it."
-        )
-
-
 def _frame(folder: Path, path: Path, capture: _Capture, frame: _Frame) -> CapturedFrame:
     where = f"the frame {frame.file_path} of {path}"
     pose = np.asarray(frame.transform_matrix)[:3]
     check_rotation(pose[:, :3], where)
-    depth = None if not frame.depth_file_path else _file(folder, frame.depth_file_path)
-    return CapturedFrame(frame.file_path, _file(folder, frame.file_path), depth, pose, _lens(where, capture, frame))
+    image = _file(folder, frame.file_path)
+    depth, mask = (_file(folder, name) if name else None for name in (frame.depth_file_path, frame.mask_path))
+    return CapturedFrame(frame.file_path, image, depth, mask, pose, _lens(where, capture, frame))
 
 
 def _file(folder: Path, name: str) -> Path:
@@ -261,6 +264,7 @@ def _lens(where: str, capture: _Capture, frame: _Frame) -> Lens:
         focal=None if focal == (None, None) else (focal[0] or focal[1], focal[1] or focal[0]),
         centre=None if centre[0] is None else centre,
         angles=angles,
+        radius=capture.fisheye_crop_radius,
     )
     unknown = value("k5"), value("k6"), *(() if lens.fisheye else lens.distortion[3:4])
     if any(unknown):

@@ -13,7 +13,7 @@ import torch
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import Scene, SceneCollection
-from nfldm_ns.scenes.views import Views, camera_rays, make_cameras
+from nfldm_ns.scenes.views import Views, camera_rays
 
 CONSISTENT = 0.05
 """Two depths of one point agree when they differ by less than this share."""
@@ -25,7 +25,6 @@ CLEARLY = 0.75
 """Images are said to be turned if their colours then differ by less than this share of what they differ by now."""
 _MIN_OVERLAP = 200
 _MAX_CELLS = 48
-_CAMERA_FIELDS = ("camera_to_worlds", "fx", "fy", "cx", "cy")
 _MIN_FIELD_OF_VIEW, _MAX_FIELD_OF_VIEW = 5.0, 170.0
 
 
@@ -106,7 +105,7 @@ def check_scene(collection: SceneCollection, scene_id: str, split: str = "") -> 
 
 
 def _check_depths(collection: SceneCollection, scene: Scene, check: SceneCheck) -> None:
-    views = _join(scene)
+    views = Views.cat([scene.source, scene.target])
     depths = views.depths
     assert depths is not None
     known = depths > 0
@@ -279,20 +278,6 @@ def _share_inside(views: Views, aabb: torch.Tensor) -> float:
     points = origins[:, None, None] + views.depths[:, 0, ..., None] * directions
     inside = ((points >= aabb[0]) & (points <= aabb[1])).all(dim=-1)
     return float(inside[views.depths[:, 0] > 0].float().mean())
-
-
-def _join(scene: Scene) -> Views:
-    """Source and target views as one batch."""
-    both = [scene.source, scene.target]
-    height, width = scene.source.image_size
-    fields = {name: torch.cat([getattr(v.cameras, name) for v in both]) for name in _CAMERA_FIELDS}
-    depths = [v.depths if v.depths is not None else torch.zeros_like(v.images[:, :1]) for v in both]
-    fx, fy, cx, cy = (fields[name][..., 0] for name in _CAMERA_FIELDS[1:])
-    return Views(
-        make_cameras(fields["camera_to_worlds"], fx, fy, cx, cy, height, width),
-        torch.cat([v.images for v in both]),
-        torch.cat(depths),
-    )
 
 
 def split_problems(collection: SceneCollection) -> list[str]:

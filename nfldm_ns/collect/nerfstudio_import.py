@@ -9,14 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 
 from nfldm_ns.collect.capture_schema import FILE, Capture, CapturedFrame, read_capture
 from nfldm_ns.collect.undistortion import undistort
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, SPLITS
-from nfldm_ns.scenes.image_files import read_depth_file, read_rgb
+from nfldm_ns.scenes.image_files import read_depth_file, read_mask_file, read_rgb
 from nfldm_ns.scenes.views import Views, make_cameras
 from nfldm_ns.scenes.writing import atomic_path, write_collection, write_scene
 
@@ -202,26 +202,28 @@ def _metric_pose(frame: CapturedFrame, capture: Capture, options: ImportOptions)
 
 
 def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.ndarray, options: ImportOptions) -> Views:
-    images, depths, intrinsics = [], [], []
+    images, depths, masks, intrinsics = [], [], [], []
     for frame in frames:
         pixels = read_rgb(frame.image, "restore it or remove its frame")
         size = (pixels.shape[1], pixels.shape[0])
         depth = None if frame.depth is None else _read_depth(frame.depth, size[::-1], capture, options)
         lens = frame.lens.intrinsics(size, str(frame.image))
-        pixels, depth, lens = undistort(
-            pixels, depth, lens, frame.lens.distortion, frame.lens.fisheye, str(frame.image)
+        pixels, depth, mask, lens = undistort(
+            pixels, depth, _read_mask(frame, size), lens, frame.lens.distortion, frame.lens.fisheye, str(frame.image)
         )
         box = _crop_box(size, options.image_size)
         images.append(np.asarray(Image.fromarray(pixels).resize(options.image_size, Image.Resampling.BOX, box=box)))
         intrinsics.append(_fit_intrinsics(lens, box, options.image_size))
         if depth is not None:
             depths.append(_resize_depth(depth, box, size, options.image_size))
+        masks.append(_resize_mask(mask, box, options.image_size, frame))
     width, height = options.image_size
     fx, fy, cx, cy = torch.tensor(np.stack(intrinsics), dtype=torch.float32).unbind(-1)
     views = Views(
         make_cameras(torch.from_numpy(poses), fx, fy, cx, cy, height, width),
         torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255,
         torch.from_numpy(np.stack(depths)).float()[:, None] if depths else None,
+        None if all(mask.all() for mask in masks) else torch.from_numpy(np.stack(masks))[:, None],
     )
     _check_depth_unit(capture.folder, views, options)
     return views
@@ -230,17 +232,56 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
 def _read_depth(path: Path, size: tuple[int, int], capture: Capture, options: ImportOptions) -> np.ndarray:
     """Depth in metres at the pixels of its image, `[H, W]`; files of another size are of the same view."""
     depth = read_depth_file(path)
-    (height, width), (own_height, own_width) = size, depth.shape
-    if abs(own_width * height - own_height * width) > max(own_width, own_height, width, height):
-        raise UserInputError(
-            f"{path} is {own_width} x {own_height}, another aspect than its image's {width} x {height}: is it turned "
-            "or cropped? Give depth of the same view."
-        )
+    _check_aspect(path, depth, size, "depth")
     if options.depth_unit_scale is not None:
         unit = options.depth_unit_scale
     else:
         unit = DEPTH_UNIT_M if capture.depth_unit is None else capture.depth_unit * options.metres_per_unit
-    return _resize_depth(depth, (0, 0, width, height), (width, height), (width, height)) * unit
+    return _of_size(depth, size) * unit
+
+
+def _of_size(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The nearest values in a map of this (height, width)."""
+    height, width = size
+    return _resize_depth(values, (0, 0, width, height), (width, height), (width, height))
+
+
+def _check_aspect(path: Path, values: np.ndarray, size: tuple[int, int], kind: str) -> None:
+    (height, width), (own_height, own_width) = size, values.shape
+    if abs(own_width * height - own_height * width) > max(own_width, own_height, width, height):
+        raise UserInputError(
+            f"{path} is {own_width} x {own_height}, another aspect than its image's {width} x {height}: is it turned "
+            f"or cropped? Give {kind} of the same view."
+        )
+
+
+def _read_mask(frame: CapturedFrame, size: tuple[int, int]) -> Bool[np.ndarray, "height width"] | None:
+    """Which pixels of an image of this (width, height) are of the scene; None if nothing masks any."""
+    seen = frame.lens.seen(size)
+    if frame.mask is None:
+        return seen
+    mask = read_mask_file(frame.mask)
+    _check_aspect(frame.mask, mask, size[::-1], "a mask")
+    mask = _of_size(mask, size[::-1])
+    return mask if seen is None else mask & seen
+
+
+def _resize_mask(
+    mask: Bool[np.ndarray, "height width"] | None,
+    box: tuple[float, float, float, float],
+    wanted: tuple[int, int],
+    frame: CapturedFrame,
+) -> Bool[np.ndarray, "new_height new_width"]:
+    """New pixels are valid only if all that is averaged into them is."""
+    if mask is None:
+        return np.ones(wanted[::-1], bool)
+    masked = Image.fromarray((~mask).astype(np.float32))
+    valid = np.asarray(masked.resize(wanted, Image.Resampling.BOX, box=box)) <= 0
+    if not valid.any():
+        raise UserInputError(
+            f"Nothing of {frame.image} is left of its mask or fisheye_crop_radius: remove its frame, or mask less."
+        )
+    return valid
 
 
 def _check_depth_unit(folder: Path, views: Views, options: ImportOptions) -> None:

@@ -58,16 +58,16 @@ def judge_novel_views(
         for name, grid in round_trip_variants(latent_autoencoder, scene_autoencoder.encode(batch.source)).items():
             judge = metrics.setdefault(name, ImageMetrics(lpips if name in pictures else None))
             rendered = scene_autoencoder.render(grid, batch.target.cameras)
-            judge.update(rendered.rgb, batch.target.images)
+            judge.update(rendered.rgb, batch.target.images, batch.target.masks)
             judge.update_depth(rendered.depth, batch.target, batch.aabb)
             if name in pictures:
-                _save(pictures[name], batch, rendered.rgb)
+                _save(pictures[name], batch, batch.target.covered(rendered.rgb))
         baselines = {
             "nearest_view": nearest_source_view(batch),
             "mean_image": mean.to(device).expand_as(batch.target.images),
         }
         for name, images in baselines.items():
-            metrics.setdefault(name, ImageMetrics(lpips)).update(images, batch.target.images)
+            metrics.setdefault(name, ImageMetrics(lpips)).update(images, batch.target.images, batch.target.masks)
         on_progress(min(1.0, (done + 1) * SCENES_AT_ONCE / len(scene_ids)))
     return {
         "num_scenes": len(scene_ids),

@@ -286,6 +286,6 @@ def _look(
     if split == "test":
         for name, grid in (("stage1", before), ("stage2", after)):
             rendered = judge.pipeline.scene_autoencoder.render(grid, views.cameras)
-            images[name] = rendered.rgb[0]
+            images[name] = views.covered(rendered.rgb)[0]
             depths[f"depth_{name}"] = judge.rendered_depth(rendered)
     return images, depths

@@ -93,5 +93,5 @@ def round_trip_variants(model: LatentAutoencoder, grid: VoxelGrid, ablations: bo
 
 def _judge(judge: ImageMetrics, scene_autoencoder: SceneAutoencoder, grid: VoxelGrid, target: Views) -> None:
     rendered = scene_autoencoder.render(grid, target.cameras)
-    judge.update(rendered.rgb.clamp(0, 1), target.images)
+    judge.update(rendered.rgb.clamp(0, 1), target.images, target.masks)
     judge.update_depth(rendered.depth, target, grid.aabb)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,13 +169,14 @@ class LatentLosses:
         """Losses of views rendered by the frozen stage 1."""
         weights = self.config.losses
         rendered = self.renderer.render(grid, views.cameras)
-        losses = {"rgb_loss": weights.rgb_mult * F.l1_loss(rendered.rgb, views.images)}
+        rgb = views.covered(rendered.rgb)
+        losses = {"rgb_loss": weights.rgb_mult * F.l1_loss(rgb, views.images)}
         known = views.depths is not None  # on every process the same losses, as their means are logged
         depth = depth_loss(rendered.maps, views) if known else rendered.depth.new_zeros(())
         losses["depth_loss"] = weights.depth_mult * depth
         if weights.lpips_mult:
             assert self.lpips is not None
-            images = (rendered.rgb.flatten(0, 1) * 2 - 1, views.images.flatten(0, 1) * 2 - 1)
+            images = (rgb.flatten(0, 1) * 2 - 1, views.images.flatten(0, 1) * 2 - 1)
             losses["lpips_loss"] = weights.lpips_mult * self.lpips(*images).mean()
         return losses
 
@@ -189,8 +190,7 @@ class LatentLosses:
             turns = draws.integers(4).tolist()
             grid = VoxelGrid.cat([grid[i].rotate90(turn) for i, turn in enumerate(turns)])
             views = [
-                Views(rotate_cameras90(v.cameras, turn), v.images, v.depths)
-                for v, turn in zip(views, turns, strict=True)
+                replace(v, cameras=rotate_cameras90(v.cameras, turn)) for v, turn in zip(views, turns, strict=True)
             ]
         return grid, Views.stack(views).to(self.device), draws
 

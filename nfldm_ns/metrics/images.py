@@ -22,10 +22,21 @@ SAME_DIRECTION_RAD = 1e-3
 
 
 def psnr(
-    predicted: Float[Tensor, "*batch 3 height width"], true: Float[Tensor, "*batch 3 height width"]
+    predicted: Float[Tensor, "*batch 3 height width"],
+    true: Float[Tensor, "*batch 3 height width"],
+    masks: Bool[Tensor, "*batch 1 height width"] | None = None,
 ) -> Float[Tensor, "*batch"]:
-    """Peak signal-to-noise ratio of each image in dB, for values in [0, 1]; equal images give 100 dB."""
-    error = (predicted.float().clamp(0, 1) - true.float()).square().mean(dim=(-3, -2, -1))
+    """Peak signal-to-noise ratio of each image in dB, for values in [0, 1]; equal images give 100 dB.
+
+    Args:
+        masks: False for pixels that do not count.
+    """
+    errors = (predicted.float().clamp(0, 1) - true.float()).square()
+    if masks is None:
+        error = errors.mean(dim=(-3, -2, -1))
+    else:
+        count = 3 * masks.sum(dim=(-3, -2, -1)).clamp(min=1)
+        error = torch.where(masks, errors, 0).sum(dim=(-3, -2, -1)) / count
     return -10 * torch.log10(error.clamp(min=10 ** (-MAX_PSNR / 10)))
 
 
@@ -105,12 +116,17 @@ class ImageMetrics:
     _pixels: dict[str, int] = field(default_factory=dict)
 
     def update(
-        self, predicted: Float[Tensor, "*batch 3 height width"], true: Float[Tensor, "*batch 3 height width"]
+        self,
+        predicted: Float[Tensor, "*batch 3 height width"],
+        true: Float[Tensor, "*batch 3 height width"],
+        masks: Bool[Tensor, "*batch 1 height width"] | None = None,
     ) -> None:
-        """Adds images in [0, 1]."""
+        """Adds images in [0, 1]; where a mask is False, PSNR does not count, and SSIM and LPIPS see no difference."""
         if predicted.shape != true.shape:
             raise ValueError(f"images {tuple(predicted.shape)} and {tuple(true.shape)} differ in shape")
-        values = {"psnr": psnr(predicted, true), "ssim": ssim(predicted, true)}
+        if masks is not None:
+            predicted = torch.where(masks, predicted, true)
+        values = {"psnr": psnr(predicted, true, masks), "ssim": ssim(predicted, true)}
         if self.lpips is not None:
             values["lpips"] = lpips_distance(self.lpips, predicted, true)
         for name, value in values.items():

@@ -171,7 +171,8 @@ class SceneAutoencoderModel(VoxelModel):
     @torch.no_grad()
     def get_metrics_dict(self, outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """PSNR of the batch in dB."""
-        return {"psnr": psnr(outputs["rendered"].rgb, batch["target"].images).mean()}
+        target = batch["target"]
+        return {"psnr": psnr(outputs["rendered"].rgb, target.images, target.masks).mean()}
 
     def get_image_metrics_and_images(
         self, outputs: dict[str, Any], batch: dict[str, Any]
@@ -180,7 +181,7 @@ class SceneAutoencoderModel(VoxelModel):
         from nfldm_ns.autoencoder.novel_views import comparison
 
         rgb, target = outputs["rendered"].rgb, batch["target"]
-        return {"psnr": float(psnr(rgb, target.images).mean())}, {"img": comparison(rgb[0], target[0])}
+        return {"psnr": float(psnr(rgb, target.images, target.masks).mean())}, {"img": comparison(rgb[0], target[0])}
 
     def show(self, source: Views) -> None:
         """Puts a scene on show.

@@ -14,7 +14,7 @@ from torch import Tensor
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import DESCRIPTION
-from nfldm_ns.scenes.collection import SceneCollection, read_transforms
+from nfldm_ns.scenes.collection import MASK_FOLDER, SceneCollection, read_transforms
 from nfldm_ns.scenes.image_files import open_image, rgb_image
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -47,13 +47,26 @@ def read_square_images(paths: Sequence[Path], size: int) -> UInt8[Tensor, "image
 
 
 def collection_paths(collection: SceneCollection, split: str) -> list[Path]:
-    """All images of one split, source and target views, scene by scene."""
+    """All images of one split, source and target views, scene by scene.
+
+    Raises:
+        UserInputError: if one has a mask, for what lies under it would count, too.
+    """
     paths = []
     for scene_id in collection.split(split):
         folder = collection.scene_dir(scene_id)
         transforms = read_transforms(folder)
+        if any("mask_path" in frame for frame in transforms.frames.values()):
+            raise _masked(folder)
         paths += [folder / name for name in dict.fromkeys([*transforms.source_names, *transforms.target_names])]
     return paths
+
+
+def _masked(scene: Path) -> UserInputError:
+    return UserInputError(
+        f"The scene {scene} has masks, but here masked pixels would count as if they were of it: give a folder of "
+        "images, or scenes without masks."
+    )
 
 
 def render_paths(folders: Sequence[Path]) -> list[Path]:
@@ -89,7 +102,7 @@ def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor
     A scene (generated or of a collection) gives its `images/`, a collection those of its training scenes.
 
     Raises:
-        UserInputError: if there are none.
+        UserInputError: if there are none, or one has a mask.
     """
     path = Path(path)
     if path.is_file():
@@ -97,8 +110,10 @@ def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor
     elif (path / "collection.json").is_file():
         paths = collection_paths(SceneCollection.open(path), "train")
     elif path.is_dir():
-        folder = path / "images" if (path / "transforms.json").is_file() else path
-        paths = _images_in(folder)
+        is_scene = (path / "transforms.json").is_file()
+        if is_scene and (path / MASK_FOLDER).is_dir():
+            raise _masked(path)
+        paths = _images_in(path / "images" if is_scene else path)
     else:
         raise UserInputError(f"There is no {path}: give an image, a folder of images, a scene or a scene collection.")
     if not paths:

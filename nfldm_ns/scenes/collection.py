@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
 from torch import Tensor
@@ -21,9 +21,11 @@ from nfldm_ns.scenes.image_files import open_image, rgb_image
 from nfldm_ns.scenes.views import SceneBatch, Views, make_cameras
 
 FORMAT = "nfldm-scene-collection"
-VERSION = 1
+VERSION = 2  # version 1 has no masks
+READABLE_VERSIONS = (1, 2)
 DEPTH_UNIT_M = 0.001
 BEV_FILE = "bev.png"
+MASK_FOLDER = "masks"
 SPLITS = ("train", "val", "test")
 
 
@@ -102,9 +104,9 @@ class SceneCollection:
         description = read_json(path)
         if not isinstance(description, dict) or description.get("format") != FORMAT:
             raise UserInputError(f'{path} does not say "format": "{FORMAT}": see docs/data.md for the format.')
-        if description.get("version") != VERSION:
+        if description.get("version") not in READABLE_VERSIONS:
             raise UserInputError(
-                f"{path} has version {description.get('version')}, but this release reads version {VERSION}: "
+                f"{path} has version {description.get('version')}, but this release reads versions up to {VERSION}: "
                 "collect or import the data again."
             )
         try:
@@ -374,11 +376,23 @@ def _load_views(folder: Path, transforms: Transforms, names: list[str], image_si
                 for frame in frames
             ]
         )
+    masks = None
+    if any("mask_path" in frame for frame in frames):
+        masks = np.stack([_frame_mask(folder, frame, image_size) for frame in frames])
     return Views(
         transforms.cameras(names, image_size),
         torch.from_numpy(images).permute(0, 3, 1, 2).float().div_(255),
         None if depths is None else torch.from_numpy(depths)[:, None],
+        None if masks is None else torch.from_numpy(masks)[:, None],
     )
+
+
+def _frame_mask(
+    folder: Path, frame: Mapping[str, Any], image_size: tuple[int, int]
+) -> Bool[np.ndarray, "height width"]:
+    if "mask_path" in frame:
+        return read_mask(folder / str(frame["mask_path"]), image_size)
+    return np.ones(image_size[::-1], bool)
 
 
 def _open_image(path: Path) -> Image.Image:
@@ -408,6 +422,20 @@ def read_depth(path: Path, image_size: tuple[int, int]) -> Float[np.ndarray, "he
         )
     _check_size(path, image.size, image_size)
     return np.asarray(image).astype(np.float32) * DEPTH_UNIT_M
+
+
+def read_mask(path: Path, image_size: tuple[int, int]) -> Bool[np.ndarray, "height width"]:
+    """Which pixels are of the scene, from an 8-bit PNG of one channel: 0 is masked, all else valid."""
+    image = open_image(path, "restore it or collect it again", "restore it or remove mask_path from its frame")
+    if image.mode != "L":
+        raise UserInputError(
+            f"{path} has mode {image.mode}, but a mask must be an 8-bit PNG of one channel, 0 where masked: convert it."
+        )
+    _check_size(path, image.size, image_size)
+    mask = np.asarray(image) > 0
+    if not mask.any():
+        raise UserInputError(f"{path} masks every pixel of its view: remove the frame from transforms.json.")
+    return mask
 
 
 def _load_bev(path: Path) -> UInt8[np.ndarray, "height width"] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image, ImageOps
 
 from nfldm_ns.errors import UserInputError
@@ -84,6 +84,20 @@ def read_depth_file(path: Path) -> Float[np.ndarray, "height width"]:
         )
     depth = depth.astype(np.float64)
     return np.where(np.isfinite(depth) & (depth > 0), depth, 0)
+
+
+def read_mask_file(path: Path) -> Bool[np.ndarray, "height width"]:
+    """Which pixels are of the scene, upright by EXIF orientation: 0 is masked, all else valid.
+
+    Raises:
+        UserInputError: if it is missing, damaged, or has colours or transparency.
+    """
+    image = open_image(path, "restore it", "restore it or remove mask_path from its frame")
+    if image.mode not in (*SIXTEEN_BITS, "1", "L", "I"):
+        raise UserInputError(
+            f"{path} has mode {image.mode}, but a mask must be grey or black and white, black where masked: convert it."
+        )
+    return np.asarray(ImageOps.exif_transpose(image)) != 0
 
 
 def _read_array(path: Path) -> np.ndarray:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
 
 @dataclass
 class Views:
-    """Images with cameras and, where known, depth; `*B` is any batch shape.
+    """Images with cameras and, where known, depth and masks; `*B` is any batch shape.
 
     Attributes:
         cameras: nerfstudio cameras of batch shape `[*B]`, intrinsics in pixels of `images`.
         images: `[*B, 3, H, W]`, sRGB in [0, 1].
-        depths: `[*B, 1, H, W]`, planar z in metres, 0 is unknown; None if no view has depth.
+        depths: `[*B, 1, H, W]`, planar z in metres, 0 is unknown; None if no view has depth. Unknown under a mask,
+            whatever was given.
+        masks: `[*B, 1, H, W]`, False for pixels that are not of the scene; None if all are.
     """
 
     cameras: Cameras
     images: Float[Tensor, "*batch 3 height width"]
     depths: Float[Tensor, "*batch 1 height width"] | None = None
+    masks: Bool[Tensor, "*batch 1 height width"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.masks is not None and self.depths is not None:
+            self.depths = torch.where(self.masks, self.depths, 0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -36,7 +45,10 @@ class Views:
 
     def __getitem__(self, index) -> Views:
         return Views(
-            index_cameras(self.cameras, index), self.images[index], None if self.depths is None else self.depths[index]
+            index_cameras(self.cameras, index),
+            self.images[index],
+            None if self.depths is None else self.depths[index],
+            None if self.masks is None else self.masks[index],
         )
 
     def to(self, device: torch.device | str) -> Views:
@@ -44,26 +56,25 @@ class Views:
             self.cameras.to(device),
             self.images.to(device),
             None if self.depths is None else self.depths.to(device),
+            None if self.masks is None else self.masks.to(device),
         )
+
+    def covered(self, rgb: Float[Tensor, "*batch 3 height width"]) -> Float[Tensor, "*batch 3 height width"]:
+        """Renderings of these views with the views' own colours where they are masked: nothing differs there."""
+        return rgb if self.masks is None else torch.where(self.masks, rgb, self.images)
 
     @staticmethod
     def stack(views: list[Views]) -> Views:
-        """Adds a leading batch axis. Depth is kept if any has it; the others' is unknown (0)."""
-        depths = None
-        if any(view.depths is not None for view in views):
-            depths = torch.stack([_depths_or_unknown(view) for view in views])
-        return Views(
-            stack_cameras([view.cameras for view in views]), torch.stack([view.images for view in views]), depths
-        )
+        """Adds a leading batch axis. Depth and masks are kept if any has them; else unknown (0), and all valid."""
+        cameras = stack_cameras([view.cameras for view in views])
+        return Views(cameras, torch.stack([view.images for view in views]), *_joined_maps(views, torch.stack))
 
     @staticmethod
     def cat(views: list[Views]) -> Views:
-        """Joins views of one image size along the first batch axis; depth is kept if any has it, else unknown."""
-        depths = None
-        if any(view.depths is not None for view in views):
-            depths = torch.cat([_depths_or_unknown(view) for view in views])
+        """Joins views of one image size along the first batch axis; depth and masks as `stack` keeps them."""
         fields = {name: torch.cat([getattr(view.cameras, name) for view in views]) for name in _FIELDS}
-        return Views(_rebuild(views[0].cameras, fields), torch.cat([view.images for view in views]), depths)
+        cameras = _rebuild(views[0].cameras, fields)
+        return Views(cameras, torch.cat([view.images for view in views]), *_joined_maps(views, torch.cat))
 
 
 @dataclass
@@ -86,10 +97,35 @@ class SceneBatch:
         return SceneBatch(self.scene_ids, self.source.to(device), self.target.to(device), self.aabb.to(device))
 
 
+def _joined_maps(
+    views: list[Views], join: Callable[[list[Tensor]], Tensor]
+) -> tuple[Float[Tensor, "*batch 1 height width"] | None, Bool[Tensor, "*batch 1 height width"] | None]:
+    """Depths and masks of all views, each None if no view has any."""
+    depths = masks = None
+    if any(view.depths is not None for view in views):
+        depths = join([_depths_or_unknown(view) for view in views])
+    if any(view.masks is not None for view in views):
+        masks = join([masks_or_valid(view) for view in views])
+    return depths, masks
+
+
 def _depths_or_unknown(views: Views) -> Tensor:
     if views.depths is not None:
         return views.depths
     return torch.zeros_like(views.images[..., :1, :, :])
+
+
+def masks_or_valid(views: Views) -> Bool[Tensor, "*batch 1 height width"]:
+    """The masks of views, all True where there are none."""
+    if views.masks is not None:
+        return views.masks
+    return torch.ones_like(views.images[..., :1, :, :], dtype=torch.bool)
+
+
+def valid_cells(masks: Bool[Tensor, "*batch 1 height width"], h: int, w: int) -> Bool[Tensor, "*batch 1 h w"]:
+    """Which of `h` x `w` cells of each image have no masked pixel, not even at their edges."""
+    masked = (~masks).flatten(0, -4).float()
+    return F.adaptive_max_pool2d(masked, (h, w)).reshape(*masks.shape[:-2], h, w) == 0
 
 
 def make_cameras(

@@ -12,16 +12,17 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.collection import BEV_FILE, DEPTH_UNIT_M, FORMAT, VERSION, BevClass
-from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.collection import BEV_FILE, DEPTH_UNIT_M, FORMAT, MASK_FOLDER, VERSION, BevClass
+from nfldm_ns.scenes.views import Views, masks_or_valid
 
 FULL_DISK_BYTES = 2**16
 _UNFINISHED = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(tmp|folder|old)")
@@ -130,6 +131,11 @@ def write_depth(path: Path, depth: Float[np.ndarray, "height width"]) -> None:
     Image.fromarray(millimetres.astype(np.uint16)).save(path)
 
 
+def write_mask(path: Path, mask: Bool[np.ndarray, "height width"]) -> None:
+    """Writes which pixels are of the scene as an 8-bit PNG: 255, and 0 where masked."""
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path)
+
+
 def write_bev(path: Path, bev: UInt8[np.ndarray, "height width"], classes: Sequence[BevClass]) -> None:
     """Writes class ids as a palette PNG in the colours of the classes."""
     path.write_bytes(bev_png(bev, classes))
@@ -163,6 +169,8 @@ def write_scene(
         target: held-back views, batch shape `[M]`; they become `val_filenames` and `test_filenames`.
         extra: further keys for `transforms.json`.
     """
+    if source.masks is not None or target.masks is not None:  # nerfstudio wants masks of all frames, or of none
+        source, target = (replace(views, masks=masks_or_valid(views)) for views in (source, target))
     with atomic_path(folder) as temporary:
         frames = [*_write_views(temporary, "source", source), *_write_views(temporary, "target", target)]
         names = [frame["file_path"] for frame in frames]
@@ -197,6 +205,10 @@ def _write_views(folder: Path, role: str, views: Views) -> list[dict[str, Any]]:
             (folder / "depths").mkdir(exist_ok=True)
             write_depth(folder / "depths" / name, views.depths[i, 0].float().cpu().numpy())
             frame["depth_file_path"] = f"depths/{name}"
+        if views.masks is not None:
+            (folder / MASK_FOLDER).mkdir(exist_ok=True)
+            write_mask(folder / MASK_FOLDER / name, views.masks[i, 0].cpu().numpy())
+            frame["mask_path"] = f"{MASK_FOLDER}/{name}"
         frames.append(frame)
     return frames
 
