@@ -87,7 +87,7 @@ def imports(file: Path) -> set[str]:
 
 
 LAYERS = [
-    *("scenes", "reports", "collect", "pretrained", "metrics", "training"),
+    *("models", "scenes", "reports", "collect", "pretrained", "metrics", "training"),
     *("autoencoder", "latents", "diffusion", "generated", "refine", "plugin"),
     *("sampling", "editing", "evaluation", "demo"),
 ]
