@@ -26,6 +26,9 @@ class Encode:
     """The scene collection; by default the one stage 1 was trained on."""
     device: str | None = None
     """cpu or cuda; by default what is there."""
+    all_views: bool = False
+    """Encode training places from all of their views: sharper voxels to learn from. Others are judged by their target
+    views, and always encoded from their source views."""
     refine_steps: int = 0
     """Steps of gradient descent by which the voxels are optimised further: those of training places for all of their
     views, others for their source views. Needs the weights of LPIPS."""
@@ -55,7 +58,13 @@ class Encode:
         collection.require_train_and_test()
         optimiser = self._optimiser(device)
         store = encode_collection(
-            collection, scene_autoencoder, self.output_dir, device, optimiser=optimiser, batch_size=self.batch_size
+            collection,
+            scene_autoencoder,
+            self.output_dir,
+            device,
+            optimiser=optimiser,
+            batch_size=self.batch_size,
+            all_views=self.all_views,
         )
         print(f"{len(store.scene_ids)} encoded scenes in {store.root}")
 

@@ -51,10 +51,7 @@ class Sample:
         from nfldm_ns.sampling.scenes import sample_scenes
         from nfldm_ns.scenes.writing import require_writable
 
-        if self.num_scenes < 1 or self.batch_size < 1 or self.num_inference_steps < 1:
-            raise UserInputError(
-                "--num-scenes, --batch-size and --num-inference-steps must be at least 1: give larger numbers."
-            )
+        self._check()
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         pipeline = load_pipeline(self.pipeline).to(device)
@@ -79,6 +76,17 @@ class Sample:
         write_png(sheet, contact_sheet(folders))
         print(f"Pictures of all: {sheet}")
         print(f"Walk through the first: ns-viewer --load-config {folders[0] / 'config.yml'}")
+
+    def _check(self) -> None:
+        """What the pipeline would refuse, by its own checks, and what it cannot know."""
+        from nfldm_ns.diffusion.call_checks import check_count, check_seed
+
+        try:
+            for name in ("num_scenes", "batch_size", "num_inference_steps"):
+                check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+            check_seed("--seed", self.seed, self.num_scenes)
+        except ValueError as error:
+            raise UserInputError(f"{error}: give another number.") from None
 
     def _maps(self, pipeline: "NFLDMPipeline") -> "list[np.ndarray]":
         """The maps, read and checked; also checks that the generator can be guided as asked."""

@@ -30,6 +30,12 @@ def check_count(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_seed(name: str, seed: int, count: int = 1) -> None:
+    """Raises `ValueError` unless torch's generators take `count` seeds from `seed` on."""
+    if not 0 <= seed < 2**64 - count:
+        raise ValueError(f"{name} is {seed}, but must be at least 0 and below 2**64")
+
+
 def check_steps(num_inference_steps: Any) -> list[int]:
     """Denoising steps of g, c and f, given as one number or as three; errors as of `check_count`."""
     if isinstance(num_inference_steps, Sequence) and not isinstance(num_inference_steps, str):

@@ -20,6 +20,7 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
 from nfldm_ns.scenes.collection import SPLITS, SceneCollection, read_json
+from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_json
 from nfldm_ns.training.identity import model_hash
@@ -208,6 +209,7 @@ def encode_collection(
     on_progress: Callable[[float], None] | None = None,
     optimiser: VoxelOptimiser | None = None,
     batch_size: int = 1,
+    all_views: bool = False,
 ) -> VoxelStore:
     """Encodes the source views of every scene of all splits; scenes that are there already are kept.
 
@@ -217,25 +219,28 @@ def encode_collection(
         optimiser: optimises what was encoded further: training scenes for all of their views, others, whose target
             views are there to judge by, for those that were encoded.
         batch_size: scenes encoded at once.
+        all_views: encode training scenes from their target views, too: nothing is judged by these.
 
     Raises:
-        UserInputError: if the folder holds scenes of another collection, of another stage 1, or that were optimised
-            otherwise.
+        UserInputError: if the folder holds scenes of another collection, of another stage 1, or that were encoded or
+            optimised otherwise.
     """
     root = Path(root)
     scene_autoencoder = scene_autoencoder.to(device).eval()
     description = _describe(collection, scene_autoencoder)
     if optimiser is not None:
         description["optimised"] = optimiser.describe()
+    if all_views:
+        description["all_views"] = True
     _check_or_start(root, description, scene_autoencoder)
     store = VoxelStore(root, description)
     batches = list(_batches_of_splits(store.splits, batch_size))
     for i, (split, scene_ids) in enumerate(track(batches, "Encoding scenes", disable=on_progress is not None)):
         if not all(_is_whole(store.path(scene_id)) for scene_id in scene_ids):  # as a whole: scenes may share draws
             batch = collection.batch([collection.load_scene(scene_id) for scene_id in scene_ids]).to(device)
-            grid = scene_autoencoder.encode(batch.source)
+            views = [batch.source, batch.target] if split == "train" else [batch.source]
+            grid = scene_autoencoder.encode(_joined(views) if all_views else batch.source)
             if optimiser is not None:
-                views = [batch.source, batch.target] if split == "train" else [batch.source]
                 grid = optimiser(scene_autoencoder, grid, views)
             for scene_id, voxels in zip(scene_ids, _stored(grid), strict=True):
                 with atomic_path(store.path(scene_id)) as temporary:
@@ -243,6 +248,11 @@ def encode_collection(
         if on_progress is not None:
             on_progress((i + 1) / len(batches))
     return VoxelStore.open(root)
+
+
+def _joined(parts: Sequence[Views]) -> Views:
+    """Views `[B, N]` and `[B, M]` as `[B, N + M]`."""
+    return Views.stack([Views.cat([part[i] for part in parts]) for i in range(parts[0].shape[0])])
 
 
 def _batches_of_splits(splits: Mapping[str, Sequence[str]], size: int) -> Iterator[tuple[str, Sequence[str]]]:
@@ -292,6 +302,11 @@ def _check_or_start(root: Path, description: dict[str, Any], scene_autoencoder: 
             raise UserInputError(
                 f"{root} holds scenes that were optimised otherwise ({before.get('optimised') or 'not at all'}): "
                 "repeat the options of that run, or choose another output folder."
+            )
+        if before.get("all_views") != description.get("all_views"):
+            raise UserInputError(
+                f"{root} holds scenes whose training views were {'all' if before.get('all_views') else 'not all'} "
+                "encoded: repeat the options of that run, or choose another output folder."
             )
         moved = {**before, "collection": description["collection"]}
         if moved != description:

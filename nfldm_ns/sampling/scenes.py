@@ -12,6 +12,7 @@ import torch
 from jaxtyping import UInt8
 
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.scenes.collection import BEV_FILE
 from nfldm_ns.scenes.views import index_cameras
@@ -52,6 +53,9 @@ def sample_scenes(
 
     Yields:
         the folders.
+
+    Raises:
+        UserInputError: if the pipeline refuses the call, or what it samples is not finite.
     """
     pipeline.set_progress_bar_config(disable=True)
     record = {"command": "nfldm-sample", **sampling_record(pipeline, num_inference_steps, source)}
@@ -63,13 +67,18 @@ def sample_scenes(
     for first in range(0, num_scenes, batch_size):
         count = min(batch_size, num_scenes - first)
         chosen = maps[first : first + count]
-        output = pipeline(
-            count,
-            scene_generators(seed + first, count),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            bev=torch.from_numpy(np.stack(chosen)) if chosen else None,
-        )
+        try:
+            output = pipeline(
+                count,
+                scene_generators(seed + first, count),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                bev=torch.from_numpy(np.stack(chosen)) if chosen else None,
+            )
+        except ValueError as error:  # what a call must not be, or a scheduler that does not fit
+            raise UserInputError(
+                f"{source or 'The pipeline'} samples no scenes from seed {seed + first} on: {error}."
+            ) from error
         grids = output.grids
         assert grids is not None
         for i in range(count):
