@@ -10,15 +10,13 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import check_rotation, read_json
+from nfldm_ns.scenes.schema import Checked, FileName, Finite, Pixels, Positive, validated
 
 FILE = "transforms.json"
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Pixels = Annotated[float, Field(ge=1, le=1e6)]  # some tools write sizes as 64.0
 Angle = Annotated[float, Field(gt=0, lt=math.pi)]
 Perspective = Literal["OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE"]
 Fisheye = Literal["OPENCV_FISHEYE", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE"]
@@ -35,10 +33,8 @@ def _is_matrix(rows: list[list[float]]) -> list[list[float]]:
 Matrix = Annotated[list[Annotated[list[Finite], Field(min_length=4, max_length=4)]], AfterValidator(_is_matrix)]
 
 
-class _Lens(BaseModel):
+class _Lens(Checked):
     """What stands at the top of the file for all frames, or in a frame for it alone; `null` is as good as absent."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     fl_x: Positive | None = None
     fl_y: Positive | None = None
@@ -62,7 +58,7 @@ class _Lens(BaseModel):
 
 
 class _Frame(_Lens):
-    file_path: Annotated[str, Field(min_length=1)]
+    file_path: FileName
     transform_matrix: Matrix
     depth_file_path: str | None = None
     mask_path: str | None = None
@@ -168,11 +164,7 @@ def read_capture(folder: Path) -> Capture:
         UserInputError: for what is missing, of a wrong kind, contradictory, or cannot be used.
     """
     path = folder / FILE
-    content = read_json(path)
-    try:
-        capture = _Capture.model_validate(content)
-    except ValidationError as error:
-        raise UserInputError(_sentence(path, content, error)) from None
+    capture = validated(_Capture, read_json(path), path)
     _check_masks(path, capture)
     frames = [_frame(folder, path, capture, frame) for frame in capture.frames]
     files = [(frame.image.parent.resolve() / frame.image.name, frame.name) for frame in frames]
@@ -182,26 +174,6 @@ def read_capture(folder: Path) -> Capture:
         raise UserInputError(f"Two frames of {path} have the file_path {shared[0]}: keep the one with its pose.")
     splits = _splits(path, capture, files, folder)
     return Capture(folder, frames, splits, 1 / (capture.applied_scale or 1.0), capture.depth_unit_scale_factor)
-
-
-def _sentence(path: Path, content: Any, error: ValidationError) -> str:
-    """The first thing that is wrong: file, frame, key."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    frame = ""
-    if len(where) > 1 and where[0] == "frames":
-        frames = content["frames"]
-        index = int(where[1])
-        name = frames[index].get("file_path") if isinstance(frames[index], dict) else None
-        frame = f" of the frame {name}" if isinstance(name, str) else f" of frame {index}"
-        where = where[2:]
-    key = where[0] if where else "content"
-    if first["type"] == "missing":
-        return f"{path} lacks {key}{frame}: see docs/data.md for the format."
-    message = first["msg"].removeprefix("Value error, ")
-    given = f"{first['input']!r}"
-    given = given if len(given) <= 40 else f"{given[:37]}..."
-    return f"{key}{frame} in {path} is {given} ({message[0].lower()}{message[1:]}): see docs/data.md for the format."
 
 
 def _check_masks(path: Path, capture: _Capture) -> None:
