@@ -15,7 +15,7 @@ from nerfstudio.viewer.viewer_elements import ViewerDropdown
 from rich.progress import track
 from torch.nn.parallel import DistributedDataParallel
 
-from nfldm_ns.autoencoder.checkpoints import check_state
+from nfldm_ns.autoencoder.model_configs import check_state
 from nfldm_ns.autoencoder.nerfstudio_datamanager import SceneDataManager, SceneDataManagerConfig
 from nfldm_ns.autoencoder.nerfstudio_model import SceneAutoencoderModel, SceneAutoencoderModelConfig
 from nfldm_ns.autoencoder.viewer_start import FirstView

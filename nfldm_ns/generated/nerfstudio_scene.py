@@ -19,7 +19,7 @@ from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.checkpoints import check_state
+from nfldm_ns.autoencoder.model_configs import check_state
 from nfldm_ns.autoencoder.pictures import ray_lengths
 from nfldm_ns.autoencoder.run_folder import MovableTrainerConfig, config_folder
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder

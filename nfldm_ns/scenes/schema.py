@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path, PurePath
 from typing import Annotated, Any, TypeVar
 
@@ -135,29 +136,51 @@ def validated(schema: type[Schema], content: Any, path: Path) -> Schema:
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        raise UserInputError(_sentence(path, content, error)) from None
+        raise UserInputError(f"{_problem(path, content, error)}: see docs/data.md for the format.") from None
 
 
-def _sentence(path: Path, content: Any, error: ValidationError) -> str:
+def validated_json(schema: type[Schema], content: Any, path: Path, remedy: str) -> Schema:
+    """The same where lists stand for tuples.
+
+    Args:
+        remedy: what to do, to end the sentence with.
+    """
+    try:
+        return schema.model_validate_json(json.dumps(content))
+    except ValidationError as error:
+        raise UserInputError(f"{_problem(path, content, error)}: {remedy}.") from None
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _problem(path: Path, content: Any, error: ValidationError) -> str:
     """The first thing that is wrong."""
     first = error.errors()[0]
     where, owner = list(first["loc"]), ""
     if len(where) > 1 and where[0] in _MEMBERS:
-        kind, name_key = _MEMBERS[str(where[0])]
-        name = where[1]
-        if isinstance(name, int):
-            member = content[where[0]][name]
-            given_name = member.get(name_key) if isinstance(member, dict) else None
-            name = given_name if isinstance(given_name, str) and given_name else name
-        owner = f" of the {kind} {name}" if isinstance(name, str) else f" of {kind} {name}"
+        owner = _owner(content, str(where[0]), where[1])
         where = where[2:]
     key = ".".join(part for part in where if isinstance(part, str)) or "content"
-    if first["type"] == "missing":
-        return f"{path} lacks {key if owner else repr(key)}{owner}: see docs/data.md for the format."
-    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing" and isinstance(first["loc"][-1], str):
+        return f"{path} lacks {key if owner else repr(key)}{owner}"
+    message = "too few values" if first["type"] == "missing" else first["msg"].removeprefix("Value error, ")
     message = f"{message[0].lower()}{message[1:]}"
     if first["type"].endswith("_type"):
         message = f"a wrong kind: {message}"
-    given = f"{first['input']!r}"
-    given = given if len(given) <= 40 else f"{given[:37]}..."
-    return f"{key}{owner} in {path} is {given} ({message}): see docs/data.md for the format."
+    return f"{key}{owner} in {path} is {shown(first['input'])} ({message})"
+
+
+def _owner(content: Any, members: str, which: int | str) -> str:
+    """Whose key it is: of the frame, scene or class of a name or number."""
+    kind, name_key = _MEMBERS[members]
+    if isinstance(which, int):
+        member = content[members][which]
+        name = member.get(name_key) if isinstance(member, dict) else None
+        if not (isinstance(name, str) and name):
+            return f" of {kind} {which}"
+        which = name
+    return f" of the {kind} {which}"
