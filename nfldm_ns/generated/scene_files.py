@@ -7,10 +7,11 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
+from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
@@ -18,12 +19,14 @@ from nfldm_ns.autoencoder.checkpoints import read_safetensors
 from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.collection import read_json, read_transforms
-from nfldm_ns.scenes.schema import Box, Checked, validated_json
+from nfldm_ns.scenes.collection import read_depth, read_json, read_transforms
+from nfldm_ns.scenes.image_files import open_image
+from nfldm_ns.scenes.schema import Box, Checked, FileName, validated, validated_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 FORMAT = "nfldm-generated-scene"
 VERSION = 1
+Names = Annotated[list[str], Field(min_length=1)]
 TENSORS = "scene.safetensors"
 DESCRIPTION = "scene.json"
 LARGEST_HALF = 60_000.0
@@ -143,6 +146,48 @@ def _grid(tensors: Mapping[str, Tensor], aabb: Tensor, renderer: SceneAutoencode
         if values is not None and not bool(values.isfinite().all()):
             raise ValueError(f"{name} has NaN or infinity")
     return grid
+
+
+class _DatasetFrame(Checked):
+    """nerfstudio takes no `null` for an absent value, and depths of all frames or of none."""
+
+    fl_x: float
+    fl_y: float
+    cx: float
+    cy: float
+    w: Annotated[int, Field(ge=1, le=10**6)]
+    h: Annotated[int, Field(ge=1, le=10**6)]
+    depth_file_path: FileName = ""
+
+
+class _Dataset(Checked):
+    camera_model: Literal["OPENCV"]
+    frames: list[_DatasetFrame]
+    train_filenames: Names
+    val_filenames: Names
+    test_filenames: Names
+
+
+def check_dataset(folder: Path) -> None:
+    """Reads what nerfstudio reads of a generated scene, its views, for nerfstudio tells nobody what is wrong with them.
+
+    Raises:
+        UserInputError: if a file is missing, damaged, or not as `write_generated_scene` writes it.
+    """
+    transforms = read_transforms(folder)
+    dataset = validated(_Dataset, read_json(transforms.path), transforms.path)
+    if len({frame.depth_file_path == "" for frame in dataset.frames}) > 1:
+        raise UserInputError(f"Some frames of {transforms.path} have depths and others have none: sample it again.")
+    for name, frame in transforms.frames.items():
+        size = (frame["w"], frame["h"])
+        image = open_image(folder / name, "restore it or sample the scene again")
+        if (image.mode, image.size) != ("RGB", size):
+            raise UserInputError(
+                f"{folder / name} is {image.mode} of {image.size[0]} x {image.size[1]}, not RGB of {size[0]} x "
+                f"{size[1]}: restore it or sample the scene again."
+            )
+        if "depth_file_path" in frame:
+            read_depth(folder / frame["depth_file_path"], size)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -314,7 +314,8 @@ def read_transforms(folder: Path) -> Transforms:
         frames[name] = merged
     sources = content.get("train_filenames") or list(frames)
     targets = content.get("test_filenames") or content.get("val_filenames") or list(frames)
-    unknown = [name for name in [*sources, *targets] if name not in frames]
+    listed = [name for split in SPLITS for name in content.get(f"{split}_filenames") or ()]
+    unknown = [name for name in listed if name not in frames]
     if unknown:
         raise UserInputError(f"{path} lists {unknown[0]} as a view, but has no frame of that name: add it or drop it.")
     return Transforms(path, frames, sources, targets)
