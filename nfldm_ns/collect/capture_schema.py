@@ -21,6 +21,18 @@ Angle = Annotated[float, Field(gt=0, lt=math.pi)]
 Perspective = Literal["OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE"]
 Fisheye = Literal["OPENCV_FISHEYE", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE"]
 RADIAL = ("k1", "k2", "k3", "k4", "p1", "p2")  # in nerfstudio's order of `distortion_params`
+LENSES = ("omega", "rolling_shutter", "equirectangular", "latlong", "orthographic", "ftheta_p1")
+"""Keys of lenses and shutters that cannot be undone here; 0 and false say that there is no such thing."""
+IGNORED = frozenset(
+    (
+        *("orientation_override", "ply_file_path", "colmap_im_id"),  # of nerfstudio
+        *("aabb_scale", "scale", "offset", "aabb", "render_aabb", "up", "n_frames", "sharpness"),  # of instant-ngp
+        *("sharpness_discard_threshold", "enable_depth_loading", "enable_ray_loading", "fix_premult", "sharpen"),
+        *("white_transparent", "black_transparent", "importance_sampling", "n_extra_learnable_dims"),
+        *("rotation", "timestamp", "time", "place"),  # of Blender's scenes, of videos, of our own collections
+    )
+)
+"""Keys that say nothing about where pixels look or how far: not read, on purpose."""
 EXTENSIONS = ("", ".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
 
 
@@ -55,6 +67,14 @@ class _Lens(Checked):
     p2: Finite | None = None
     distortion_params: Annotated[list[Finite], Field(max_length=6)] | None = None
     is_fisheye: bool | None = None
+    fisheye_crop_radius: Positive | None = None
+    depth_unit_scale_factor: Positive | None = None
+    omega: Finite | None = None
+    rolling_shutter: list[Finite] | None = None
+    equirectangular: bool | None = None
+    latlong: bool | None = None
+    orthographic: bool | None = None
+    ftheta_p1: Finite | None = None
 
 
 class _Frame(_Lens):
@@ -71,8 +91,6 @@ class _Capture(_Lens):
     test_filenames: list[str] | None = None
     applied_transform: Matrix | None = None
     applied_scale: Positive | None = None
-    depth_unit_scale_factor: Positive | None = None
-    fisheye_crop_radius: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -130,6 +148,7 @@ class CapturedFrame:
     Attributes:
         name: `file_path` as it is written.
         image, depth: files; no depth is None.
+        depth_unit: units per unit of the depth file, where the capture says so.
         pose: camera-to-world of OpenGL, `[3, 4]`, in the file's units.
     """
 
@@ -138,6 +157,7 @@ class CapturedFrame:
     depth: Path | None
     pose: Float[np.ndarray, "3 4"]
     lens: Lens
+    depth_unit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -147,14 +167,14 @@ class Capture:
     Attributes:
         splits: frames by `train`, `val` and `test`, as indices; empty where the file does not say.
         units: the capture's own units per unit of its poses (1 / `applied_scale`).
-        depth_unit: units per unit of the depth files, where the file says so.
+        unread: keys that are not known, which somebody may have meant.
     """
 
     folder: Path
     frames: list[CapturedFrame]
     splits: dict[str, list[int]]
     units: float
-    depth_unit: float | None
+    unread: tuple[str, ...] = ()
 
 
 def read_capture(folder: Path) -> Capture:
@@ -164,7 +184,8 @@ def read_capture(folder: Path) -> Capture:
         UserInputError: for what is missing, of a wrong kind, contradictory, or cannot be used.
     """
     path = folder / FILE
-    capture = validated(_Capture, read_json(path), path)
+    content = read_json(path)
+    capture = validated(_Capture, content, path)
     _check_masks(path, capture)
     frames = [_frame(folder, path, capture, frame) for frame in capture.frames]
     files = [(frame.image.parent.resolve() / frame.image.name, frame.name) for frame in frames]
@@ -173,7 +194,20 @@ def read_capture(folder: Path) -> Capture:
     if shared:
         raise UserInputError(f"Two frames of {path} have the file_path {shared[0]}: keep the one with its pose.")
     splits = _splits(path, capture, files, folder)
-    return Capture(folder, frames, splits, 1 / (capture.applied_scale or 1.0), capture.depth_unit_scale_factor)
+    return Capture(folder, frames, splits, 1 / (capture.applied_scale or 1.0), _unread(content))
+
+
+def _unread(content: dict[str, Any]) -> tuple[str, ...]:
+    """Keys that are neither read nor ignored on purpose, the file's and then the frames', each once."""
+    places = [(content, _Capture), *((frame, _Frame) for frame in content["frames"])]
+    return tuple(
+        dict.fromkeys(
+            key
+            for place, schema in places
+            for key, value in place.items()
+            if value is not None and key not in schema.model_fields and key not in IGNORED
+        )
+    )
 
 
 def _check_masks(path: Path, capture: _Capture) -> None:
@@ -183,11 +217,17 @@ def _check_masks(path: Path, capture: _Capture) -> None:
             f"The frame {masked.file_path} of {path} has a mask_path, and masked pixels would be learned as if they "
             "were of the scene: leave such frames out, or remove mask_path to learn them."
         )
-    if capture.fisheye_crop_radius is not None:
-        raise UserInputError(
-            f"{path} has a fisheye_crop_radius, and what lies beyond it would be learned as if it were of the scene: "
-            "crop the images, and remove it."
-        )
+    for holder in (capture, *capture.frames):
+        if holder.fisheye_crop_radius is not None:
+            raise UserInputError(
+                f"{path} has a fisheye_crop_radius, and what lies beyond it would be learned as if it were of the "
+                "scene: crop the images, and remove it."
+            )
+        lens = next((key for key in LENSES if np.any(getattr(holder, key) or 0)), None)
+        if lens is not None:
+            raise UserInputError(
+                f"{path} has {lens}, of a lens or shutter that cannot be undone: undistort its images and remove it."
+            )
 
 
 def _frame(folder: Path, path: Path, capture: _Capture, frame: _Frame) -> CapturedFrame:
@@ -195,7 +235,9 @@ def _frame(folder: Path, path: Path, capture: _Capture, frame: _Frame) -> Captur
     pose = np.asarray(frame.transform_matrix)[:3]
     check_rotation(pose[:, :3], where)
     depth = None if not frame.depth_file_path else _file(folder, frame.depth_file_path)
-    return CapturedFrame(frame.file_path, _file(folder, frame.file_path), depth, pose, _lens(where, capture, frame))
+    unit = frame.depth_unit_scale_factor or capture.depth_unit_scale_factor
+    image = _file(folder, frame.file_path)
+    return CapturedFrame(frame.file_path, image, depth, pose, _lens(where, capture, frame), unit)
 
 
 def _file(folder: Path, name: str) -> Path:
