@@ -14,8 +14,12 @@ BAD_INPUT_EXIT_CODE = 2
 class UserInputError(Exception):
     """Something the user gave us cannot be used.
 
-    The message is one sentence that says what is wrong, where, and what to do.
+    The message is one sentence that says what is wrong, where, and what to do; in one line, whatever names of files and
+    messages of libraries it quotes.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
 
 
 def describe_os_error(error: OSError, path: Path | str | None = None) -> str:

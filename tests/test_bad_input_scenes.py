@@ -129,6 +129,10 @@ def put_nan(matrix: np.ndarray) -> None:
     matrix[0, 3] = np.nan
 
 
+def put_far_away(matrix: np.ndarray) -> None:
+    matrix[0, 3] = 1e300
+
+
 # name of the case: what breaks, what the sentence says, and the file it names
 CASES: dict[str, tuple[Damage, str, str]] = {
     "missing folder": (shutil.rmtree, r"There is no data folder .*: make one with 'nfldm-collect", ""),
@@ -191,6 +195,38 @@ CASES: dict[str, tuple[Damage, str, str]] = {
     "zero focal length": (frame(fl_x=0), r"cannot be right \(0, .*: give fl_x", f"{SCENE}/transforms.json"),
     "negative focal length": (frame(fl_y=-3), "cannot be right .*: give fl_x", f"{SCENE}/transforms.json"),
     "centre is NaN": (frame(cx=np.nan), "cannot be right .*: give fl_x", f"{SCENE}/transforms.json"),
+    "depth path of a wrong kind": (
+        frame(depth_file_path=["depths/source_00.png"]),
+        "depth_file_path of the frame images/source_00.png .*wrong kind.*: see docs",
+        f"{SCENE}/transforms.json",
+    ),
+    "mask path of a wrong kind": (
+        frame(mask_path=3),
+        "mask_path of the frame .*: see docs",
+        f"{SCENE}/transforms.json",
+    ),
+    "size of a wrong kind": (frame(w="8"), "w of the frame .*wrong kind.*: see docs", f"{SCENE}/transforms.json"),
+    "pose beyond all numbers": (pose(put_far_away), r"beyond 1e\+12: remove", f"{SCENE}/transforms.json"),
+    "place without origin": (
+        describe(scenes={"room_000": {"map": "rooms"}}),
+        "lacks origin of the scene room_000: see docs",
+        "collection.json",
+    ),
+    "origin of a wrong kind": (
+        describe(scenes={"room_000": {"map": "rooms", "origin": [0, "0", 0]}}),
+        "origin of the scene room_000 in .* is '0' .a wrong kind.*: see docs",
+        "collection.json",
+    ),
+    "scene outside of the folder": (
+        describe(splits={"train": ["../room_000"], "test": ["room_001"]}),
+        "splits.train in .* is '../room_000' .it must be the name of a folder.: see docs",
+        "collection.json",
+    ),
+    "class of no colour": (
+        describe(bev_classes=[{"id": 0, "name": "void", "color": [0, 0]}]),
+        r"color of the class void in .* is \[0, 0\] .*: see docs",
+        "collection.json",
+    ),
     "intrinsics of another size": (
         frame(w=640, h=480),
         "are for 640 x 480 pixels.*: scale",
@@ -224,6 +260,18 @@ CASES: dict[str, tuple[Damage, str, str]] = {
 
 def test_whole_collections_are_accepted(root: Path) -> None:
     use(root)
+
+
+def test_a_null_depth_path_is_no_depth(root: Path) -> None:
+    frame(depth_file_path=None, mask_path=None)(root)
+    depths = SceneCollection.open(root).load_scene("room_000").source.depths
+    assert not bool(depths[0].any()) and bool(depths[1].any())
+
+
+def test_null_in_a_frame_is_as_good_as_absent(root: Path) -> None:
+    edit(f"{SCENE}/transforms.json", lambda content: content.update(fl_x=4.0))(root)
+    frame(fl_x=None)(root)
+    assert SceneCollection.open(root).load_scene("room_000").source.cameras.fx[0] == 4
 
 
 @pytest.mark.parametrize("case", CASES)

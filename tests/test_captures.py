@@ -101,6 +101,23 @@ class TestImages:
         Image.fromarray(np.array([[True, False]])).save(tmp_path / "b.png")
         assert read_rgb(tmp_path / "b.png", "x")[0, :, 0].tolist() == [255, 0]
 
+    def test_of_a_phone_s_photo_the_first_picture_is_read(self, tmp_path: Path) -> None:
+        photo, smaller = Image.new("RGB", (32, 32), (200, 40, 40)), Image.new("RGB", (16, 16))
+        photo.save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[smaller])
+        with Image.open(tmp_path / "a.jpg") as image:
+            assert image.format == "MPO" and image.n_frames == 2
+        pixels = read_rgb(tmp_path / "a.jpg", "x").astype(int)
+        assert pixels.shape == (32, 32, 3) and np.abs(pixels - [200, 40, 40]).max() < 8
+
+    def test_damaged_exif_data_are_a_sentence(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(image: Image.Image) -> None:
+            raise SyntaxError("not a TIFF file")
+
+        Image.new("RGB", (4, 4)).save(tmp_path / "a.jpg")
+        monkeypatch.setattr("PIL.ImageOps.exif_transpose", fail)
+        with pytest.raises(UserInputError, match="EXIF data of .*a.jpg are damaged .*: remove or repair"):
+            read_rgb(tmp_path / "a.jpg", "x")
+
     def test_what_is_no_picture_is_a_sentence(self, tmp_path: Path) -> None:
         frames = [Image.new("L", (4, 4), value) for value in (0, 255)]
         frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
@@ -219,6 +236,33 @@ class TestKeys:
         same = imported(tmp_path / "c", capture, "--depth-unit-scale", "0.001")
         torch.testing.assert_close(same.depths, before.depths)
 
+    def test_the_unit_of_depth_may_stand_in_frames(self, capture: Path, tmp_path: Path) -> None:
+        before = imported(tmp_path / "a", capture)
+        change(capture, lambda c: [frame.update(depth_unit_scale_factor=0.002) for frame in c["frames"]])
+        torch.testing.assert_close(imported(tmp_path / "b", capture).depths, before.depths * 2)
+
+    def test_a_null_depth_path_is_no_depth(self, capture: Path, tmp_path: Path) -> None:
+        change(capture, lambda c: [frame.update(depth_file_path=None) for frame in c["frames"]])
+        assert imported(tmp_path / "out", capture).depths is None
+        assert SceneCollection.open(tmp_path / "out").load_scene("hall").source.depths is None
+
+    def test_keys_that_are_not_known_are_told(self, capture: Path, tmp_path: Path, capsys) -> None:
+        def add(content: dict) -> None:
+            content.update(aabb_scale=16, integer_depth_scale=0.001, applied_scale=None)
+            content["frames"][1].update(sharpness=3.0, depth_path="d.png")
+
+        change(capture, add)
+        assert read_capture(capture).unread == ("integer_depth_scale", "depth_path")
+        assert run(tmp_path / "out", [capture]) == 0
+        assert (
+            "Not read, for nothing is known of such keys: 'integer_depth_scale', 'depth_path'"
+            in capsys.readouterr().out
+        )
+
+    def test_lenses_that_are_said_to_be_none_are_no_lenses(self, capture: Path) -> None:
+        change(capture, lambda c: c.update(rolling_shutter=[0, 0, 0, 0], latlong=False, omega=0.0))
+        assert read_capture(capture).unread == ()
+
     def test_splits_of_the_file_are_kept(self, capture: Path, tmp_path: Path) -> None:
         names = [frame["file_path"] for frame in json.loads((capture / "transforms.json").read_text())["frames"]]
         change(capture, lambda content: content.update(train_filenames=names[4:], test_filenames=names[:4]))
@@ -255,6 +299,13 @@ class TestKeys:
                 "mode RGB, but a mask must be grey",
             ),
             (lambda c: c.update(fisheye_crop_radius=0.1), "Nothing of .*/images/.* is left of its mask or fisheye"),
+            (
+                lambda c: c["frames"][1].update(rolling_shutter=[0, 0, 0.1, 0]),
+                "has rolling_shutter, of a lens or shutter",
+            ),
+            (lambda c: c.update(latlong=True), "has latlong, of a lens or shutter"),
+            (lambda c: c["frames"][1].update(depth_file_path=7), "depth_file_path of the frame images/.* is 7"),
+            (lambda c: c["frames"][1].update(file_path="a\0b"), "no file can have this name"),
             (lambda c: c.update(camera_model="EQUIRECTANGULAR"), "is EQUIRECTANGULAR: only OpenCV's"),
             (lambda c: c.update(k4=0.1), "has k4, k5 or k6"),
             (lambda c: set_everywhere(c, h=36), "another aspect: is it turned or cropped"),

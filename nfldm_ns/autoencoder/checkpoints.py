@@ -12,6 +12,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from nfldm_ns.autoencoder.model_configs import build_model, check_state, reason
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.models import resolve_model
@@ -65,15 +66,8 @@ def load_scene_autoencoder(path: Path | str) -> SceneAutoencoder:
         UserInputError: if it is missing, truncated, or its weights are not those of its config.
     """
     folder = scene_autoencoder_folder(path)
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("_class_name") != SceneAutoencoder.__name__:
-        raise UserInputError(f"{folder / 'config.json'} does not describe a scene auto-encoder: give another folder.")
-    try:
-        autoencoder = SceneAutoencoder.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise UserInputError(f"{folder / 'config.json'} cannot be used ({error}): train stage 1 again.") from None
-    load_exactly(autoencoder, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
-    return autoencoder.eval()
+    config, weights = folder / "config.json", folder / WEIGHTS
+    return build_model(SceneAutoencoder, read_json(config), config, read_safetensors(weights), weights)
 
 
 def read_training_record(path: Path | str) -> dict[str, Any]:
@@ -122,8 +116,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-    except SafetensorError as error:
-        raise UserInputError(f"{path} is damaged ({error}): restore it or make it again.") from None
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise UserInputError(f"{path} is damaged ({reason(error)}): restore it or make it again.") from None
 
 
 def weights_name(name: str, variant: str | None) -> str:
@@ -149,19 +143,6 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for name in sorted(set(parts.values())):
         tensors |= read_safetensors(index.with_name(name))
     return tensors
-
-
-def check_state(module: torch.nn.Module, state: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raises `UserInputError` unless the tensors are exactly those of the module, by name and shape."""
-    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in state.items()}
-    for key in [*expected, *found]:
-        if expected.get(key) != found.get(key):
-            here, there = (str(list(shapes[key])) if key in shapes else "missing" for shapes in (expected, found))
-            raise UserInputError(
-                f"{where} is of another preset or version ({key} is {there} there, but {here} in this configuration): "
-                "choose the method and sizes it was trained with."
-            )
 
 
 def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], where: Path | str) -> None:

@@ -10,19 +10,29 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import check_rotation, read_json
+from nfldm_ns.scenes.schema import Checked, FileName, Finite, Pixels, Positive, validated
 
 FILE = "transforms.json"
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Pixels = Annotated[float, Field(ge=1, le=1e6)]  # some tools write sizes as 64.0
 Angle = Annotated[float, Field(gt=0, lt=math.pi)]
 Perspective = Literal["OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "PERSPECTIVE"]
 Fisheye = Literal["OPENCV_FISHEYE", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE"]
 RADIAL = ("k1", "k2", "k3", "k4", "p1", "p2")  # in nerfstudio's order of `distortion_params`
+LENSES = ("omega", "rolling_shutter", "equirectangular", "latlong", "orthographic", "ftheta_p1")
+"""Keys of lenses and shutters that cannot be undone here; 0 and false say that there is no such thing."""
+IGNORED = frozenset(
+    (
+        *("orientation_override", "ply_file_path", "colmap_im_id"),  # of nerfstudio
+        *("aabb_scale", "scale", "offset", "aabb", "render_aabb", "up", "n_frames", "sharpness"),  # of instant-ngp
+        *("sharpness_discard_threshold", "enable_depth_loading", "enable_ray_loading", "fix_premult", "sharpen"),
+        *("white_transparent", "black_transparent", "importance_sampling", "n_extra_learnable_dims"),
+        *("rotation", "timestamp", "time", "place"),  # of Blender's scenes, of videos, of our own collections
+    )
+)
+"""Keys that say nothing about where pixels look or how far: not read, on purpose."""
 EXTENSIONS = ("", ".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG")
 
 
@@ -35,10 +45,8 @@ def _is_matrix(rows: list[list[float]]) -> list[list[float]]:
 Matrix = Annotated[list[Annotated[list[Finite], Field(min_length=4, max_length=4)]], AfterValidator(_is_matrix)]
 
 
-class _Lens(BaseModel):
+class _Lens(Checked):
     """What stands at the top of the file for all frames, or in a frame for it alone; `null` is as good as absent."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
 
     fl_x: Positive | None = None
     fl_y: Positive | None = None
@@ -59,10 +67,18 @@ class _Lens(BaseModel):
     p2: Finite | None = None
     distortion_params: Annotated[list[Finite], Field(max_length=6)] | None = None
     is_fisheye: bool | None = None
+    fisheye_crop_radius: Positive | None = None
+    depth_unit_scale_factor: Positive | None = None
+    omega: Finite | None = None
+    rolling_shutter: list[Finite] | None = None
+    equirectangular: bool | None = None
+    latlong: bool | None = None
+    orthographic: bool | None = None
+    ftheta_p1: Finite | None = None
 
 
 class _Frame(_Lens):
-    file_path: Annotated[str, Field(min_length=1)]
+    file_path: FileName
     transform_matrix: Matrix
     depth_file_path: str | None = None
     mask_path: str | None = None
@@ -75,8 +91,6 @@ class _Capture(_Lens):
     test_filenames: list[str] | None = None
     applied_transform: Matrix | None = None
     applied_scale: Positive | None = None
-    depth_unit_scale_factor: Positive | None = None
-    fisheye_crop_radius: Positive | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +164,7 @@ class CapturedFrame:
     Attributes:
         name: `file_path` as it is written.
         image, depth, mask: files; no depth or mask is None.
+        depth_unit: units per unit of the depth file, where the capture says so.
         pose: camera-to-world of OpenGL, `[3, 4]`, in the file's units.
     """
 
@@ -159,6 +174,7 @@ class CapturedFrame:
     mask: Path | None
     pose: Float[np.ndarray, "3 4"]
     lens: Lens
+    depth_unit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -168,14 +184,14 @@ class Capture:
     Attributes:
         splits: frames by `train`, `val` and `test`, as indices; empty where the file does not say.
         units: the capture's own units per unit of its poses (1 / `applied_scale`).
-        depth_unit: units per unit of the depth files, where the file says so.
+        unread: keys that are not known, which somebody may have meant.
     """
 
     folder: Path
     frames: list[CapturedFrame]
     splits: dict[str, list[int]]
     units: float
-    depth_unit: float | None
+    unread: tuple[str, ...] = ()
 
 
 def read_capture(folder: Path) -> Capture:
@@ -186,10 +202,8 @@ def read_capture(folder: Path) -> Capture:
     """
     path = folder / FILE
     content = read_json(path)
-    try:
-        capture = _Capture.model_validate(content)
-    except ValidationError as error:
-        raise UserInputError(_sentence(path, content, error)) from None
+    capture = validated(_Capture, content, path)
+    _check_lenses(path, capture)
     frames = [_frame(folder, path, capture, frame) for frame in capture.frames]
     files = [(frame.image.parent.resolve() / frame.image.name, frame.name) for frame in frames]
     counts = Counter(file for file, _ in files)
@@ -197,27 +211,30 @@ def read_capture(folder: Path) -> Capture:
     if shared:
         raise UserInputError(f"Two frames of {path} have the file_path {shared[0]}: keep the one with its pose.")
     splits = _splits(path, capture, files, folder)
-    return Capture(folder, frames, splits, 1 / (capture.applied_scale or 1.0), capture.depth_unit_scale_factor)
+    return Capture(folder, frames, splits, 1 / (capture.applied_scale or 1.0), _unread(content))
 
 
-def _sentence(path: Path, content: Any, error: ValidationError) -> str:
-    """The first thing that is wrong: file, frame, key."""
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    frame = ""
-    if len(where) > 1 and where[0] == "frames":
-        frames = content["frames"]
-        index = int(where[1])
-        name = frames[index].get("file_path") if isinstance(frames[index], dict) else None
-        frame = f" of the frame {name}" if isinstance(name, str) else f" of frame {index}"
-        where = where[2:]
-    key = where[0] if where else "content"
-    if first["type"] == "missing":
-        return f"{path} lacks {key}{frame}: see docs/data.md for the format."
-    message = first["msg"].removeprefix("Value error, ")
-    given = f"{first['input']!r}"
-    given = given if len(given) <= 40 else f"{given[:37]}..."
-    return f"{key}{frame} in {path} is {given} ({message[0].lower()}{message[1:]}): see docs/data.md for the format."
+def _unread(content: dict[str, Any]) -> tuple[str, ...]:
+    """Keys that are neither read nor ignored on purpose, the file's and then the frames', each once."""
+    places: list[tuple[dict[str, Any], type[_Lens]]] = [(content, _Capture)]
+    places += [(frame, _Frame) for frame in content["frames"]]
+    return tuple(
+        dict.fromkeys(
+            key
+            for place, schema in places
+            for key, value in place.items()
+            if value is not None and key not in schema.model_fields and key not in IGNORED
+        )
+    )
+
+
+def _check_lenses(path: Path, capture: _Capture) -> None:
+    for holder in (capture, *capture.frames):
+        lens = next((key for key in LENSES if np.any(getattr(holder, key) or 0)), None)
+        if lens is not None:
+            raise UserInputError(
+                f"{path} has {lens}, of a lens or shutter that cannot be undone: undistort its images and remove it."
+            )
 
 
 def _frame(folder: Path, path: Path, capture: _Capture, frame: _Frame) -> CapturedFrame:
@@ -226,7 +243,8 @@ def _frame(folder: Path, path: Path, capture: _Capture, frame: _Frame) -> Captur
     check_rotation(pose[:, :3], where)
     image = _file(folder, frame.file_path)
     depth, mask = (_file(folder, name) if name else None for name in (frame.depth_file_path, frame.mask_path))
-    return CapturedFrame(frame.file_path, image, depth, mask, pose, _lens(where, capture, frame))
+    unit = frame.depth_unit_scale_factor or capture.depth_unit_scale_factor
+    return CapturedFrame(frame.file_path, image, depth, mask, pose, _lens(where, capture, frame), unit)
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -20,6 +20,7 @@ from nfldm_ns.scenes.image_files import read_depth_file, read_mask_file, read_rg
 from nfldm_ns.scenes.views import Views, make_cameras
 from nfldm_ns.scenes.writing import atomic_path, write_collection, write_scene
 
+OnUnread = Callable[[Path, Sequence[str]], None]
 _UP = {
     "z": np.eye(3),
     "y": np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
@@ -60,13 +61,18 @@ class ImportOptions:
 
 
 def import_captures(
-    root: Path, captures: Sequence[Path], options: ImportOptions, on_scene: Callable[[str], None] = lambda scene: None
+    root: Path,
+    captures: Sequence[Path],
+    options: ImportOptions,
+    on_scene: Callable[[str], None] = lambda scene: None,
+    on_unread: OnUnread = lambda folder, keys: None,
 ) -> dict[str, list[str]]:
     """Writes a collection of one scene per capture, whole or not at all.
 
     Args:
         root: the new collection; must not exist or be empty.
         captures: folders with a `transforms.json`; poses are OpenGL camera-to-world, depth is planar.
+        on_unread: told of captures with keys that are not known.
 
     Returns:
         Scene ids by split.
@@ -81,7 +87,7 @@ def import_captures(
     places = {}
     with atomic_path(root) as temporary:
         for scene_id, capture in zip(ids, captures, strict=True):
-            source, target, place = load_capture(capture, options)
+            source, target, place = load_capture(capture, options, on_unread)
             places[scene_id] = {"map": scene_id, **place}
             write_scene(temporary / "scenes" / scene_id, source, target, extra={"place": places[scene_id]})
             on_scene(scene_id)
@@ -127,7 +133,9 @@ def _split(ids: Sequence[str], options: ImportOptions) -> dict[str, list[str]]:
     return {name: train if name == "train" else sorted(held_out[name]) for name in SPLITS}
 
 
-def load_capture(folder: Path, options: ImportOptions) -> tuple[Views, Views, dict[str, Any]]:
+def load_capture(
+    folder: Path, options: ImportOptions, on_unread: OnUnread = lambda folder, keys: None
+) -> tuple[Views, Views, dict[str, Any]]:
     """Source views, target views and place of one capture, recentred on the mean of its source cameras.
 
     Raises:
@@ -136,6 +144,8 @@ def load_capture(folder: Path, options: ImportOptions) -> tuple[Views, Views, di
     if not folder.is_dir():
         raise UserInputError(f"There is no capture folder {folder}: give folders that hold a transforms.json.")
     capture = read_capture(folder)
+    if capture.unread:
+        on_unread(folder, capture.unread)
     sources, targets = _chosen_frames(capture, options)
     poses = np.stack([_metric_pose(frame, capture, options) for frame in capture.frames])
     origin = poses[sources][:, :, 3].mean(axis=0)
@@ -206,7 +216,7 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
     for frame in frames:
         pixels = read_rgb(frame.image, "restore it or remove its frame")
         size = (pixels.shape[1], pixels.shape[0])
-        depth = None if frame.depth is None else _read_depth(frame.depth, size[::-1], capture, options)
+        depth = None if frame.depth is None else _read_depth(frame.depth, size[::-1], frame.depth_unit, options)
         lens = frame.lens.intrinsics(size, str(frame.image))
         pixels, depth, mask, lens = undistort(
             pixels, depth, _read_mask(frame, size), lens, frame.lens.distortion, frame.lens.fisheye, str(frame.image)
@@ -229,14 +239,14 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
     return views
 
 
-def _read_depth(path: Path, size: tuple[int, int], capture: Capture, options: ImportOptions) -> np.ndarray:
+def _read_depth(path: Path, size: tuple[int, int], unit: float | None, options: ImportOptions) -> np.ndarray:
     """Depth in metres at the pixels of its image, `[H, W]`; files of another size are of the same view."""
     depth = read_depth_file(path)
     _check_aspect(path, depth, size, "depth")
     if options.depth_unit_scale is not None:
         unit = options.depth_unit_scale
     else:
-        unit = DEPTH_UNIT_M if capture.depth_unit is None else capture.depth_unit * options.metres_per_unit
+        unit = DEPTH_UNIT_M if unit is None else unit * options.metres_per_unit
     return _of_size(depth, size) * unit
 
 

@@ -192,11 +192,21 @@ class Import:
 
         values = {k: v for k, v in vars(self).items() if k not in ("out", "scenes", "box")}
         options = ImportOptions(**values, aabb=(self.box[:3], self.box[3:]))
+        unread: dict[str, Path] = {}
         with _progress() as progress:
             task = progress.add_task("scenes", total=len(self.scenes))
-            splits = import_captures(self.out, self.scenes, options, lambda _: progress.advance(task))
+            splits = import_captures(
+                self.out,
+                self.scenes,
+                options,
+                lambda _: progress.advance(task),
+                lambda folder, keys: unread.update({key: folder for key in keys if key not in unread}),
+            )
         counts = ", ".join(f"{len(ids)} {name}" for name, ids in splits.items() if ids)
         print(f"{self.out}: {counts} scenes; 'nfldm-collect check {self.out}' judges them")
+        if unread:
+            keys, folder = ", ".join(map(repr, unread)), next(iter(unread.values()))
+            print(f"Not read, for nothing is known of such keys: {keys} (in {folder / 'transforms.json'}).")
         _write_sheet(self.out)
         return 0
 

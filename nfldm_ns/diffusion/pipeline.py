@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -16,10 +17,11 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int, Shaped
 from nerfstudio.cameras.cameras import Cameras
-from safetensors import SafetensorError
+from pydantic import Field
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_weights, weights_name
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, read_weights, weights_name
+from nfldm_ns.autoencoder.model_configs import build_model, read_scheduler, reason
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.bev import to_grid_order
 from nfldm_ns.diffusion.call_checks import (
@@ -39,6 +41,7 @@ from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.models import GENERATOR, resolve_model, shipped_models
 from nfldm_ns.scenes.collection import BevClass, bev_class, read_json
+from nfldm_ns.scenes.schema import BevClassEntry, Checked, Finite, validated_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
@@ -482,37 +485,49 @@ def load_pipeline(folder: Path | str = GENERATOR, variant: str | None = None) ->
     index = read_json(folder / "model_index.json")
     if not isinstance(index, dict) or index.get("_class_name") != "NFLDMPipeline":
         raise UserInputError(f"{folder} holds another kind of pipeline: give the folder of an NFLDMPipeline.")
+    validated_json(_Index, index, folder / "model_index.json", "save the pipeline again")
     components = {
         name: _load_component(folder / name, cls, variant)
         for name, cls in COMPONENTS.items()
         if name not in NFLDMPipeline._optional_components or index.get(name) != [None, None]
     }
-    if not (folder / "scheduler" / "scheduler_config.json").is_file():
-        raise UserInputError(f"{folder} lacks scheduler/scheduler_config.json: restore it or save the pipeline again.")
+    components["scheduler"] = _load_scheduler(folder, index["scheduler"])
     try:
         pipeline = NFLDMPipeline.from_pretrained(folder, **components)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserInputError(f"{folder} cannot be loaded ({reason}): save the pipeline again.") from error
+    except Exception as error:  # diffusers raises many kinds for what it does not expect
+        raise UserInputError(f"{folder} cannot be loaded ({reason(error)}): save the pipeline again.") from error
     check_agreement(pipeline, folder)
     return pipeline
+
+
+class _Index(Checked):
+    """What is ours in `model_index.json`; the components' entries are names of a library and of a class in it."""
+
+    scheduler: tuple[str, str]
+    temperatures: tuple[Finite, Finite, Finite] = (1.0, 1.0, 1.0)
+    bev_classes: list[BevClassEntry] = Field(default_factory=list)
+
+
+def _load_scheduler(folder: Path, entry: Sequence[str]) -> SchedulerMixin:
+    """Of diffusers: other classes are not imported, whatever a file names."""
+    library, name = entry
+    cls = getattr(diffusers, name, None) if library == "diffusers" else None
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise UserInputError(
+            f"The scheduler of {folder / 'model_index.json'} is no scheduler of diffusers: restore it."
+        )
+    path = folder / "scheduler" / "scheduler_config.json"
+    if not path.is_file():
+        raise UserInputError(f"{folder} lacks scheduler/scheduler_config.json: restore it or save the pipeline again.")
+    return read_scheduler(cls, path)
 
 
 def _load_component(folder: Path, cls: type, variant: str | None) -> nn.Module:
     """A component whose weights are exactly those its configuration asks for."""
     if not (folder / "config.json").is_file():
         raise UserInputError(f"{folder.parent} lacks component {folder.name}: restore it or save the pipeline again.")
-    config = read_json(folder / "config.json")
-    try:
-        if config.get("_class_name") != cls.__name__:
-            raise ValueError(f"it is a {config.get('_class_name')}")
-        component = cls.from_config(config)  # type: ignore[attr-defined]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = f"does not describe a {cls.__name__} ({error})"
-        raise UserInputError(f"{folder / 'config.json'} {reason}: restore it.") from None
-    path = folder / weights_name(WEIGHTS, variant)
-    load_exactly(component, read_weights(path), path)
-    return component.eval()
+    config, weights = folder / "config.json", folder / weights_name(WEIGHTS, variant)
+    return build_model(cls, read_json(config), config, read_weights(weights), weights)
 
 
 def save_in_half_precision(pipeline: Path | str, folder: Path | str) -> None:

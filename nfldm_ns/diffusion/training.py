@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
+from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.latent_memory import LatentMemory
@@ -498,13 +499,13 @@ def load_denoiser(folder: Path) -> Denoiser | None:
     if not (folder / DENOISER_FOLDER / "config.json").is_file():
         return None
     folder = folder / DENOISER_FOLDER
-    config = read_json(folder / "config.json")
+    path, weights = folder / "config.json", folder / WEIGHTS
+    config = read_json(path)
     classes = {cls.__name__: cls for cls in DENOISERS.values()}
-    if config.get("_class_name") not in classes:
+    name = config.get("_class_name") if isinstance(config, dict) else None
+    if not isinstance(name, str) or name not in classes:
         raise UserInputError(f"{folder} holds no denoiser: delete it and run 'nfldm-train-diffusion' again.")
-    denoiser = classes[config["_class_name"]].from_config(config)
-    load_exactly(denoiser, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
-    return denoiser.eval()
+    return build_model(classes[name], config, path, read_safetensors(weights), weights)
 
 
 def save_pipeline(

@@ -7,21 +7,26 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
+from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor
 
-from nfldm_ns.autoencoder.checkpoints import load_exactly, read_safetensors
+from nfldm_ns.autoencoder.checkpoints import read_safetensors
+from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.collection import read_json, read_transforms
+from nfldm_ns.scenes.collection import read_depth, read_json, read_transforms
+from nfldm_ns.scenes.image_files import open_image
+from nfldm_ns.scenes.schema import Box, Checked, FileName, validated, validated_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 FORMAT = "nfldm-generated-scene"
 VERSION = 1
+Names = Annotated[list[str], Field(min_length=1)]
 TENSORS = "scene.safetensors"
 DESCRIPTION = "scene.json"
 LARGEST_HALF = 60_000.0
@@ -48,10 +53,13 @@ class GeneratedScene:
 
 def renderer_of(autoencoder: SceneAutoencoder) -> SceneAutoencoder:
     """A frozen copy on the CPU without the image encoder and what refines its voxels."""
-    renderer = copy.deepcopy(autoencoder).cpu().float().eval().requires_grad_(False)
-    renderer.encoder = None  # type: ignore[assignment]
-    renderer.refiner = None
-    return renderer
+    return _without_encoder(copy.deepcopy(autoencoder).cpu().float().eval())
+
+
+def _without_encoder(autoencoder: SceneAutoencoder) -> SceneAutoencoder:
+    autoencoder.encoder = None  # type: ignore[assignment]
+    autoencoder.refiner = None
+    return autoencoder.requires_grad_(False)
 
 
 def half_precision(grid: VoxelGrid) -> VoxelGrid:
@@ -100,21 +108,86 @@ def load_generated_scene(folder: Path | str) -> GeneratedScene:
         VERSION,
     ):
         raise UserInputError(f"{path} is not of format {FORMAT}, version {VERSION}: sample the scene again.")
+    scene = validated_json(_SceneDescription, description, path, "sample the scene again")
     tensors = read_safetensors(folder / TENSORS)
-    try:
-        aabb = torch.tensor(description["aabb"], dtype=torch.float32)
-        background = tensors["background"][None].float() if "background" in tensors else None
-        grid = VoxelGrid(tensors["density"][None].float(), tensors["features"][None].float(), aabb, background)
-        renderer = renderer_of(SceneAutoencoder.from_config(description["autoencoder"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserInputError(f"{path} and {TENSORS} do not fit together ({error}): sample the scene again.") from None
-    load_exactly(renderer, _with_prefix(tensors, "renderer."), folder / TENSORS)
-    cameras = None
-    if (folder / "transforms.json").is_file():
-        cameras = _cameras(folder)
-    return GeneratedScene(
-        grid, renderer, cameras, _with_prefix(tensors, "latents."), dict(description.get("provenance", {}))
+    renderer = build_model(
+        SceneAutoencoder,
+        scene.autoencoder,
+        path,
+        _with_prefix(tensors, "renderer."),
+        folder / TENSORS,
+        _without_encoder,
     )
+    try:
+        grid = _grid(tensors, torch.tensor(scene.aabb, dtype=torch.float32), renderer)
+    except (KeyError, ValueError) as error:
+        raise UserInputError(f"{path} and {TENSORS} do not fit together ({error}): sample the scene again.") from None
+    cameras = None
+    if (folder / "transforms.json").exists():
+        cameras = _cameras(folder)
+    return GeneratedScene(grid, renderer, cameras, _with_prefix(tensors, "latents."), scene.provenance or {})
+
+
+class _SceneDescription(Checked):
+    aabb: Box
+    autoencoder: dict[str, Any]
+    provenance: dict[str, Any] | None = None
+
+
+def _grid(tensors: Mapping[str, Tensor], aabb: Tensor, renderer: SceneAutoencoder) -> VoxelGrid:
+    """Voxels that the renderer can show; raises KeyError or ValueError for others."""
+    background = tensors["background"][None].float() if "background" in tensors else None
+    grid = VoxelGrid(tensors["density"][None].float(), tensors["features"][None].float(), aabb, background)
+    if grid.features.shape[1] != renderer.feature_channels:
+        raise ValueError(f"voxels of {grid.features.shape[1]} channels, a renderer of {renderer.feature_channels}")
+    if background is not None and background.shape[1:] != renderer.background_shape:
+        raise ValueError(f"a background of {list(background.shape[1:])}, not {list(renderer.background_shape)}")
+    for name, values in (("density", grid.density), ("features", grid.features), ("background", background)):
+        if values is not None and not bool(values.isfinite().all()):
+            raise ValueError(f"{name} has NaN or infinity")
+    return grid
+
+
+class _DatasetFrame(Checked):
+    """nerfstudio takes no `null` for an absent value, and depths of all frames or of none."""
+
+    fl_x: float
+    fl_y: float
+    cx: float
+    cy: float
+    w: Annotated[int, Field(ge=1, le=10**6)]
+    h: Annotated[int, Field(ge=1, le=10**6)]
+    depth_file_path: FileName = ""
+
+
+class _Dataset(Checked):
+    camera_model: Literal["OPENCV"]
+    frames: list[_DatasetFrame]
+    train_filenames: Names
+    val_filenames: Names
+    test_filenames: Names
+
+
+def check_dataset(folder: Path) -> None:
+    """Reads what nerfstudio reads of a generated scene, its views, for nerfstudio tells nobody what is wrong with them.
+
+    Raises:
+        UserInputError: if a file is missing, damaged, or not as `write_generated_scene` writes it.
+    """
+    transforms = read_transforms(folder)
+    dataset = validated(_Dataset, read_json(transforms.path), transforms.path)
+    if len({frame.depth_file_path == "" for frame in dataset.frames}) > 1:
+        raise UserInputError(f"Some frames of {transforms.path} have depths and others have none: sample it again.")
+    for name, frame in transforms.frames.items():
+        size = (frame["w"], frame["h"])
+        image = open_image(folder / name, "restore it or sample the scene again")
+        if (image.mode, image.size) != ("RGB", size):
+            raise UserInputError(
+                f"{folder / name} is {image.mode} of {image.size[0]} x {image.size[1]}, not RGB of {size[0]} x "
+                f"{size[1]}: restore it or sample the scene again."
+            )
+        if "depth_file_path" in frame:
+            read_depth(folder / frame["depth_file_path"], size)
 
 
 def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -124,4 +197,6 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
 def _cameras(folder: Path) -> Cameras:
     transforms = read_transforms(folder)
     first = transforms.frames[transforms.source_names[0]]
+    if "w" not in first or "h" not in first:
+        raise UserInputError(f"{transforms.path} lacks w or h of {first['file_path']}: sample the scene again.")
     return transforms.cameras(transforms.source_names, (int(first["w"]), int(first["h"])))

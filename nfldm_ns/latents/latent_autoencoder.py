@@ -14,7 +14,8 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, read_safetensors
+from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.background_path import BackgroundPath
 from nfldm_ns.latents.blocks import (
@@ -573,12 +574,6 @@ def load_latent_autoencoder(folder: Path | str) -> LatentAutoencoder:
         folder = folder / MODEL_FOLDER
     if not (folder / "config.json").is_file():
         raise UserInputError(f"{folder} holds no latent auto-encoder: train one with 'nfldm-train-latent-ae'.")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("_class_name") != LatentAutoencoder.__name__:
-        raise UserInputError(f"{folder / 'config.json'} does not describe a latent auto-encoder: give another folder.")
-    try:
-        model = LatentAutoencoder.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise UserInputError(f"{folder / 'config.json'} cannot be used ({error}): train stage 2 again.") from None
-    load_exactly(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
-    return model.eval().requires_grad_(False)
+    config, weights = folder / "config.json", folder / WEIGHTS
+    model = build_model(LatentAutoencoder, read_json(config), config, read_safetensors(weights), weights)
+    return model.requires_grad_(False)

@@ -19,10 +19,10 @@ from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.checkpoints import check_state
+from nfldm_ns.autoencoder.model_configs import check_state
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.generated.scene_files import DESCRIPTION, load_generated_scene
+from nfldm_ns.generated.scene_files import DESCRIPTION, check_dataset, load_generated_scene
 from nfldm_ns.plugin.pictures import ray_lengths
 from nfldm_ns.plugin.run_folder import MovableTrainerConfig, config_folder
 from nfldm_ns.plugin.viewer_start import FirstView
@@ -163,6 +163,8 @@ class GeneratedScenePipeline(VanillaPipeline):
         config.model.scene = present_folder(config.model.scene or config.datamanager.data)
         if not (config.model.scene / DESCRIPTION).is_file():
             raise UserInputError(f"{config.model.scene} is no generated scene: make some with 'nfldm-sample'.")
+        if config.datamanager.data == config.model.scene:
+            check_dataset(config.model.scene)
         super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
         self.viewer_control = FirstView(lambda: self.datamanager.train_dataset.cameras)
 

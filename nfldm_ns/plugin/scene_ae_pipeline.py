@@ -15,7 +15,7 @@ from nerfstudio.viewer.viewer_elements import ViewerDropdown
 from rich.progress import track
 from torch.nn.parallel import DistributedDataParallel
 
-from nfldm_ns.autoencoder.checkpoints import check_state
+from nfldm_ns.autoencoder.model_configs import check_state
 from nfldm_ns.errors import BAD_INPUT_EXIT_CODE, UserInputError, exit_on_bad_input
 from nfldm_ns.plugin.scene_ae_datamanager import SceneDataManager, SceneDataManagerConfig
 from nfldm_ns.plugin.scene_ae_model import SceneAutoencoderModel, SceneAutoencoderModelConfig

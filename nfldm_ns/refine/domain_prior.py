@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,10 +17,12 @@ from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DConditionMod
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
+from nfldm_ns.autoencoder.model_configs import build_model, read_scheduler
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.diffusion.denoisers import Normaliser
 from nfldm_ns.errors import UserInputError
@@ -38,6 +40,7 @@ from nfldm_ns.refine.spaces import (
     space_shape,
 )
 from nfldm_ns.scenes.collection import read_json
+from nfldm_ns.scenes.schema import BevClassEntry, Checked, Positive, validated_json
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 FORMAT = "nfldm-image-prior"
@@ -449,6 +452,29 @@ def save_domain_prior(
         write_json(temporary / DESCRIPTION, {**content, "made_by": description.made_by})
 
 
+class _MapsEntry(Checked):
+    classes: Annotated[list[BevClassEntry], Field(min_length=1)]
+    size: tuple[Annotated[int, Field(ge=1, le=2**14)], Annotated[int, Field(ge=1, le=2**14)]]
+    reach: Positive
+
+
+class _PriorFile(Checked):
+    """`prior.json`; further keys of `made_by` are for people."""
+
+    embedding: EmbeddingNetwork
+    maps: _MapsEntry | None = None
+    made_by: dict[str, Any] | None = None
+
+
+def _maps(folder: Path, bev_classes: int, told: _PriorFile) -> MapDescription | None:
+    """What a prior's description says of its maps, which must be those of its denoiser."""
+    if not bev_classes:
+        return None
+    if told.maps is None or max(entry.id for entry in told.maps.classes) + 1 != bev_classes:
+        raise UserInputError(f"{folder / DESCRIPTION} names other maps than its denoiser knows: train it again.")
+    return MapDescription.from_json(told.maps.model_dump())
+
+
 def load_domain_prior(folder: Path | str) -> DomainPrior:
     """A prior of `nfldm-train-prior`, on the CPU, in single precision.
 
@@ -466,14 +492,12 @@ def load_domain_prior(folder: Path | str) -> DomainPrior:
     known = isinstance(description, dict) and description.get("embedding") in ("vgg", "alex")
     if not known or (description.get("format"), description.get("version")) != (FORMAT, VERSION):
         raise UserInputError(f"{folder / DESCRIPTION} is not of format {FORMAT}, version {VERSION}: train it again.")
-    try:
-        denoiser = PriorDenoiser.from_config(read_json(folder / DENOISER / "config.json"))
-        scheduler = DDPMScheduler.from_config(read_json(folder / SCHEDULER / "scheduler_config.json"))
-        maps = MapDescription.from_json(description["maps"]) if denoiser.config.bev_classes else None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserInputError(f"The prior {folder} cannot be used ({error}): train it again.") from None
-    weights = read_safetensors(folder / DENOISER / WEIGHTS)
-    load_exactly(denoiser, {name: value.float() for name, value in weights.items()}, folder / DENOISER / WEIGHTS)
+    told = validated_json(_PriorFile, description, folder / DESCRIPTION, "train it again")
+    config, weights = folder / DENOISER / "config.json", folder / DENOISER / WEIGHTS
+    state = {name: value.float() for name, value in read_safetensors(weights).items()}
+    denoiser = build_model(PriorDenoiser, read_json(config), config, state, weights)
+    scheduler = read_scheduler(DDPMScheduler, folder / SCHEDULER / "scheduler_config.json")
+    maps = _maps(folder, denoiser.config.bev_classes, told)
     embeddings = read_safetensors(folder / EMBEDDINGS).get("embeddings")
     if embeddings is None or embeddings.ndim != 2 or embeddings.shape[1] != denoiser.config.embedding_dim:
         raise UserInputError(f"{folder / EMBEDDINGS} does not fit the prior's denoiser: train it again.")

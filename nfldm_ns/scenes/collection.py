@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.image_files import open_image, rgb_image
+from nfldm_ns.scenes.schema import INTRINSICS, CollectionFile, SceneFile, validated
 from nfldm_ns.scenes.views import SceneBatch, Views, make_cameras
 
 FORMAT = "nfldm-scene-collection"
@@ -27,6 +28,7 @@ DEPTH_UNIT_M = 0.001
 BEV_FILE = "bev.png"
 MASK_FOLDER = "masks"
 SPLITS = ("train", "val", "test")
+LARGEST = 1e12  # of the numbers of a camera, which are computed with in single precision
 
 
 @dataclass(frozen=True)
@@ -109,37 +111,29 @@ class SceneCollection:
                 f"{path} has version {description.get('version')}, but this release reads versions up to {VERSION}: "
                 "collect or import the data again."
             )
-        try:
-            collection = cls._from_description(root, description)
-        except KeyError as error:
-            raise UserInputError(f"{path} lacks {error}: see docs/data.md for the format.") from None
-        except (AttributeError, IndexError, TypeError, ValueError) as error:
-            raise UserInputError(
-                f"{path} has a value of a wrong kind ({error}): see docs/data.md for the format."
-            ) from None
+        validated(CollectionFile, description, path)
+        collection = cls._from_description(root, description)
         collection._check_description(path)
         return collection
 
     @classmethod
     def _from_description(cls, root: Path, description: dict[str, Any]) -> SceneCollection:
-        width, height = (int(n) for n in description["image_size"])
+        width, height = description["image_size"]
         return cls(
             root=root,
-            name=str(description["name"]),
-            licence=str(description["licence"]),
+            name=description["name"],
+            licence=description["licence"],
             aabb=torch.tensor(description["aabb"], dtype=torch.float32),
             near=float(description["near"]),
             far=float(description["far"]),
             image_size=(width, height),
-            splits={name: [str(i) for i in description["splits"].get(name, [])] for name in SPLITS},
-            places=dict(description.get("scenes", {})),
-            bev_classes=[bev_class(entry) for entry in description.get("bev_classes", [])],
-            made_by=dict(description.get("made_by", {})),
+            splits={name: list(description["splits"].get(name) or []) for name in SPLITS},
+            places=dict(description.get("scenes") or {}),
+            bev_classes=[bev_class(entry) for entry in description.get("bev_classes") or []],
+            made_by=dict(description.get("made_by") or {}),
         )
 
     def _check_description(self, path: Path) -> None:
-        if self.aabb.shape != (2, 3) or not bool((self.aabb.isfinite().all() & (self.aabb[1] > self.aabb[0])).all()):
-            raise UserInputError(f"aabb in {path} must be [[x, y, z], [x, y, z]], minimum before maximum, in metres.")
         if not 0 < self.near < self.far:
             raise UserInputError(f"near and far in {path} must satisfy 0 < near < far, in metres.")
         if min(self.image_size) < 1:
@@ -287,7 +281,9 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserInputError(f"{path} is missing: restore it or collect the data again.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserInputError(f"{path} cannot be read ({error.strerror}): check what is there.") from None
+    except (ValueError, RecursionError) as error:  # no text, no JSON, numbers or depths that Python gives up on
         raise UserInputError(f"{path} is not valid JSON ({error}): restore it or collect the data again.") from None
 
 
@@ -303,41 +299,48 @@ def read_transforms(folder: Path) -> Transforms:
         raise UserInputError(f"{path} has no frames: see docs/data.md for the format.")
     if not isinstance(content["frames"], list) or not all(isinstance(frame, dict) for frame in content["frames"]):
         raise UserInputError(f"The frames of {path} are not a list of objects: see docs/data.md for the format.")
+    validated(SceneFile, content, path)
+    shared = _given({key: content.get(key) for key in (*INTRINSICS, "w", "h")})
     frames: dict[str, dict[str, Any]] = {}
     for frame in content["frames"]:
-        shared = {k: content[k] for k in ("fl_x", "fl_y", "cx", "cy", "w", "h") if k in content}
-        merged = {k: value for k, value in {**shared, **frame}.items() if value is not None}
-        missing = [k for k in ("file_path", "transform_matrix", "fl_x", "fl_y", "cx", "cy") if k not in merged]
+        merged = {**shared, **_given(frame)}
+        name = merged["file_path"]
+        missing = [key for key in INTRINSICS if key not in merged]
         if missing:
-            raise UserInputError(f"A frame of {path} lacks {', '.join(missing)}: see docs/data.md for the format.")
-        _check_frame(path, merged)
-        if str(merged["file_path"]) in frames:
             raise UserInputError(
-                f"Two frames of {path} have the file_path {merged['file_path']}: keep the one with its pose."
+                f"The frame {name} of {path} lacks {', '.join(missing)}: see docs/data.md for the format."
             )
-        frames[str(merged["file_path"])] = merged
+        _check_frame(path, merged)
+        if name in frames:
+            raise UserInputError(f"Two frames of {path} have the file_path {name}: keep the one with its pose.")
+        frames[name] = merged
     sources = content.get("train_filenames") or list(frames)
     targets = content.get("test_filenames") or content.get("val_filenames") or list(frames)
-    if not isinstance(sources, list) or not isinstance(targets, list):
-        raise UserInputError(f"The filenames of a split in {path} are not a list: see docs/data.md for the format.")
-    unknown = [name for name in [*sources, *targets] if str(name) not in frames]
+    listed = [name for split in SPLITS for name in content.get(f"{split}_filenames") or ()]
+    unknown = [name for name in listed if name not in frames]
     if unknown:
         raise UserInputError(f"{path} lists {unknown[0]} as a view, but has no frame of that name: add it or drop it.")
     return Transforms(path, frames, sources, targets)
+
+
+def _given(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is `null`, which is as good as absent."""
+    return {key: value for key, value in content.items() if value is not None}
 
 
 def _check_frame(path: Path, frame: dict[str, Any]) -> None:
     name = frame["file_path"]
     try:
         pose = np.asarray(frame["transform_matrix"], dtype=np.float64)
-        intrinsics = np.asarray([frame[k] for k in ("fl_x", "fl_y", "cx", "cy")], dtype=np.float64)
-    except (TypeError, ValueError):
+        intrinsics = np.asarray([frame[key] for key in INTRINSICS], dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
         raise UserInputError(f"The pose or the intrinsics of {name} in {path} are not numbers: repair them.") from None
     if pose.shape not in ((3, 4), (4, 4)):
         raise UserInputError(f"The pose of {name} in {path} is {pose.shape}, not 4 x 4: give camera-to-world matrices.")
-    if not np.isfinite(pose).all():
-        raise UserInputError(f"The pose of {name} in {path} contains NaN or infinity: remove the frame or repair it.")
-    if not np.isfinite(intrinsics).all() or (intrinsics[:2] <= 0).any():
+    if not (np.abs(pose) < LARGEST).all():
+        what = f"a number beyond {LARGEST:g}" if np.isfinite(pose).all() else "NaN or infinity"
+        raise UserInputError(f"The pose of {name} in {path} contains {what}: remove the frame or repair it.")
+    if not (np.abs(intrinsics) < LARGEST).all() or (intrinsics[:2] <= 0).any():
         raise UserInputError(
             f"The focal length or the centre of {name} in {path} cannot be right "
             f"({', '.join(f'{value:g}' for value in intrinsics)}): give fl_x, fl_y > 0, cx and cy in pixels."

@@ -12,8 +12,9 @@ from nfldm_ns.errors import UserInputError
 
 ALPHA_BACKGROUND = (255, 255, 255)  # what transparent pixels show, as in nerfstudio's blender data
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
-COLOUR_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+COLOUR_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 DEPTH_ARRAYS = (".npy", ".npz")
+FIRST_IS_MEANT = ("MPO",)  # photos of phones: smaller ones, or the other eye's, follow the photo itself
 
 
 def open_image(path: Path, remedy: str, missing: str | None = None) -> Image.Image:
@@ -24,7 +25,7 @@ def open_image(path: Path, remedy: str, missing: str | None = None) -> Image.Ima
         missing: what to do when there is no such file; by default the same.
 
     Raises:
-        UserInputError: if it is missing, damaged, no picture, or holds several.
+        UserInputError: if it is missing, damaged, no picture, or holds several of which none is the one that is meant.
     """
     try:
         image = Image.open(path)
@@ -32,9 +33,9 @@ def open_image(path: Path, remedy: str, missing: str | None = None) -> Image.Ima
         image.load()
     except FileNotFoundError:
         raise UserInputError(f"{path} is missing: {missing or remedy}.") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow raises many kinds for damaged files
         raise UserInputError(f"{path} is not a readable image ({error}): {remedy}.") from None
-    if count > 1:
+    if count > 1 and image.format not in FIRST_IS_MEANT:
         raise UserInputError(f"{path} holds {count} pictures, as an animation does: save the one that is meant.")
     return image
 
@@ -45,7 +46,7 @@ def rgb_image(image: Image.Image, path: Path) -> Image.Image:
     Raises:
         UserInputError: if its values have no fixed meaning as colours.
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image, path)
     if image.mode in (*SIXTEEN_BITS, "I"):
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() > 65535:
@@ -124,4 +125,11 @@ def _read_depth_picture(path: Path) -> np.ndarray:
         raise UserInputError(
             f"{path} has mode {image.mode}, but depth must be a single-channel 16-bit depth image: convert it."
         )
-    return np.asarray(ImageOps.exif_transpose(image))
+    return np.asarray(_upright(image, path))
+
+
+def _upright(image: Image.Image, path: Path) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # EXIF data may hold anything
+        raise UserInputError(f"The EXIF data of {path} are damaged ({error}): remove or repair them.") from None
