@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from safetensors import safe_open
 
 from nfldm_ns.commands import collect, demo, encode, sample, train_diffusion, train_latent_ae, weights
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.pretrained.weights import FOLDER_VARIABLE
 from nfldm_ns.scenes.collection import SceneCollection
 from tests.pretrained import require_weights
@@ -221,6 +223,30 @@ def test_sample_refuses_broken_pipelines(case: str, stages: Path, tmp_path: Path
     error = refused(sample.main, pipeline, *to(tmp_path / "generated"))
     assert str(pipeline) in error and sentence in error
     assert not (tmp_path / "generated").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--num-scenes", 0], "--num-scenes is 0, but must be at least 1"),
+        (["--batch-size", -1], "--batch-size is -1, but must be at least 1"),
+        (["--num-inference-steps", 0], "--num-inference-steps is 0, but must be at least 1"),
+        (["--seed", -1], "--seed is -1, but must be at least 0"),
+        (["--seed", 2**64], "--seed is 18446744073709551616"),
+    ],
+)
+def test_sample_refuses_what_the_pipeline_refuses(options: list, sentence: str, tmp_path, refused: Refused) -> None:
+    assert sentence in refused(sample.main, *options, *to(tmp_path / "generated"))
+    assert not (tmp_path / "generated").exists()
+
+
+def test_sample_tells_that_a_scheduler_does_not_fit(stages: Path, tmp_path: Path, refused: Refused) -> None:
+    pipeline = NFLDMPipeline.from_pretrained(stages / "pipeline")
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    error = refused(sample.main, tmp_path / "pipeline", "--num-scenes", 1, *to(tmp_path / "generated"))
+    assert str(tmp_path / "pipeline") in error and "FlowMatchEulerDiscreteScheduler" in error
+    assert not list((tmp_path / "generated").glob("*"))
 
 
 # Other presets

@@ -26,7 +26,7 @@ from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSa
 from nfldm_ns.dataparsers.scene_collection import SceneCollectionDataParserConfig
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.scene_ae import discriminator_optimizer, nfldm_scene_ae_tiny
-from nfldm_ns.plugin.run_folder import config_folder
+from nfldm_ns.plugin.command_line import config_folder
 from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
 from nfldm_ns.plugin.scene_ae_trainer import CosineScheduleConfig, SceneAutoencoderTrainerConfig
 from nfldm_ns.plugin.voxel_model import (

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -95,6 +96,31 @@ def test_the_path_that_the_viewer_writes(scenes, tmp_path):
     (tmp_path / "path.json").write_text(json.dumps(viewer_path()))
     render_path(scenes[0], tmp_path / "path.json", tmp_path / "frames")
     assert pictures(tmp_path / "frames") == [(48, 32)] * 3
+
+
+USELESS = {
+    "no cameras": (viewer_path(camera_path=[]), "has no cameras: add some in the viewer"),
+    "no list": (viewer_path(camera_path=None), "camera_path in .* is None"),
+    "a pose too short": (viewer_path(camera_path=[{"camera_to_world": [1.0], "fov": 75.0}]), "camera_to_world in"),
+    "no field of view": (viewer_path(camera_path=[{"camera_to_world": [0.0] * 16}]), "lacks 'camera_path.fov'"),
+    "no size": (viewer_path(render_height=0), "render_height in .* is 0"),
+    "a list": ([], "path.json"),
+    "no file": (None, "There is no camera path"),
+}
+
+
+@pytest.mark.parametrize("case", USELESS)
+def test_a_useless_path_ends_in_a_sentence(case, scenes, tmp_path, monkeypatch, capfd):
+    content, sentence = USELESS[case]
+    path = tmp_path / "path.json"
+    if content is not None:
+        path.write_text(json.dumps(content))
+    monkeypatch.setattr(sys, "argv", ["ns-render", "camera-path", "--camera-path-filename", str(path)])
+    with pytest.raises(SystemExit) as ending:
+        render_path(scenes[0], path, tmp_path / "frames")
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert ending.value.code == 2 and len(lines) == 1 and re.search(sentence, lines[0])
+    assert not (tmp_path / "frames").exists()
 
 
 EXPORTS = {

@@ -16,7 +16,7 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser, reconstruction_distance
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.scenes.views import SceneBatch
+from nfldm_ns.scenes.views import SceneBatch, Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.identity import model_hash
 from tests.small_models import random_grid, small_latent_autoencoder, small_scene_autoencoder
@@ -172,6 +172,22 @@ class TestOptimisedVoxels:
         counts = {split: len(box_room_collection.splits[split]) for split in ("train", "val", "test")}
         assert seen.count([sources, targets]) == counts["train"]
         assert seen.count([sources]) == counts["val"] + counts["test"]
+
+    def test_training_places_may_be_encoded_from_all_their_views(self, box_room_collection, tmp_path) -> None:
+        model = small_scene_autoencoder()
+        stores = {
+            name: encode_collection(box_room_collection, model, tmp_path / name, all_views=name == "all")
+            for name in ("all", "source")
+        }
+        train, test = (box_room_collection.split(split)[0] for split in ("train", "test"))
+        scene = box_room_collection.load_scene(train)
+        expected = model.encode(Views.stack([Views.cat([scene.source, scene.target])]))
+        found = stores["all"].grid([train])
+        assert torch.allclose(found.features, expected.features, atol=2e-3)
+        assert not torch.allclose(found.features, stores["source"].grid([train]).features, atol=2e-3)
+        assert torch.equal(stores["all"].grid([test]).features, stores["source"].grid([test]).features)
+        with pytest.raises(UserInputError, match="training views were all encoded: repeat the options"):
+            encode_collection(box_room_collection, model, tmp_path / "all")
 
     def test_interrupted_it_goes_on_to_the_same_voxels(self, box_room_collection, tmp_path) -> None:
         model, options = small_scene_autoencoder(), {"optimiser": self.optimiser(), "batch_size": 2}

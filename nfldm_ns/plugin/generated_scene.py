@@ -23,8 +23,9 @@ from nfldm_ns.autoencoder.model_configs import check_state
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.generated.scene_files import DESCRIPTION, check_dataset, load_generated_scene
+from nfldm_ns.plugin.command_line import config_folder
 from nfldm_ns.plugin.pictures import ray_lengths
-from nfldm_ns.plugin.run_folder import MovableTrainerConfig, config_folder
+from nfldm_ns.plugin.run_folder import MovableTrainerConfig
 from nfldm_ns.plugin.viewer_start import FirstView
 from nfldm_ns.plugin.voxel_model import VoxelGridField, VoxelModel, picture_dict, single_camera
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, read_depth

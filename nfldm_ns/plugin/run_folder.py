@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nerfstudio.engine.trainer import TrainerConfig
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.plugin.command_line import check_camera_path, config_folder
 
 
 @dataclass
@@ -29,7 +29,8 @@ class MovableTrainerConfig(TrainerConfig):
 
     @exit_on_bad_input()
     def get_checkpoint_dir(self) -> Path:
-        """Where checkpoints are; a truncated latest one ends the command with a sentence."""
+        """Where checkpoints are; a truncated latest one ends the command with a sentence, as does a useless path."""
+        check_camera_path(sys.argv)
         folder = super().get_checkpoint_dir()
         checkpoints = sorted(folder.glob("step-*.ckpt")) if folder.is_dir() else []
         if checkpoints and not zipfile.is_zipfile(checkpoints[-1]):
@@ -37,13 +38,3 @@ class MovableTrainerConfig(TrainerConfig):
                 f"The checkpoint {checkpoints[-1]} is damaged: delete it to use an older one, or train again."
             )
         return folder
-
-
-def config_folder(arguments: Sequence[str]) -> Path | None:
-    """The folder of the file given as `--load-config` on a command line, if there is such a file."""
-    for i, argument in enumerate(arguments):
-        name, _, value = argument.partition("=")
-        if name.replace("_", "-") == "--load-config":
-            path = Path(value or (arguments[i + 1] if i + 1 < len(arguments) else ""))
-            return path.resolve().parent if path.is_file() else None
-    return None
