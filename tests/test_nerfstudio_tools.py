@@ -127,7 +127,7 @@ EXPORTS = {
     "pointcloud": ["--num-points", "400", "--normal-method", "open3d", "--remove-outliers", "False"],
     "tsdf": ["--resolution", "24", "--texture-method", "tsdf", "--target-num-faces", "500"],
 }
-WRITTEN = {"pointcloud": "point_cloud.ply", "tsdf": "tsdf_mesh.obj"}
+WRITTEN = {"pointcloud": "point_cloud.ply", "tsdf": "tsdf_mesh.ply"}
 
 
 @pytest.mark.slow

@@ -155,6 +155,27 @@ def test_a_pipeline_is_found_by_its_own_name(pipeline, tmp_path):
     assert issubclass(NFLDMPipeline, DiffusionPipeline)
 
 
+def test_models_are_used_in_the_order_in_which_offloading_moves_them(pipeline):
+    order = NFLDMPipeline.model_cpu_offload_seq.split("->")
+    models = {name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    assert set(order) == models
+    used: list[str] = []
+
+    def note(name: str):
+        return lambda *_: used.append(name) if not used or used[-1] != name else None
+
+    hooks = []
+    for name in order:
+        hooks += [part.register_forward_pre_hook(note(name)) for part in getattr(pipeline, name).modules()]
+    try:
+        output = pipeline(1, scene_generators(3, 1), **STEPS)
+        pipeline.scene_autoencoder.render(output.grids, output.cameras)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert used == order
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="offloading models needs a CUDA device")
 def test_models_take_turns_on_the_device(pipeline):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,11 +18,13 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch.multiprocessing import start_processes
 
+from nfldm_ns.commands import train_diffusion
 from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, train_denoiser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.training import LatentTrainingConfig, train_latent_autoencoder
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
+from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS
 from nfldm_ns.training import loop, run, trackers
 from nfldm_ns.training.draws import ItemDraws
 from nfldm_ns.training.run import read_metrics
@@ -153,6 +156,25 @@ def test_two_processes_do_what_one_does_with_all_scenes(trainings, tmp_path):
     losses = [read_metrics(tmp_path / name)[0]["loss"] for name in ("one3", "stage3")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3), "the log has the mean of all processes"
     assert len(list((tmp_path / "stage3").rglob("events.out.*"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_accelerate_launch_does_with_two_processes_what_the_command_does_alone(store, tmp_path):
+    small_latent_autoencoder().save_pretrained(tmp_path / "stage2")
+    options = ["global", "--voxels", store.root, "--latent-autoencoder", tmp_path / "stage2", "--report-to", "none"]
+    options = [*map(str, options), "--max-steps", "3", "--no-quarter-turns"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(RANKS)]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launch += ["-m", "nfldm_ns.commands.train_diffusion"]
+    joint = ["--batch-size", "2", "--output-dir", str(tmp_path / "joint")]
+    done = subprocess.run([*launch, *options, *joint], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    train_diffusion.main([*options, "--batch-size", "4", "--output-dir", str(tmp_path / "alone")])
+    weights = [checkpoint(tmp_path / name / "global") for name in ("joint", "alone")]
+    rate = DIFFUSION_PRESETS["tiny"].training["global"].schedule.learning_rate
+    assert_close(*weights, rate, 3)
+    assert done.stdout.count("Still to train") == 1, "the first process alone talks"
 
 
 # Being killed
