@@ -199,7 +199,8 @@ def read_capture(folder: Path) -> Capture:
 
 def _unread(content: dict[str, Any]) -> tuple[str, ...]:
     """Keys that are neither read nor ignored on purpose, the file's and then the frames', each once."""
-    places = [(content, _Capture), *((frame, _Frame) for frame in content["frames"])]
+    places: list[tuple[dict[str, Any], type[Checked]]] = [(content, _Capture)]
+    places += [(frame, _Frame) for frame in content["frames"]]
     return tuple(
         dict.fromkeys(
             key
