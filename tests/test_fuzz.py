@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import io
 import os
 import shutil
@@ -26,8 +25,6 @@ from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.generated.scene_files import load_generated_scene
 from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.plugin.generated_scene import GeneratedScenePipelineConfig
-from nfldm_ns.pretrained.weights import load_lpips
-from nfldm_ns.refine import domain_prior
 from nfldm_ns.refine.domain_prior import ImageEmbedder, PriorDenoiser, PriorDescription, save_domain_prior
 from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.refine.seen_maps import MapDescription
@@ -217,8 +214,7 @@ def prior(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @examples(30)
 @given(st.data())
-def test_priors(prior: Path, monkeypatch: pytest.MonkeyPatch, data: st.DataObject) -> None:
-    monkeypatch.setattr(domain_prior, "load_lpips", functools.cache(load_lpips))
+def test_priors(prior: Path, data: st.DataObject) -> None:
     with corrupted(prior, data) as folder:
         refusal(lambda: load_prior(str(folder)), folder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from inspect import signature
@@ -89,6 +90,7 @@ def read_scheduler(cls: type[Scheduler], path: Path) -> Scheduler:
     try:
         scheduler = cls.from_config(config)
         noise = torch.as_tensor(scheduler.alphas_cumprod)
+        copy.deepcopy(scheduler).set_timesteps(10)  # some values count only then
     except Exception as error:  # whatever kinds of values diffusers stumbles over
         raise UserInputError(f"{path} does not describe a {cls.__name__} ({reason(error)}): restore it.") from None
     if not len(noise) or not bool(((noise >= 0) & (noise <= 1)).all()):

@@ -216,7 +216,7 @@ def read_capture(folder: Path) -> Capture:
 
 def _unread(content: dict[str, Any]) -> tuple[str, ...]:
     """Keys that are neither read nor ignored on purpose, the file's and then the frames', each once."""
-    places: list[tuple[dict[str, Any], type[_Lens]]] = [(content, _Capture)]
+    places: list[tuple[dict[str, Any], type[Checked]]] = [(content, _Capture)]
     places += [(frame, _Frame) for frame in content["frames"]]
     return tuple(
         dict.fromkeys(
