@@ -173,7 +173,7 @@ def write(
     table = Table(["", *COLUMNS], cells, caption, digits=[0, 2, 3, 2, 1, 4, 2, 2, 2])
     write_json(options.output_dir / "sharpness.json", {"seed": options.seed, "rows": results})
     with atomic_path(options.output_dir / "sharpness.md") as temporary:
-        temporary.write_text(f"{command}\n\n{table.markdown()}", encoding="utf-8")
+        temporary.write_text(table.markdown(), encoding="utf-8")
     shown = range(0, len(real), -(-len(real) // SHOWN_SCENES))
     columns = {"real": [real[i][0] for i in shown]}
     columns |= {name: [row.images[i][0] for i in shown] for name, row in rows.items()}

@@ -75,7 +75,7 @@ class BoxRoom:
 
 
 def level_cameras(
-    positions: Float[Tensor, "n 3"], yaws: Float[Tensor, "n"], image_size: int, field_of_view: float = math.pi / 2
+    positions: Float[Tensor, "n 3"], yaws: Float[Tensor, " n"], image_size: int, field_of_view: float = math.pi / 2
 ) -> Cameras:
     """Upright cameras with square images; yaw in radians, counter-clockwise from x."""
     cos, sin, zero, one = yaws.cos(), yaws.sin(), torch.zeros_like(yaws), torch.ones_like(yaws)

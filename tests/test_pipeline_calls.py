@@ -6,6 +6,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import DiffusionPipeline
 
 from nfldm_ns.autoencoder.checkpoints import weights_name
@@ -155,25 +156,27 @@ def test_a_pipeline_is_found_by_its_own_name(pipeline, tmp_path):
     assert issubclass(NFLDMPipeline, DiffusionPipeline)
 
 
-def test_models_are_used_in_the_order_in_which_offloading_moves_them(pipeline):
+def test_offloaded_models_are_moved_before_they_are_used():
+    """What `enable_model_cpu_offload` hooks on, with the CPU in the place of a GPU."""
     order = NFLDMPipeline.model_cpu_offload_seq.split("->")
-    models = {name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    assert set(order) == models
-    used: list[str] = []
-
-    def note(name: str):
-        return lambda *_: used.append(name) if not used or used[-1] != name else None
-
-    hooks = []
+    offloaded = NFLDMPipeline(**small_pipeline().components)
+    assert set(order) == {name for name, part in offloaded.components.items() if isinstance(part, torch.nn.Module)}
+    moved: list[str] = []
     for name in order:
-        hooks += [part.register_forward_pre_hook(note(name)) for part in getattr(pipeline, name).modules()]
-    try:
-        output = pipeline(1, scene_generators(3, 1), **STEPS)
-        pipeline.scene_autoencoder.render(output.grids, output.cameras)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert used == order
+        model, _ = cpu_offload_with_hook(getattr(offloaded, name), execution_device="cpu")
+        before = model._hf_hook.pre_forward
+
+        def noted(module, *args, name=name, before=before, **kwargs):
+            moved.append(name) if not moved or moved[-1] != name else None
+            return before(module, *args, **kwargs)
+
+        model._hf_hook.pre_forward = noted
+    output = offloaded(1, scene_generators(3, 1), **STEPS)
+    assert moved == ["global_denoiser", "coarse_denoiser", "latent_autoencoder", "fine_denoiser", "latent_autoencoder"]
+    offloaded.scene_autoencoder.render(output.grids, output.cameras)
+    assert moved[-1] == "scene_autoencoder", "it is used without its forward"
+    expected = small_pipeline()(1, scene_generators(3, 1), **STEPS)
+    assert torch.equal(output.grids.density, expected.grids.density)
 
 
 @pytest.mark.gpu

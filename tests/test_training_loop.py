@@ -163,7 +163,7 @@ def test_two_processes_do_what_one_does_with_all_scenes(trainings, tmp_path):
 def test_accelerate_launch_does_with_two_processes_what_the_command_does_alone(store, tmp_path):
     small_latent_autoencoder().save_pretrained(tmp_path / "stage2")
     options = ["global", "--voxels", store.root, "--latent-autoencoder", tmp_path / "stage2", "--report-to", "none"]
-    options = [*map(str, options), "--max-steps", "3", "--no-quarter-turns"]
+    options = [*map(str, options), "--max-steps", "3", "--quarter-turns", "False"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(RANKS)]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["-m", "nfldm_ns.commands.train_diffusion"]
@@ -173,7 +173,7 @@ def test_accelerate_launch_does_with_two_processes_what_the_command_does_alone(s
     train_diffusion.main([*options, "--batch-size", "4", "--output-dir", str(tmp_path / "alone")])
     weights = [checkpoint(tmp_path / name / "global") for name in ("joint", "alone")]
     rate = DIFFUSION_PRESETS["tiny"].training["global"].schedule.learning_rate
-    assert_close(*weights, rate, 3)
+    assert_close(*weights, 2 * rate, 3)  # of gradients near 0 Adam makes the rounding as large as any other
     assert done.stdout.count("Still to train") == 1, "the first process alone talks"
 
 

@@ -51,9 +51,9 @@ def _integers(lengths: tuple[int, int], share: float, batch: int) -> Int[Tensor,
 
 def recolor(
     images: Images,
-    brightness: Float[Tensor, "batch"],
-    saturation: Float[Tensor, "batch"],
-    contrast: Float[Tensor, "batch"],
+    brightness: Float[Tensor, " batch"],
+    saturation: Float[Tensor, " batch"],
+    contrast: Float[Tensor, " batch"],
 ) -> Images:
     """Adds `brightness`, then scales the distance of colours from their grey and from the image's mean."""
     brightness, saturation, contrast = (

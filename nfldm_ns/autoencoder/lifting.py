@@ -25,7 +25,7 @@ SEEN = 1e-3  # entries that rays end at with a lower probability carry no featur
 
 def depth_bins(
     near: float, far: float, num_bins: int, spacing: Literal["linear", "inverse"] = "linear"
-) -> tuple[Float[Tensor, "bins"], Float[Tensor, "bins"]]:
+) -> tuple[Float[Tensor, " bins"], Float[Tensor, " bins"]]:
     """Centres and widths of planar-depth bins between near and far, in metres."""
     if spacing == "linear":
         edges = torch.linspace(near, far, num_bins + 1)
@@ -66,8 +66,8 @@ def fuse_frustums(
     density: Float[Tensor, "batch views bins h w"] | None,
     features: Float[Tensor, "batch views channels h w"],
     cameras: Cameras,
-    centres: Float[Tensor, "bins"],
-    widths: Float[Tensor, "bins"],
+    centres: Float[Tensor, " bins"],
+    widths: Float[Tensor, " bins"],
     aabb: Float[Tensor, "2 3"],
     shape: tuple[int, int, int],
     fusion: Fusion = "occupancy",
@@ -112,7 +112,7 @@ def _frustum_values(
     density: Float[Tensor, "batch views bins h w"] | None,
     features: Float[Tensor, "batch views channels h w"],
     cameras: Cameras,
-    widths: Float[Tensor, "bins"],
+    widths: Float[Tensor, " bins"],
     attention: Float[Tensor, "batch views h w"] | None,
 ) -> Float[Tensor, "batch views values bins h w"]:
     """Sigma, the probability that the ray reaches the bin, O, and where there is attention its weight."""
@@ -143,10 +143,10 @@ class _Entries:
         features: of the seen entries' pixels.
     """
 
-    index: Int[Tensor, "entries"]
-    share: Float[Tensor, "entries"]
+    index: Int[Tensor, " entries"]
+    share: Float[Tensor, " entries"]
     values: Float[Tensor, "entries values"]
-    seen: Int[Tensor, "seen"]
+    seen: Int[Tensor, " seen"]
     features: Float[Tensor, "seen channels"]
 
 
@@ -154,7 +154,7 @@ def _splat(
     frustums: Float[Tensor, "batch views values bins h w"],
     features: Float[Tensor, "batch views channels h w"],
     cameras: Cameras,
-    centres: Float[Tensor, "bins"],
+    centres: Float[Tensor, " bins"],
     aabb: Float[Tensor, "2 3"],
     shape: tuple[int, int, int],
     trilinear: bool,
@@ -181,7 +181,7 @@ def _splat(
 def frustum_voxels(
     origins: Float[Tensor, "*batch 3"],
     directions: Float[Tensor, "*batch h w 3"],
-    depths: Float[Tensor, "bins"],
+    depths: Float[Tensor, " bins"],
     aabb: Float[Tensor, "2 3"],
     shape: tuple[int, int, int],
     trilinear: bool = False,
@@ -250,6 +250,6 @@ def fill_holes(sums: Float[Tensor, "batch z y x channels"]) -> Float[Tensor, "ba
     return sums + FILLING * around.movedim(1, -1)
 
 
-def _scatter(values: Float[Tensor, "entries *channels"], index: Int[Tensor, "entries"], num_rows: int) -> Tensor:
+def _scatter(values: Float[Tensor, " entries *channels"], index: Int[Tensor, " entries"], num_rows: int) -> Tensor:
     """Sums of the entries of each row, `[rows, *channels]`."""
     return values.new_zeros(num_rows, *values.shape[1:]).index_add(0, index, values)

@@ -207,7 +207,7 @@ class SceneScores:
                 means[name] = total / count
         return means
 
-    def views(self, scene_id: str, name: str) -> Float[Tensor, "views"]:
+    def views(self, scene_id: str, name: str) -> Float[Tensor, " views"]:
         """One score of each view of a scene."""
         total, count = self._scores[name][self.scene_ids.index(scene_id)].unbind(-1)
         return total / count

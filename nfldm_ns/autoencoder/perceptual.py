@@ -44,7 +44,7 @@ class PerceptualNetwork(nn.Module):
                 levels.append(hidden)
         return [level.float() for level in levels]
 
-    def distance(self, first: Features, second: Features) -> Float[Tensor, "batch"]:
+    def distance(self, first: Features, second: Features) -> Float[Tensor, " batch"]:
         """The LPIPS of images with these features."""
         from lpips import normalize_tensor  # nothing that only views or renders needs the package
 

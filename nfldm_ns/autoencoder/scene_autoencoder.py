@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
@@ -165,6 +166,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         """Of a scene's code of what lies beyond the box."""
         return self.config.background_channels, BACKGROUND_MOMENTS
 
+    @apply_forward_hook
     def encode(self, views: Views, refinement_steps: int | None = None) -> VoxelGrid:
         """Source views of batch shape `[B, N]`, any number of them, to one grid per scene.
 
@@ -260,6 +262,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         surface_logits = self.prior_surface * at_surface - self.prior_empty * before
         return torch.where(known, surface_logits, -self.prior_unknown * measured_share(views))
 
+    @apply_forward_hook
     def render(
         self, grid: VoxelGrid, cameras: Cameras, height: int | None = None, width: int | None = None
     ) -> RenderedViews:
@@ -275,6 +278,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         maps = self.feature_maps(grid, cameras, rows, columns, self.config.num_feature_samples)
         return self.decode(maps, height, width)
 
+    @apply_forward_hook
     def feature_maps(
         self, grid: VoxelGrid, cameras: Cameras, rows: int, columns: int, num_feature_samples: int | None
     ) -> FeatureMaps:
@@ -293,6 +297,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         rows, columns = (max(4, round(size / stride)) for size in sizes)
         return rows, columns
 
+    @apply_forward_hook
     def decode(self, maps: FeatureMaps, height: int, width: int) -> RenderedViews:
         """Feature maps to images of `height` x `width` pixels."""
         batch, num_views = maps.features.shape[:2]

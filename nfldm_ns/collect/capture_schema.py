@@ -115,7 +115,7 @@ class Lens:
     angles: tuple[float | None, float | None]
     radius: float | None = None
 
-    def intrinsics(self, size: tuple[int, int], where: str) -> Float[np.ndarray, "4"]:
+    def intrinsics(self, size: tuple[int, int], where: str) -> Float[np.ndarray, " 4"]:
         """fx, fy, cx, cy in pixels of an image of this (width, height).
 
         Raises:

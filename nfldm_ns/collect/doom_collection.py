@@ -212,7 +212,7 @@ class _Stream:
 
     map: str
     split: str
-    candidates: Int[np.ndarray, "count"]
+    candidates: Int[np.ndarray, " count"]
     quota: int = 0
     submitted: int = 0
     accepted: dict[int, bool] = field(default_factory=dict)
@@ -449,7 +449,7 @@ def _count_spots(name: str) -> int:
     return len(_spots(name, _worker.options.scenes))
 
 
-def _split_places(name: str) -> dict[str, Int[np.ndarray, "count"]]:
+def _split_places(name: str) -> dict[str, Int[np.ndarray, " count"]]:
     """Candidates of each split when places are held out: those of two splits are further apart than the box."""
     options = _worker.options.scenes
     spots = _spots(name, options)

@@ -54,7 +54,7 @@ class DoomGeometry:
         self._blocking = impassable | (self._top - self._bottom < PLAYER_HEIGHT) | (step > MAX_STEP)
         self.bounds = np.stack([xy.min(0), xy.max(0)]) if len(xy) else np.zeros((2, 2))
 
-    def sector_at(self, points: Float[np.ndarray, "points 2"]) -> Int[np.ndarray, "points"]:
+    def sector_at(self, points: Float[np.ndarray, "points 2"]) -> Int[np.ndarray, " points"]:
         """Sector of each point, -1 in the void."""
         x, y = points[:, :1], points[:, 1:] + _NUDGE
         low, high = np.minimum(self.start, self.end), np.maximum(self.start, self.end)
@@ -74,7 +74,7 @@ class DoomGeometry:
         hit = np.isfinite(at[np.arange(len(at)), nearest])
         return np.where(hit, faces_west[nearest], -1)
 
-    def clearance(self, points: Float[np.ndarray, "points 2"], reach: float = 64.0) -> Float[np.ndarray, "points"]:
+    def clearance(self, points: Float[np.ndarray, "points 2"], reach: float = 64.0) -> Float[np.ndarray, " points"]:
         """Distance to the nearest line that a player cannot walk across, as far as `reach`."""
         low, high = np.minimum(self.start, self.end), np.maximum(self.start, self.end)
         if not len(points):
@@ -86,7 +86,9 @@ class DoomGeometry:
         nearest = offset - np.clip(along, 0, 1)[..., None] * edge
         return np.sqrt((nearest**2).sum(-1).min(axis=1, initial=reach**2))
 
-    def sees(self, origin: Float[np.ndarray, "3"], points: Float[np.ndarray, "points 3"]) -> Bool[np.ndarray, "points"]:
+    def sees(
+        self, origin: Float[np.ndarray, " 3"], points: Float[np.ndarray, " points 3"]
+    ) -> Bool[np.ndarray, " points"]:
         """Whether the straight line from `origin` to each point passes through openings only."""
         along, hits, _ = self._crossings(origin[:2], points[:, :2] - origin[:2])
         with np.errstate(invalid="ignore"):
@@ -106,7 +108,7 @@ class DoomGeometry:
     def cast(
         self,
         eyes: Float[np.ndarray, "views 3"],
-        angles: Float[np.ndarray, "views"],
+        angles: Float[np.ndarray, " views"],
         size: int,
         half_width: float,
         far: float,
@@ -184,7 +186,7 @@ class DoomGeometry:
         return np.where(missed | (sector < 0), np.inf, depth)
 
     def bev(
-        self, centre: Float[np.ndarray, "3"], corners: Float[np.ndarray, "2 2"], size: int
+        self, centre: Float[np.ndarray, " 3"], corners: Float[np.ndarray, " 2 2"], size: int
     ) -> UInt8[np.ndarray, "h w"]:
         """Semantic map from above, north up, with the classes of `BEV_CLASSES`.
 
@@ -203,7 +205,7 @@ class DoomGeometry:
         classes = np.where(closed, 6, np.where(self.liquid[sectors], 4, classes))
         return np.where(sectors < 0, 0, classes).astype(np.uint8)
 
-    def _sectors_on_row(self, x: np.ndarray, y: float) -> Int[np.ndarray, "columns"]:
+    def _sectors_on_row(self, x: np.ndarray, y: float) -> Int[np.ndarray, " columns"]:
         y = y + _NUDGE
         lines = np.flatnonzero((self.start[:, 1] > y) != (self.end[:, 1] > y))
         if not len(lines):

@@ -40,10 +40,10 @@ class Rig:
     """Planned cameras of one scene: `[V, 3]` eyes and `[V]` angles in degrees, source views first, ordered by yaw."""
 
     eyes: Float[np.ndarray, "views 3"]
-    angles: Float[np.ndarray, "views"]
+    angles: Float[np.ndarray, " views"]
 
 
-def can_stand(geometry: DoomGeometry, points: Float[np.ndarray, "points 2"]) -> Bool[np.ndarray, "points"]:
+def can_stand(geometry: DoomGeometry, points: Float[np.ndarray, "points 2"]) -> Bool[np.ndarray, " points"]:
     """Whether a player fits there: inside the map, under a high enough ceiling, clear of walls and ledges."""
     sectors = geometry.sector_at(points)
     headroom = geometry.ceiling[sectors] - geometry.floor[sectors]
@@ -89,7 +89,7 @@ def candidate_spots(
 
 
 def plan_rig(
-    geometry: DoomGeometry, spot: Float[np.ndarray, "2"], rng: np.random.Generator, options: RigOptions
+    geometry: DoomGeometry, spot: Float[np.ndarray, " 2"], rng: np.random.Generator, options: RigOptions
 ) -> Rig | None:
     """Cameras of a scene at a spot, all in sight of it and on floors a step away at most; None if they do not fit."""
     if not can_stand(geometry, spot[None])[0]:
@@ -130,7 +130,7 @@ class Region:
     centre: tuple[float, float]
     radius: float
 
-    def distance(self, points: Float[np.ndarray, "points 2"]) -> Float[np.ndarray, "points"]:
+    def distance(self, points: Float[np.ndarray, "points 2"]) -> Float[np.ndarray, " points"]:
         """How far outside of the region points lie, in x or in y, whichever is farther; negative inside."""
         return np.abs(points - self.centre).max(axis=-1) - self.radius
 
@@ -160,7 +160,7 @@ def hold_out_regions(
 
 def in_split(
     points: Float[np.ndarray, "points 2"], split: str, regions: Mapping[str, Region], gap: float
-) -> Bool[np.ndarray, "points"]:
+) -> Bool[np.ndarray, " points"]:
     """Whether places belong to a split: clear of the regions before its own by the gap, and inside its own.
 
     Training has no region of its own and keeps clear of all.

@@ -43,7 +43,7 @@ class Frame:
         depth: `[S, S]` planar depth in map units, coarse (steps of 7); infinite where unknown.
     """
 
-    eye: Float[np.ndarray, "3"]
+    eye: Float[np.ndarray, " 3"]
     angle: float
     image: UInt8[np.ndarray, "size size 3"]
     depth: Float[np.ndarray, "size size"]

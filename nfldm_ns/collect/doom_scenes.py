@@ -83,7 +83,7 @@ class SceneMaker:
         self._renderer = renderer
         self._aabb = np.array(options.aabb)
 
-    def make(self, folder: Path, spot: Float[np.ndarray, "2"], seed: list[int]) -> bool:
+    def make(self, folder: Path, spot: Float[np.ndarray, " 2"], seed: list[int]) -> bool:
         """Writes the scene at a spot, or nothing if the place is not worth it. The seed decides all that is random."""
         rng = np.random.default_rng(seed)
         rig = plan_rig(self.geometry, spot, rng, self.options.rig)
@@ -152,7 +152,7 @@ def refine_depth(
 
 
 def camera_to_worlds(
-    eyes: Float[np.ndarray, "views 3"], angles: Float[np.ndarray, "views"]
+    eyes: Float[np.ndarray, "views 3"], angles: Float[np.ndarray, " views"]
 ) -> Float[np.ndarray, "views 3 4"]:
     """OpenGL camera-to-world of level cameras at `eyes` looking along `angles` (degrees from x, counter-clockwise)."""
     turn = np.radians(angles)

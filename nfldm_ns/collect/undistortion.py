@@ -16,11 +16,11 @@ def undistort(
     image: UInt8[np.ndarray, "height width 3"],
     depth: Float[np.ndarray, "height width"] | None,
     mask: Bool[np.ndarray, "height width"] | None,
-    intrinsics: Float[np.ndarray, "4"],
+    intrinsics: Float[np.ndarray, " 4"],
     distortion: tuple[float, ...],
     fisheye: bool,
     where: str,
-) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, Float[np.ndarray, "4"]]:
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, Float[np.ndarray, " 4"]]:
     """A pinhole camera's image of the same size, whose pixels have the same aspect, and all of which the given one saw.
 
     Args:

@@ -48,7 +48,7 @@ class MapEncoder(nn.Module):
         self.no_map = nn.Parameter(0.02 * torch.randn(dim, 1, 1))
 
     def forward(
-        self, maps: Int[Tensor, "batch height width"] | None, drop: Bool[Tensor, "batch"] | None, batch_size: int
+        self, maps: Int[Tensor, "batch height width"] | None, drop: Bool[Tensor, " batch"] | None, batch_size: int
     ) -> Float[Tensor, "batch dim rows columns"]:
         """Tokens of maps in the order of V.
 
@@ -68,7 +68,7 @@ class MapEncoder(nn.Module):
         self,
         maps: Int[Tensor, "batch height width"] | None,
         size: tuple[int, int],
-        drop: Bool[Tensor, "batch"] | None = None,
+        drop: Bool[Tensor, " batch"] | None = None,
         batch_size: int = 0,
     ) -> Float[Tensor, "batch classes rows columns"]:
         """Share of each class in the cells of a grid of another size; zeros for scenes without a map."""
@@ -79,5 +79,5 @@ class MapEncoder(nn.Module):
         return shares if drop is None else shares * ~drop[:, None, None, None]
 
 
-def _nowhere(maps: Int[Tensor, "batch height width"]) -> Bool[Tensor, "batch"]:
+def _nowhere(maps: Int[Tensor, "batch height width"]) -> Bool[Tensor, " batch"]:
     return torch.zeros(len(maps), dtype=torch.bool, device=maps.device)

@@ -143,9 +143,9 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
     def forward(
         self,
         sample: Float[Tensor, "batch code"],
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         bev: Int[Tensor, "batch height width"] | None = None,
-        drop_bev: Bool[Tensor, "batch"] | None = None,
+        drop_bev: Bool[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch code"]:
         """Predicts from a noisy scene code in normalised units."""
         _require_map_fits(self, bev)
@@ -212,11 +212,11 @@ class _UNetDenoiser(ModelMixin, ConfigMixin):
         self,
         sample: Float[Tensor, "batch channels y x"],
         guide: Float[Tensor, "batch guides y x"] | None,
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         scene_code: Float[Tensor, "batch code"],
         cells: Float[Tensor, "batch dim yc xc"] | None,
         context: Float[Tensor, "batch tokens dim"] | None,
-        drop_code: Bool[Tensor, "batch"] | None,
+        drop_code: Bool[Tensor, " batch"] | None,
     ) -> Float[Tensor, "batch channels y x"]:
         code = self.code(scene_code)
         if drop_code is not None:
@@ -282,12 +282,12 @@ class CoarseDenoiser(_UNetDenoiser):
     def forward(
         self,
         sample: Float[Tensor, "batch folded yc xc"],
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         scene_code: Float[Tensor, "batch code"],
         context: Float[Tensor, "batch tokens dim"] | None = None,
-        drop_code: Bool[Tensor, "batch"] | None = None,
+        drop_code: Bool[Tensor, " batch"] | None = None,
         bev: Int[Tensor, "batch height width"] | None = None,
-        drop_bev: Bool[Tensor, "batch"] | None = None,
+        drop_bev: Bool[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch folded yc xc"]:
         """Predicts from a noisy c in normalised units, z folded into channels.
 
@@ -348,13 +348,13 @@ class FineDenoiser(_UNetDenoiser):
     def forward(
         self,
         sample: Float[Tensor, "batch fine y x"],
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         scene_code: Float[Tensor, "batch code"],
         coarse: Float[Tensor, "batch cc zc yc xc"],
         context: Float[Tensor, "batch tokens dim"] | None = None,
-        drop_code: Bool[Tensor, "batch"] | None = None,
+        drop_code: Bool[Tensor, " batch"] | None = None,
         bev: Int[Tensor, "batch height width"] | None = None,
-        drop_bev: Bool[Tensor, "batch"] | None = None,
+        drop_bev: Bool[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch fine y x"]:
         """Predicts from a noisy f in normalised units.
 

@@ -83,7 +83,7 @@ class Inpainting:
             return self.latents.coarse.flatten(1, 2), self.coarse_region
         return self.latents.fine, self.fine_region
 
-    def merge(self, stage: str, sampled: Float[Tensor, "scenes *shape"]) -> Float[Tensor, "scenes *shape"]:
+    def merge(self, stage: str, sampled: Float[Tensor, " scenes *shape"]) -> Float[Tensor, " scenes *shape"]:
         """What was sampled, in its own units, with what is kept in its place, bit for bit."""
         latent, region = self.part(stage)
         return torch.where(region.to(sampled.device), sampled, latent.to(sampled))
@@ -97,8 +97,8 @@ class NoiseLevels:
         signal, noise: `[steps + 1]`; a sample at level i is `signal[i] x_0 + noise[i] eps`.
     """
 
-    signal: Float[Tensor, "levels"]
-    noise: Float[Tensor, "levels"]
+    signal: Float[Tensor, " levels"]
+    noise: Float[Tensor, " levels"]
 
     @staticmethod
     def of(scheduler: SchedulerMixin) -> NoiseLevels:
@@ -137,7 +137,7 @@ def stretches(num_steps: int, order: int, jump_length: int, strength: float = 1.
 def inpaint(
     pipeline: Denoising,
     denoiser: nn.Module,
-    noise: Float[Tensor, "scenes *shape"],
+    noise: Float[Tensor, " scenes *shape"],
     num_inference_steps: int,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     callback: Callable[..., Tensor] | None = None,
@@ -146,7 +146,7 @@ def inpaint(
     stage: str,
     temperature: float = 1.0,
     **conditions: Tensor,
-) -> Float[Tensor, "scenes *shape"]:
+) -> Float[Tensor, " scenes *shape"]:
     """As `NFLDMPipeline.denoise`, in a region only; what is sampled nowhere or everywhere needs no inpainting.
 
     Args:

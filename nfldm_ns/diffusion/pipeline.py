@@ -347,7 +347,7 @@ class NFLDMPipeline(DiffusionPipeline):
 
     def prepare_noise(
         self, num_scenes: int, denoiser: nn.Module, generator: Generators
-    ) -> Float[Tensor, "scenes *shape"]:
+    ) -> Float[Tensor, " scenes *shape"]:
         """Initial noise for one denoiser, scaled as the scheduler wants it."""
         noise = randn_tensor(
             (num_scenes, *denoiser.sample_shape),  # type: ignore[misc]
@@ -357,7 +357,7 @@ class NFLDMPipeline(DiffusionPipeline):
         )
         return noise * self.scheduler.init_noise_sigma
 
-    def draw_noise(self, num_scenes: int, generator: Generators) -> list[Float[Tensor, "scenes *shape"]]:
+    def draw_noise(self, num_scenes: int, generator: Generators) -> list[Float[Tensor, " scenes *shape"]]:
         """Standard normal noise of g, c and f, such as a call with this generator begins with.
 
         That is so for schedulers that add no noise on their way.
@@ -369,12 +369,12 @@ class NFLDMPipeline(DiffusionPipeline):
     def denoise(
         self,
         denoiser: nn.Module,
-        latents: Float[Tensor, "scenes *shape"],
+        latents: Float[Tensor, " scenes *shape"],
         num_inference_steps: int,
         generator: Generators = None,
         callback: Callable[..., Tensor] | None = None,
         **conditions: Tensor,
-    ) -> Float[Tensor, "scenes *shape"]:
+    ) -> Float[Tensor, " scenes *shape"]:
         """Runs one denoiser from noise to a sample, in normalised units.
 
         Args:
@@ -394,11 +394,11 @@ class NFLDMPipeline(DiffusionPipeline):
     def denoise_step(
         self,
         denoiser: nn.Module,
-        latents: Float[Tensor, "scenes *shape"],
+        latents: Float[Tensor, " scenes *shape"],
         timestep: Tensor,
         generator: Generators,
         conditions: dict[str, Tensor],
-    ) -> Float[Tensor, "scenes *shape"]:
+    ) -> Float[Tensor, " scenes *shape"]:
         """One step of the scheduler."""
         scaled = self.scheduler.scale_model_input(latents, timestep)
         batch_time = timestep.to(latents.device).expand(len(latents))

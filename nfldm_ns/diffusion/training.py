@@ -107,8 +107,8 @@ def make_scheduler(
 
 
 def loss_weights(
-    scheduler: DDPMScheduler, timestep: Int[Tensor, "batch"], weighting: LossWeighting, gamma: float = 5.0
-) -> Float[Tensor, "batch"]:
+    scheduler: DDPMScheduler, timestep: Int[Tensor, " batch"], weighting: LossWeighting, gamma: float = 5.0
+) -> Float[Tensor, " batch"]:
     """Weights of the squared errors of what a denoiser predicts.
 
     "uniform" is 1. "min_snr" is min-SNR-gamma (Hang et al. 2023): the squared error of the clean sample, however it is
@@ -137,10 +137,10 @@ def diffusion_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, tim
 
 def predicted_velocity(
     scheduler: DDPMScheduler,
-    predicted: Float[Tensor, "batch *shape"],
-    noisy: Float[Tensor, "batch *shape"],
-    timestep: Int[Tensor, "batch"],
-) -> Float[Tensor, "batch *shape"]:
+    predicted: Float[Tensor, " batch *shape"],
+    noisy: Float[Tensor, " batch *shape"],
+    timestep: Int[Tensor, " batch"],
+) -> Float[Tensor, " batch *shape"]:
     """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) clean (Salimans & Ho 2022) as a prediction of any kind has it.
 
     Grows without bounds where a prediction says nothing of it: "epsilon" towards pure noise, "sample" towards none.
@@ -153,7 +153,7 @@ def predicted_velocity(
     return (signal * noisy - predicted) / noise if kind == "sample" else predicted
 
 
-def spread_timesteps(count: int, num_timesteps: int, seed: int | None = None) -> Int[Tensor, "count"]:
+def spread_timesteps(count: int, num_timesteps: int, seed: int | None = None) -> Int[Tensor, " count"]:
     """Random timesteps that cover the range evenly, in random order: a steadier loss.
 
     Args:
@@ -199,12 +199,12 @@ class DiffusionLosses:
         timestep = self.timesteps(share.joint_batch_size, share.seed + step)[part]
         return {"loss": self.loss(share.items(len(self.memory), number), timestep, share.draws(number, self.device))}
 
-    def timesteps(self, count: int, seed: int) -> Int[Tensor, "count"]:
+    def timesteps(self, count: int, seed: int) -> Int[Tensor, " count"]:
         """Timesteps of a batch."""
         return spread_timesteps(count, self.scheduler.config.num_train_timesteps, seed)
 
     def loss(
-        self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws, augment: bool = True
+        self, indices: list[int], timestep: Int[Tensor, " batch"], draws: ItemDraws, augment: bool = True
     ) -> Float[Tensor, ""]:
         """Weighted mean squared error of the prediction for some scenes."""
         timestep = timestep.to(self.device)
@@ -214,8 +214,8 @@ class DiffusionLosses:
         return (weights * error.flatten(1).mean(1)).mean()
 
     def velocity_error(
-        self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws
-    ) -> Float[Tensor, "batch"]:
+        self, indices: list[int], timestep: Int[Tensor, " batch"], draws: ItemDraws
+    ) -> Float[Tensor, " batch"]:
         """Squared error of v for some scenes, without weights, whatever the denoiser predicts."""
         timestep = timestep.to(self.device)
         clean, noise, noisy, predicted = self.predict(indices, timestep, draws, augment=False)
@@ -223,7 +223,7 @@ class DiffusionLosses:
         return (velocity - self.scheduler.get_velocity(clean, noise, timestep)).square().flatten(1).mean(1)
 
     def predict(
-        self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws, augment: bool = True
+        self, indices: list[int], timestep: Int[Tensor, " batch"], draws: ItemDraws, augment: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clean samples in normalised units, noise, both together, and what the denoiser makes of that."""
         clean, conditions = self.sample_and_conditions(indices, draws, augment)

@@ -35,10 +35,10 @@ ARROW_M = 0.8
 def sample_latents(
     denoiser: nn.Module,
     scheduler: SchedulerMixin,
-    noise: Float[Tensor, "batch *shape"],
+    noise: Float[Tensor, " batch *shape"],
     steps: int,
     **conditions: Tensor,
-) -> Float[Tensor, "batch *shape"]:
+) -> Float[Tensor, " batch *shape"]:
     """Denoises from noise to a sample, in normalised units, with a scheduler that draws nothing."""
     scheduler.set_timesteps(steps, device=noise.device)
     sample = noise * scheduler.init_noise_sigma

@@ -16,7 +16,7 @@ from nfldm_ns.scenes.views import make_cameras
 
 
 def look_along(
-    positions: Float[Tensor, "n 3"], yaw: Float[Tensor, "n"], pitch: Float[Tensor, "n"]
+    positions: Float[Tensor, "n 3"], yaw: Float[Tensor, " n"], pitch: Float[Tensor, " n"]
 ) -> Float[Tensor, "n 3 4"]:
     """OpenGL camera-to-world matrices without roll.
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class LatentReconstruction:
     latents: SceneLatents
     kl: Float[Tensor, ""]
     commitment: Float[Tensor, ""]
-    code_counts: dict[str, Int[Tensor, "codes"]]
+    code_counts: dict[str, Int[Tensor, " codes"]]
 
 
 class LatentAutoencoder(ModelMixin, ConfigMixin):
@@ -242,6 +243,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         for codebook in self.codebooks.values():
             codebook.frozen = True
 
+    @apply_forward_hook
     def encode(self, grid: VoxelGrid, sample: bool = False) -> SceneLatents:
         """Latents before quantisation.
 
@@ -289,11 +291,13 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             fine = fine + self.linear.encode_fine(voxels, codes.flatten(1, 2))
         return fine.float()
 
+    @apply_forward_hook
     def quantise(self, latents: SceneLatents) -> SceneLatents:
         """c and f replaced by their nearest codes; unchanged where the model does not quantise."""
         coarse = self.quantise_coarse(latents.coarse)
         return SceneLatents(latents.global_latent, coarse, self._quantise("fine", latents.fine)[0])
 
+    @apply_forward_hook
     def quantise_coarse(self, coarse: Float[Tensor, "batch cc zc yc xc"]) -> Float[Tensor, "batch cc zc yc xc"]:
         """c replaced by its nearest codes."""
         return self._quantise("coarse", coarse)[0]
@@ -304,7 +308,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         found = {"coarse": self.coarse_codebook, "fine": self.fine_codebook} if self.config.quantize else {}
         return {name: codebook for name, codebook in found.items() if codebook is not None}
 
-    def code_counts(self, latents: SceneLatents) -> dict[str, Int[Tensor, "codes"]]:
+    def code_counts(self, latents: SceneLatents) -> dict[str, Int[Tensor, " codes"]]:
         """How often each code is the nearest one, by codebook (`coarse`, `fine`)."""
         parts = {"coarse": latents.coarse, "fine": latents.fine}
         return {name: codebook.count(codebook(parts[name])[1]) for name, codebook in self.codebooks.items()}
@@ -316,6 +320,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         quantised, indices, commitment = self.codebooks[name](latent)
         return quantised, commitment, {name: indices}
 
+    @apply_forward_hook
     def decode(self, latents: SceneLatents, quantise: bool = True) -> VoxelGrid:
         """Voxels of latents, which are quantised first unless they are codes already."""
         codes = self.quantise(latents) if quantise else latents
@@ -436,7 +441,7 @@ class _LinearPaths(nn.Module):
         voxels = self.coarse_decoder(coarse)
         return voxels if self.fine_decoder is None else voxels + self.fine_decoder(fine)
 
-    def fit_coarse(self, pairs: Iterable[tuple[Tensor, Tensor]], weights: Float[Tensor, "folded"]) -> None:
+    def fit_coarse(self, pairs: Iterable[tuple[Tensor, Tensor]], weights: Float[Tensor, " folded"]) -> None:
         """Sets the path of c to the best linear code of blocks of `downsampling` x `downsampling` columns."""
         down = self.downsampling
         rows = ((F.pixel_unshuffle(x, down), F.pixel_unshuffle(t, down)) for x, t in pairs)
@@ -452,7 +457,7 @@ class _LinearPaths(nn.Module):
     def fit_fine(
         self,
         pairs: Iterable[tuple[Tensor, Tensor]],
-        weights: Float[Tensor, "folded"],
+        weights: Float[Tensor, " folded"],
         encode_coarse: Callable[[Tensor], Tensor],
     ) -> None:
         """Sets the path of f to the best linear code of the columns of what c leaves over."""

@@ -34,7 +34,7 @@ class VectorQuantizer(nn.Module):
     """
 
     codes: Float[Tensor, "codes dim"]
-    usage: Float[Tensor, "codes"]
+    usage: Float[Tensor, " codes"]
     sums: Float[Tensor, "codes dim"]
 
     def __init__(self, code_dim: int, num_codes: int, decay: float = 0.95) -> None:
@@ -71,12 +71,12 @@ class VectorQuantizer(nn.Module):
         passed = passed.reshape(groups.shape).movedim(-1, 2).flatten(1, 2)
         return passed, indices.reshape(groups.shape[:-1]), loss
 
-    def nearest(self, vectors: Float[Tensor, "count dim"]) -> Int[Tensor, "count"]:
+    def nearest(self, vectors: Float[Tensor, "count dim"]) -> Int[Tensor, " count"]:
         """Index of the nearest code of each vector."""
         half_squares = 0.5 * self.codes.square().sum(dim=1)
         return torch.addmm(half_squares, vectors, self.codes.T, alpha=-1).argmin(dim=1)
 
-    def count(self, indices: Int[Tensor, "*shape"]) -> Int[Tensor, "codes"]:
+    def count(self, indices: Int[Tensor, "*shape"]) -> Int[Tensor, " codes"]:
         """How often each code occurs."""
         return torch.bincount(indices.flatten(), minlength=self.num_codes)
 
@@ -95,13 +95,13 @@ class VectorQuantizer(nn.Module):
         self.usage.copy_(usage)
         self.sums.copy_(self.codes * usage[:, None])
 
-    def _assign(self, vectors: Tensor, indices: Tensor) -> tuple[Float[Tensor, "codes"], Float[Tensor, "codes dim"]]:
+    def _assign(self, vectors: Tensor, indices: Tensor) -> tuple[Float[Tensor, " codes"], Float[Tensor, "codes dim"]]:
         """Number and sum of the vectors of each code."""
         usage = self.count(indices).to(vectors.dtype)
         return usage, torch.zeros_like(self.codes).index_add_(0, indices, vectors)
 
     @torch.no_grad()
-    def _update(self, vectors: Float[Tensor, "count dim"], indices: Int[Tensor, "count"]) -> None:
+    def _update(self, vectors: Float[Tensor, "count dim"], indices: Int[Tensor, " count"]) -> None:
         usage, sums = self._assign(vectors, indices)
         if dist.is_initialized():  # unlike in `fit`, where all processes have the same vectors
             dist.all_reduce(usage)
@@ -130,14 +130,14 @@ class CodebookUsage:
     """
 
     def __init__(self, window: int | None = None) -> None:
-        self._batches: deque[Int[Tensor, "codes"]] = deque(maxlen=window)
+        self._batches: deque[Int[Tensor, " codes"]] = deque(maxlen=window)
 
-    def add(self, counts: Int[Tensor, "codes"]) -> None:
+    def add(self, counts: Int[Tensor, " codes"]) -> None:
         """Adds what `VectorQuantizer.count` gives for a batch."""
         self._batches.append(counts)
 
     @property
-    def counts(self) -> Int[Tensor, "codes"]:
+    def counts(self) -> Int[Tensor, " codes"]:
         """How often each code occurred."""
         return torch.stack(list(self._batches)).sum(0)
 

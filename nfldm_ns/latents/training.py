@@ -155,7 +155,7 @@ class LatentLosses:
             losses.update(self.image_losses(result.grid, views))
         return {**losses, **self.codebook_metrics(result.code_counts)}
 
-    def codebook_metrics(self, code_counts: dict[str, Int[Tensor, "codes"]]) -> dict[str, Tensor]:
+    def codebook_metrics(self, code_counts: dict[str, Int[Tensor, " codes"]]) -> dict[str, Tensor]:
         """Share of the codes in use, and perplexity, of each codebook; names begin with `_`: logged only."""
         metrics = {}
         for name, counts in code_counts.items():

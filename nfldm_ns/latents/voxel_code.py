@@ -123,7 +123,7 @@ class VoxelCode(nn.Module):
         self.feature_mean.copy_(mean)
         self.feature_scale.copy_(feature_square.clamp(min=1e-12).sqrt())
 
-    def _sums(self, grid: VoxelGrid) -> Float[Tensor, "sums"]:
+    def _sums(self, grid: VoxelGrid) -> Float[Tensor, " sums"]:
         """What the statistics of one batch add up from."""
         density, features = grid.density.double(), grid.features.double()
         alpha, gate = self.alpha(density), self.gate(density)
@@ -142,7 +142,7 @@ def linear_code(
     inputs: Float[Tensor, "samples size"],
     targets: Float[Tensor, "samples size"],
     num_components: int,
-    weights: Float[Tensor, "size"],
+    weights: Float[Tensor, " size"],
 ) -> tuple[Float[Tensor, "components size"], Float[Tensor, "size components"], Tensor, Tensor]:
     """The linear code with the least weighted squared error, and how to read it.
 

@@ -30,7 +30,7 @@ class DepthHistogram:
         far: end of the last bin in metres; what lies beyond is counted there.
     """
 
-    counts: Int[Tensor, "bins_and_one"]
+    counts: Int[Tensor, " bins_and_one"]
     far: float
 
     @staticmethod
@@ -61,7 +61,7 @@ class DepthHistogram:
         return self.far / BINS
 
     @property
-    def cumulative(self) -> Float[Tensor, "bins"]:
+    def cumulative(self) -> Float[Tensor, " bins"]:
         """Share of surface pixels up to the end of each bin.
 
         Raises:

@@ -142,7 +142,7 @@ def map_layout(
     return Layout(floor, wall, judged & rays.inside)
 
 
-def agreement(found: Layout, given: Layout) -> dict[str, Float[Tensor, "batch"]]:
+def agreement(found: Layout, given: Layout) -> dict[str, Float[Tensor, " batch"]]:
     """IoU of `floor` and of `wall` of each pair of scenes, where both are judged; NaN where there is none in both."""
     judged = found.judged & given.judged
     scores = {}

@@ -28,7 +28,7 @@ def _distances(rows: Features, columns: Features) -> Iterator[tuple[slice, Float
         yield part, torch.cdist(rows[part].double(), columns.double())
 
 
-def neighbour_radii(features: Features, k: int) -> Float[Tensor, "images"]:
+def neighbour_radii(features: Features, k: int) -> Float[Tensor, " images"]:
     """Distance of each point to its k-th nearest neighbour in the same set, itself not counted."""
     if not 1 <= k < len(features):
         raise ValueError(f"k must be from 1 to {len(features) - 1} for {len(features)} images, not {k}")
@@ -84,9 +84,9 @@ class Nearest:
         index: of the nearest.
     """
 
-    distance: Float[Tensor, "queries"]
-    second: Float[Tensor, "queries"]
-    index: Int[Tensor, "queries"]
+    distance: Float[Tensor, " queries"]
+    second: Float[Tensor, " queries"]
+    index: Int[Tensor, " queries"]
 
 
 def nearest(
@@ -131,7 +131,7 @@ def _exact_distances(turns: Float[Tensor, "turns size"], points: Float[Tensor, "
     return (turns.double()[:, None] - points.double()).norm(dim=-1).amin(dim=0)
 
 
-def quantiles(values: Float[Tensor, "values"]) -> dict[str, float]:
+def quantiles(values: Float[Tensor, " values"]) -> dict[str, float]:
     """`min`, `q05`, `q25`, `median`, `q75`, `q95`, `max` and `mean` of some values."""
     names = ("min", "q05", "q25", "median", "q75", "q95", "max")
     found = torch.quantile(values.double(), torch.tensor(QUANTILES, dtype=torch.float64))

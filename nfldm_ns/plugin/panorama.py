@@ -65,7 +65,7 @@ def _sample(face: Float[Tensor, "c size size"], offsets: Float[Tensor, "n 2"], m
 def render_panorama(
     autoencoder: SceneAutoencoder,
     grid: VoxelGrid,
-    origin: Float[Tensor, "3"],
+    origin: Float[Tensor, " 3"],
     *,
     num_feature_samples: int | None = None,
     phases: int | None = None,

@@ -89,7 +89,7 @@ def draw_timesteps(
     count: int,
     progress: float,
     generator: torch.Generator | None = None,
-) -> Int[Tensor, "count"]:
+) -> Int[Tensor, " count"]:
     """Timesteps of a batch of images.
 
     Args:
@@ -106,7 +106,7 @@ def draw_timesteps(
 def guided_noise(
     prior: ImagePrior,
     noisy: Float[Tensor, "batch channels h w"],
-    timestep: Int[Tensor, "batch"],
+    timestep: Int[Tensor, " batch"],
     condition: Condition,
     opposite: Condition | None,
     scale: float,
@@ -129,7 +129,7 @@ def guided_noise(
 def difference_of_noise(
     prior: ImagePrior,
     noisy: Float[Tensor, "batch channels h w"],
-    timestep: Int[Tensor, "batch"],
+    timestep: Int[Tensor, " batch"],
     condition: Condition,
     opposite: Condition,
 ) -> Float[Tensor, "batch channels h w"]:
@@ -186,7 +186,7 @@ def distill(
 def _reconstruct(
     prior: ImagePrior,
     noisy: Float[Tensor, "batch channels h w"],
-    timestep: Int[Tensor, "batch"],
+    timestep: Int[Tensor, " batch"],
     condition: Condition,
     opposite: Condition | None,
     config: DistillationConfig,

@@ -210,10 +210,10 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
     def forward(
         self,
         sample: Float[Tensor, "batch channels size size"],
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         embedding: Float[Tensor, "batch dim"],
-        drop: Bool[Tensor, "batch"] | None = None,
-        origin: Int[Tensor, "batch"] | None = None,
+        drop: Bool[Tensor, " batch"] | None = None,
+        origin: Int[Tensor, " batch"] | None = None,
         judge: bool = False,
         seen: SeenMaps | None = None,
     ) -> Any:
@@ -268,7 +268,7 @@ class Judge(nn.Module):
         self.mean = nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, components, 1))
         self.log_variance = nn.Sequential(nn.Linear(TIME_DIM, TIME_DIM), nn.SiLU(), nn.Linear(TIME_DIM, components))
 
-    def forward(self, sample: Float[Tensor, "batch channels size size"], timestep: Int[Tensor, "batch"]) -> Judgement:
+    def forward(self, sample: Float[Tensor, "batch channels size size"], timestep: Int[Tensor, " batch"]) -> Judgement:
         time = get_timestep_embedding(timestep, TIME_DIM)
         hidden = self.first(sample) + self.time(time)[:, :, None, None]
         for layer in self.layers:

@@ -41,7 +41,7 @@ class ImagePrior(nn.Module, ABC):
     maps: MapDescription | None = None
 
     def __init__(
-        self, image_size: int, alphas_cumprod: Float[Tensor, "timesteps"], prediction_type: str = "epsilon"
+        self, image_size: int, alphas_cumprod: Float[Tensor, " timesteps"], prediction_type: str = "epsilon"
     ) -> None:
         super().__init__()
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
@@ -82,14 +82,14 @@ class ImagePrior(nn.Module, ABC):
 
     @abstractmethod
     def denoise(
-        self, noisy: Float[Tensor, "batch channels h w"], timestep: Int[Tensor, "batch"], condition: Condition
+        self, noisy: Float[Tensor, "batch channels h w"], timestep: Int[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch channels h w"]:
         """What the network predicts, by `prediction_type`."""
 
     def contrast(
         self,
         noisy: Float[Tensor, "batch channels h w"],
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         condition: Condition,
         opposite: Condition,
     ) -> Float[Tensor, "batch channels h w"] | None:
@@ -97,14 +97,14 @@ class ImagePrior(nn.Module, ABC):
         return None
 
     def signal_and_noise(
-        self, timestep: Int[Tensor, "batch"]
+        self, timestep: Int[Tensor, " batch"]
     ) -> tuple[Float[Tensor, "batch 1 1 1"], Float[Tensor, "batch 1 1 1"]]:
         """sqrt(alpha_bar) and sqrt(1 - alpha_bar): `x_t = signal x + noise eps`."""
         alpha = self.alphas_cumprod[timestep].view(-1, 1, 1, 1)
         return alpha.sqrt(), (1 - alpha).sqrt()
 
     def predict_noise(
-        self, noisy: Float[Tensor, "batch channels h w"], timestep: Int[Tensor, "batch"], condition: Condition
+        self, noisy: Float[Tensor, "batch channels h w"], timestep: Int[Tensor, " batch"], condition: Condition
     ) -> Float[Tensor, "batch channels h w"]:
         """eps_hat, the noise that the model believes to be in `noisy`; float32."""
         predicted = self.denoise(noisy, timestep, condition).float()
@@ -118,7 +118,7 @@ class ImagePrior(nn.Module, ABC):
     def predict_both(
         self,
         noisy: Float[Tensor, "batch channels h w"],
-        timestep: Int[Tensor, "batch"],
+        timestep: Int[Tensor, " batch"],
         condition: Condition,
         opposite: Condition,
     ) -> tuple[Float[Tensor, "batch channels h w"], Float[Tensor, "batch channels h w"]]:
@@ -128,7 +128,7 @@ class ImagePrior(nn.Module, ABC):
         return towards, away
 
 
-def pick(condition: Condition, rows: Sequence[int] | Int[Tensor, "batch"]) -> Condition:
+def pick(condition: Condition, rows: Sequence[int] | Int[Tensor, " batch"]) -> Condition:
     """Some rows of a condition."""
     return {name: values[torch.as_tensor(rows, device=values.device)] for name, values in condition.items()}
 

@@ -112,11 +112,11 @@ class PriorLosses:
         losses = self.losses(share.items(len(self.images), number), timestep, share.draws(number, self.device))
         return {"loss": torch.stack(list(losses.values())).sum(), **{k: v.detach() for k, v in losses.items()}}
 
-    def timesteps(self, count: int, seed: int) -> Int[Tensor, "count"]:
+    def timesteps(self, count: int, seed: int) -> Int[Tensor, " count"]:
         return spread_timesteps(count, self.scheduler.config.num_train_timesteps, seed)
 
     def losses(
-        self, indices: list[int], timestep: Int[Tensor, "batch"], draws: ItemDraws, augment: bool = True
+        self, indices: list[int], timestep: Int[Tensor, " batch"], draws: ItemDraws, augment: bool = True
     ) -> dict[str, Float[Tensor, ""]]:
         """Of some images: of velocities and, of augmented images, of the judge.
 

@@ -112,7 +112,7 @@ class FeatureSpace(nn.Module):
 
 def principal_components(
     centred: Float[Tensor, "rows dim"], count: int
-) -> tuple[Float[Tensor, "count"], Float[Tensor, "count dim"]]:
+) -> tuple[Float[Tensor, " count"], Float[Tensor, "count dim"]]:
     """The largest sums of squares along orthogonal directions, and these directions, the largest first.
 
     The largest element of each direction is positive: signs are a solver's, and must not differ between runs.

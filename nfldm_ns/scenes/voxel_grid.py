@@ -54,7 +54,7 @@ class VoxelGrid:
         return self.density.device
 
     @property
-    def voxel_size(self) -> Float[Tensor, "3"]:
+    def voxel_size(self) -> Float[Tensor, " 3"]:
         """Edge lengths (x, y, z) of one voxel in metres."""
         z, y, x = self.shape
         return (self.aabb[1] - self.aabb[0]) / self.aabb.new_tensor([x, y, z])

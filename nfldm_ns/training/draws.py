@@ -82,19 +82,19 @@ class ItemDraws:
         if self.device.type != "cpu":
             self.generators = [torch.Generator(self.device).manual_seed(value) for value in seeds]
 
-    def normal(self, like: Float[Tensor, "batch *shape"]) -> Float[Tensor, "batch *shape"]:
+    def normal(self, like: Float[Tensor, " batch *shape"]) -> Float[Tensor, " batch *shape"]:
         """Standard normal numbers of the shape of a tensor."""
         return randn_tensor(like.shape, generator=self.generators, device=self.device, dtype=like.dtype)
 
-    def integers(self, high: int) -> Int[Tensor, "batch"]:
+    def integers(self, high: int) -> Int[Tensor, " batch"]:
         """One number below `high` per item, on the CPU."""
         return torch.cat([torch.randint(high, (1,), generator=generator) for generator in self._on_cpu])
 
-    def uniform(self) -> Float[Tensor, "batch"]:
+    def uniform(self) -> Float[Tensor, " batch"]:
         """One number in [0, 1) per item, on the CPU."""
         return torch.cat([torch.rand(1, generator=generator) for generator in self._on_cpu])
 
-    def permutation(self, item: int, count: int) -> Int[Tensor, "count"]:
+    def permutation(self, item: int, count: int) -> Int[Tensor, " count"]:
         """An order of an item's `count` parts, on the CPU."""
         return torch.randperm(count, generator=self._on_cpu[item])
 
