@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,20 @@ class TestImages:
 
 
 class TestDepthFiles:
+    def test_openexr(self, tmp_path: Path) -> None:
+        depth = np.array([[0.5, 3.25], [np.inf, -1.0]], np.float32)
+        os.environ["OPENCV_IO_ENABLE_OPENEXR"] = "1"
+        cv2.imwrite(str(tmp_path / "one.exr"), depth)
+        cv2.imwrite(str(tmp_path / "three.exr"), np.stack([depth] * 3, axis=-1))
+        cv2.imwrite(str(tmp_path / "colours.exr"), np.random.default_rng(0).random((2, 2, 3), np.float32))
+        (tmp_path / "cut.exr").write_bytes((tmp_path / "one.exr").read_bytes()[:40])
+        for name in ("one", "three"):
+            assert read_depth_file(tmp_path / f"{name}.exr").tolist() == [[0.5, 3.25], [0.0, 0.0]]
+        with pytest.raises(UserInputError, match="no depth of one channel"):
+            read_depth_file(tmp_path / "colours.exr")
+        with pytest.raises(UserInputError, match="no readable OpenEXR file"):
+            read_depth_file(tmp_path / "cut.exr")
+
     def test_all_formats_hold_the_same(self, tmp_path: Path) -> None:
         depth = np.array([[0, 1500, 2500], [300, 40, 65535]], np.uint16)
         Image.fromarray(depth).save(tmp_path / "d.png")
@@ -312,7 +327,7 @@ class TestKeys:
             (lambda c: c["frames"][0].pop("cx"), "cx or cy is missing"),
             (lambda c: c["frames"][2].pop("depth_file_path"), "give all of them one, or none"),
             (lambda c: c.update(train_filenames=["images/none.png"]), "lists images/none.png in train_filenames"),
-            (lambda c: c["frames"][0].update(depth_file_path="d.exr"), "is an EXR file"),
+            (lambda c: c["frames"][0].update(depth_file_path="d.exr"), "d.exr is missing: restore it or remove"),
         ],
     )
     def test_what_cannot_be_used_is_one_sentence(self, capture, tmp_path, capsys, edit, message) -> None:

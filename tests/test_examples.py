@@ -11,7 +11,9 @@ from PIL import Image
 
 from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
 from nfldm_ns.generated.scene_files import load_generated_scene
+from tests.pretrained import require_weights
 from tests.small_models import small_pipeline, small_scene_autoencoder
+from tests.synthetic import make_box_room_collection
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -73,6 +75,15 @@ def test_a_place_is_encoded(box_room_collection, tmp_path, capsys):
     assert "V (1, 4, 4, 16, 16) of 8 views" in told and "dB" in told and "error of depth" in told
     with Image.open(output) as picture:
         assert min(picture.size) > 100
+
+
+@pytest.mark.slow
+def test_all_stages_are_trained(tmp_path, capsys):
+    require_weights("lpips-vgg")
+    collection = make_box_room_collection(tmp_path / "rooms", num_train=2, num_test=1, num_val=0)
+    example("train_on_your_folder").main(collection.root, tmp_path / "out", steps=2)
+    told = capsys.readouterr().out.splitlines()[-1].split()[-1]
+    assert Path(told).is_file() and load_generated_scene(Path(told).parent).grid.density.isfinite().all()
 
 
 def test_every_example_is_run_here():

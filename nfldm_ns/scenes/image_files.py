@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,8 +71,8 @@ def read_rgb(path: Path, remedy: str, missing: str | None = None) -> UInt8[np.nd
 def read_depth_file(path: Path) -> Float[np.ndarray, "height width"]:
     """Depth in the units of its file; 0 is unknown, and so is what is not finite or negative.
 
-    Files are npy, npz with one array, or pictures of one channel with 16 bits or floating point numbers (PNG, TIFF);
-    `[H, W, 1]` will do.
+    Files are npy, npz with one array, or pictures of one channel with 16 bits or floating point numbers (PNG, TIFF,
+    OpenEXR); `[H, W, 1]` will do, and colours that are all equal.
 
     Raises:
         UserInputError: if it is missing, damaged, or of another shape or type.
@@ -119,13 +120,31 @@ def _read_array(path: Path) -> np.ndarray:
 
 def _read_depth_picture(path: Path) -> np.ndarray:
     if path.suffix.lower() == ".exr":
-        raise UserInputError(f"{path} is an EXR file: save its depth as npy, TIFF or 16-bit PNG.")
+        return _read_exr(path)
     image = open_image(path, "restore it", "restore it or remove depth_file_path from all frames")
     if image.mode not in (*SIXTEEN_BITS, "I", "F"):
         raise UserInputError(
             f"{path} has mode {image.mode}, but depth must be a single-channel 16-bit depth image: convert it."
         )
     return np.asarray(_upright(image, path))
+
+
+def _read_exr(path: Path) -> np.ndarray:
+    """The one channel of an OpenEXR file, or what its three colours have in common."""
+    import cv2
+
+    if not path.is_file():
+        raise UserInputError(f"{path} is missing: restore it or remove depth_file_path from all frames.")
+    os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")  # OpenCV reads it when it first meets such a file
+    try:
+        depth = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    except cv2.error:
+        depth = None
+    if depth is None:
+        raise UserInputError(f"{path} is no readable OpenEXR file: restore it, or save its depth as npy or TIFF.")
+    if depth.ndim == 3 and (depth == depth[..., :1]).all():
+        return depth[..., 0]
+    return depth
 
 
 def _upright(image: Image.Image, path: Path) -> Image.Image:
