@@ -61,6 +61,8 @@ class Options:
     """of learned refinement, for models that have it"""
     optimised_steps: int = 0
     """of gradient descent on the source views, after each model's own encoding; 0 leaves it out"""
+    all_images: bool = False
+    """FID and KID of source views, too, as in the protocol of GSN; scores stay those of target views"""
     threads: int = 1
     """CPU threads"""
     seed: int = 0
@@ -99,14 +101,15 @@ def ways(name: str, model: SceneAutoencoder, options: Options, perceptual: Perce
 
 
 @torch.no_grad()
-def measure(row: Row, model: SceneAutoencoder, way: Way, batch: SceneBatch, judge: ViewJudge) -> None:
+def measure(row: Row, model: SceneAutoencoder, way: Way, batch: SceneBatch, judge: ViewJudge, all_images: bool) -> None:
     """Adds one place."""
     begun = time.process_time()
     grid = way(batch)
     row.seconds += time.process_time() - begun
     rendered = model.render(grid, batch.target.cameras)
     row.scores.add(batch.scene_ids, judge.score(rendered))
-    row.images.append(rendered.rgb[0].clamp(0, 1))
+    shown = [rendered.rgb, model.render(grid, batch.source.cameras).rgb] if all_images else [rendered.rgb]
+    row.images.append(torch.cat(shown, dim=1)[0].clamp(0, 1))
     flight = fly_through(index_cameras(batch.source.cameras, 0), FLIGHT_FRAMES)
     seen = model.render(grid, index_cameras(flight, (None,)))
     for key, value in reprojection_error(Views(flight, seen.rgb[0], seen.depth[0])).items():
@@ -133,14 +136,19 @@ def main(options: Options) -> None:
     for scene_id in track(evenly(collection.split("test"), options.num_scenes), "Places", transient=True):
         batch = collection.batch([collection.load_scene(scene_id)])
         judge = ViewJudge(batch.target, batch.aabb, perceptual)
-        real.append(batch.target.images[0])
+        real.append(_images(batch, options.all_images))
         nearest.append(nearest_source_view(batch)[0])
         for name, found in everything.items():
             for row, way in found.items():
-                measure(rows[row], models[name], way, batch, judge)
+                measure(rows[row], models[name], way, batch, judge, options.all_images)
     train = evenly(collection.split("train"), options.num_scenes)
-    others = [collection.load_scene(scene_id).target.images for scene_id in train]
+    others = [_images(collection.batch([collection.load_scene(i)]), options.all_images) for i in train]
     write(options, rows, real, {"real views of training places": others, "nearest source view": nearest}, inception)
+
+
+def _images(batch: SceneBatch, all_images: bool) -> Tensor:
+    """Real views of a place, those that are judged first."""
+    return torch.cat([batch.target.images[0], batch.source.images[0]]) if all_images else batch.target.images[0]
 
 
 def write(
@@ -169,7 +177,7 @@ def write(
         }
     keys = ("psnr", "lpips", "depth_mae_in_box_m", "fid", "kid", "neighbours", "unmoved", "seconds")
     cells = [[name, *(values.get(key) for key in keys)] for name, values in results.items()]
-    caption = f"{len(real)} held-out places, {sum(map(len, real))} target views."
+    caption = f"{len(real)} held-out places, {sum(map(len, real))} views."
     table = Table(["", *COLUMNS], cells, caption, digits=[0, 2, 3, 2, 1, 4, 2, 2, 2])
     write_json(options.output_dir / "sharpness.json", {"seed": options.seed, "rows": results})
     with atomic_path(options.output_dir / "sharpness.md") as temporary:

@@ -675,6 +675,7 @@ def test_sharpness_compares_encoders_with_refined_and_optimised_voxels(box_room_
             num_scenes=1,
             steps=(1,),
             optimised_steps=1,
+            all_images=True,
             threads=torch.get_num_threads(),
         )
     )
@@ -691,7 +692,7 @@ def test_sharpness_compares_encoders_with_refined_and_optimised_voxels(box_room_
     for name, values in rows.items():
         assert np.isfinite([*values.values()]).all(), name
     assert rows["refining, 1 steps"]["seconds"] > rows["refining, encoder"]["seconds"]
-    assert "4 target views" in capsys.readouterr().out and (tmp_path / "out" / "sharpness.png").is_file()
+    assert "12 views" in capsys.readouterr().out and (tmp_path / "out" / "sharpness.png").is_file()
 
 
 def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
