@@ -89,6 +89,7 @@ def fuse_in_a_loop(
     fusion: str = "occupancy",
     splatting: str = "nearest",
     attention: Tensor | None = None,
+    valid: Tensor | None = None,
 ) -> VoxelGrid:
     """What `fuse_frustums` gives with the fusions "occupancy" and "attention", view by view and depth by depth."""
     if fusion == "mean" or splatting == "trilinear":
@@ -108,6 +109,7 @@ def fuse_in_a_loop(
                 ray = origins[scene, view], directions[scene, view], centres[depth : depth + 1]
                 ((index, inside),) = frustum_voxels(*ray, aabb, shape)
                 index, inside = index.flatten() + scene * num_voxels, inside[..., 0]
+                inside = inside if valid is None else inside * valid[scene, view]
                 sigma = density[scene, view, depth]
                 through = torch.exp(-sigma * widths[depth] * lengths[scene, view])
                 occupancy = transmittance * (1 - through)

@@ -556,6 +556,7 @@ def test_the_plain_way_of_lifting_gives_the_same_voxels(fusion: str, splatting: 
         fusion,
         splatting,
         torch.randn(2, 3, 8, 8) if fusion == "attention" else None,
+        torch.rand(2, 3, 8, 8) > 0.3,
     )
     ours, plain = fuse_frustums(*entries), stage1.fuse_in_a_loop(*entries)
     torch.testing.assert_close(plain.density, ours.density, atol=1e-5, rtol=1e-4)
