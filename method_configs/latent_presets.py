@@ -4,6 +4,7 @@
 |---|---|---|
 | tiny | two CPU cores, minutes | c 12 x 4 x 8 x 8, f 16 x 32 x 32 |
 | rooms | the model that comes with this package: two CPU cores, hours | c 12 x 4 x 12 x 12, f 20 x 48 x 48 |
+| rooms128 | the same latents for images of 128 x 128 pixels; has not been trained | as rooms |
 | base | one GPU, hours | c 8 x 8 x 16 x 16, f 8 x 64 x 64 |
 | paper | the paper's sizes | c 4 x 8 x 32 x 32, f 4 x 128 x 128 |
 """
@@ -17,7 +18,7 @@ from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig
 from nfldm_ns.training.schedule import Schedule
 
-PresetName = Literal["tiny", "rooms", "base", "paper"]
+PresetName = Literal["tiny", "rooms", "rooms128", "base", "paper"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,8 @@ LATENT_PRESETS: dict[str, LatentPreset] = {
     ),
 }
 
+LATENT_PRESETS["rooms128"] = LATENT_PRESETS["rooms"]
+
 
 def _on_gpu(max_steps: int, batch_size: int, learning_rate: float = 1e-4) -> DiffusionTrainingConfig:
     return DiffusionTrainingConfig(
@@ -221,3 +224,4 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
         quarter_turns=False,
     ),
 }
+DIFFUSION_PRESETS["rooms128"] = DIFFUSION_PRESETS["rooms"]

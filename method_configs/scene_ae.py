@@ -1,4 +1,4 @@
-"""nerfstudio methods of stage 1: `nfldm-scene-ae`, and those with `-tiny`, `-small`, `-rooms` and `-paper` after it."""
+"""nerfstudio methods of stage 1: `nfldm-scene-ae`, with `-tiny`, `-small`, `-rooms`, `-rooms128`, `-paper`."""
 
 from __future__ import annotations
 
@@ -81,6 +81,11 @@ nfldm_scene_ae_small = MethodSpecification(
 nfldm_scene_ae_rooms = MethodSpecification(
     config=scene_autoencoder_config("nfldm-scene-ae-rooms", SCENE_AUTOENCODER["rooms"]),
     description="NeuralField-LDM stage 1 of the model that comes with this package.",
+)
+
+nfldm_scene_ae_rooms128 = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae-rooms128", SCENE_AUTOENCODER["rooms128"]),
+    description="NeuralField-LDM stage 1 of that size for images of 128 x 128 pixels.",
 )
 
 nfldm_scene_ae = MethodSpecification(

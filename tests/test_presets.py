@@ -39,6 +39,21 @@ def test_every_network_of_every_preset_is_counted():
     assert all(min(row.cost.parameters, row.cost.flops, row.cost.activation_bytes) > 0 for row in rows)
 
 
+def test_rooms128_has_the_rays_voxels_and_latents_of_rooms():
+    small, large = (SCENE_AUTOENCODER[name] for name in ("rooms", "rooms128"))
+    models = [
+        SceneAutoencoder(**preset.network, image_size=(size, size), focal_length=size / 2)
+        for preset, size in ((small, 64), (large, 128))
+    ]
+    generator = torch.Generator().manual_seed(0)
+    cameras = [surround_cameras(1, size, generator) for size in (64, 128)]
+    assert models[0]._ray_grid(cameras[0]) == models[1]._ray_grid(cameras[1]) == (32, 32)
+    assert models[0].grid_shape == models[1].grid_shape
+    assert len(models[1].config.decoder_channels) == len(models[0].config.decoder_channels) + 1
+    assert LATENT_PRESETS["rooms128"] is LATENT_PRESETS["rooms"]
+    assert DIFFUSION_PRESETS["rooms128"] is DIFFUSION_PRESETS["rooms"]
+
+
 @pytest.mark.parametrize("name", ["tiny", "base"])
 def test_parameters_are_those_of_the_model(name):
     preset = SCENE_AUTOENCODER[name]
@@ -72,7 +87,7 @@ def test_the_command_lists_them(capsys):
         assert name in said
 
 
-@pytest.mark.parametrize("name", ["base", "paper"])
+@pytest.mark.parametrize("name", ["rooms128", "base", "paper"])
 def test_large_presets_take_a_step(name):
     """One scene with all its source views, one target view."""
     preset, generator = SCENE_AUTOENCODER[name], torch.Generator().manual_seed(0)

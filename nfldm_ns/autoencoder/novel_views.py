@@ -36,7 +36,7 @@ def reconstruct(autoencoder: SceneAutoencoder, batch: SceneBatch) -> RenderedVie
     return autoencoder.render(autoencoder.encode(batch.source), batch.target.cameras)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_novel_views(
     render: Callable[[SceneBatch], RenderedViews],
     batches: Iterable[SceneBatch],

@@ -182,7 +182,10 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         return self.refine(grid, views, refinement_steps) if refinement_steps else grid
 
     def refine(self, grid: VoxelGrid, views: Views, num_steps: int) -> VoxelGrid:
-        """V after so many steps of learned refinement on the views that it was made of, see `refine_grid`."""
+        """V after so many steps of learned refinement on the views that it was made of, see `refine_grid`.
+
+        It needs gradients: `torch.no_grad` is fine, but there are none in `torch.inference_mode`.
+        """
         if self.refiner is None:
             raise ValueError("this scene auto-encoder has no refinement: train one with refinement_channels")
         return refine_grid(self.refiner, grid, num_steps, lambda shown: self._view_error(shown, views))

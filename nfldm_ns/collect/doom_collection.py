@@ -109,12 +109,18 @@ def choose_maps(patterns: Sequence[str], known: Sequence[str]) -> list[str]:
 
 
 def collect(
-    root: Path, options: CollectionOptions, workers: int = 1, on_progress: Callable[[int], None] = lambda done: None
+    root: Path,
+    options: CollectionOptions,
+    workers: int = 1,
+    on_progress: Callable[[int], None] = lambda done: None,
+    time_limit_s: float | None = None,
 ) -> Report:
     """Makes a collection, or completes one that was interrupted.
 
     Args:
         on_progress: called with the number of scenes done so far.
+        time_limit_s: begins no further places after so many seconds if each split has a scene by then; which scenes
+            the collection holds then depends on the machine's speed.
 
     Raises:
         UserInputError: if the options cannot be met, or the folder holds something else.
@@ -127,7 +133,8 @@ def collect(
     with ProcessPoolExecutor(workers, context, _start_worker, (str(root), options)) as pool:
         try:
             streams = _plan_streams(pool, options)
-            _Scheduler(pool, root, streams, workers, on_progress).run(_totals(options, streams))
+            deadline = None if time_limit_s is None else begun + time_limit_s
+            _Scheduler(pool, root, streams, workers, on_progress, deadline).run(_totals(options, streams))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -327,8 +334,10 @@ class _Scheduler:
         streams: Sequence[_Stream],
         workers: int,
         on_progress: Callable[[int], None],
+        deadline: float | None = None,
     ) -> None:
         self._pool, self._streams, self._workers, self._on_progress = pool, streams, workers, on_progress
+        self._deadline = deadline
         self._running: dict[Future[list[bool]], tuple[_Stream, list[int]]] = {}
         self._rejected = root / _REJECTED_FILE
         rejected = self._rejected.read_text().split() if self._rejected.exists() else []
@@ -338,13 +347,21 @@ class _Scheduler:
     def run(self, totals: Mapping[str, int]) -> None:
         while True:
             self._set_quotas(totals)
-            while len(self._running) < 2 * self._workers and self._submit():
+            late = self._is_late(totals)
+            while not late and len(self._running) < 2 * self._workers and self._submit():
                 pass
             if self._running:
                 self._collect()
-            elif not any(stream.wants_more for stream in self._streams):
+            elif late or not any(stream.wants_more for stream in self._streams):
                 return
             self._on_progress(sum(min(stream.num_accepted, stream.quota) for stream in self._streams))
+
+    def _is_late(self, totals: Mapping[str, int]) -> bool:
+        """Whether the time is over, and every split has a scene."""
+        if self._deadline is None or time.monotonic() < self._deadline:
+            return False
+        found = {stream.split for stream in self._streams if stream.num_accepted}
+        return all(split in found for split, total in totals.items() if total)
 
     def _set_quotas(self, totals: Mapping[str, int]) -> None:
         """Shares each split's scenes out among its maps; what a dry map leaves goes to the others."""

@@ -1,5 +1,6 @@
 """`nfldm-demo`: from nothing to generated scenes, on one page of pictures and numbers."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,13 +21,21 @@ class Demo:
     On slow machines the trainings are shortened to end in time; it says so, and --length 1 prevents it. Ends with
     <output-dir>/index.html (pictures, videos, numbers) and <output-dir>/report.json. Interrupted and run again it
     continues; finished stages are not repeated unless settings before them change.
+
+    On a GPU, --preset gpu --time-budget 1h trains the kind of model that comes with the package, from nothing, and
+    leaves it in <output-dir>/model.
     """
 
     output_dir: Path = Path("outputs/demo")
     """Folder for everything the demo makes."""
     seed: int = 0
-    preset: Literal["demo", "smoke"] = "demo"
-    """smoke only shows that everything runs: a few scenes and steps."""
+    preset: Literal["demo", "gpu", "smoke", "gpu-smoke"] = "demo"
+    """gpu trains the kind of model that comes with the package, in an hour or in --time-budget; smoke and gpu-smoke
+    only show that everything runs: a few scenes and steps."""
+    time_budget: str | None = None
+    """With --preset gpu, how long all of it may take: seconds, or such as 8m or 1h30m."""
+    device: Literal["cpu", "cuda"] | None = None
+    """By default what is there; --preset gpu wants a GPU unless it is told cpu."""
     num_scenes: int | None = None
     """How many scenes to sample into folders; by default the preset's (8)."""
     length: float | None = None
@@ -38,7 +47,6 @@ class Demo:
 
     def run(self) -> None:
         import diffusers
-        import torch
 
         from nfldm_ns.demo.console import StageConsole
         from nfldm_ns.demo.runner import claim_folder, run_stages
@@ -46,7 +54,7 @@ class Demo:
         from nfldm_ns.method_configs.demo_presets import DEMO_PRESETS
         from nfldm_ns.pretrained.weights import fetch_weights
 
-        settings = DEMO_PRESETS[self.preset].with_seed(self.seed)
+        settings = self._in_time(DEMO_PRESETS[self.preset].with_seed(self.seed))
         if self.num_scenes is not None:
             if self.num_scenes < 1:
                 raise UserInputError(
@@ -54,8 +62,9 @@ class Demo:
                 )
             settings = replace(settings, num_scenes=self.num_scenes)
         diffusers.utils.logging.disable_progress_bar()  # it would tear ours
+        device = self._device(settings)
+        settings = settings.on_device(device, _gpu_memory_gib(device))
         claim_folder(self.output_dir)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         length = self.training_length(settings, device)
         settings = settings.with_length(length)
         stages = DemoStages(self.output_dir, settings, self.seed, device).stages()
@@ -68,7 +77,43 @@ class Demo:
         for name in ("lpips-vgg", "fid-inception"):
             fetch_weights(name)
         run_stages(self.output_dir, stages, console, self.redo)
+        if settings.half_precision:
+            console.say(f"The generator in half precision, as models are shipped: {self.output_dir / 'model'}")
         console.say(f"The page: {self.output_dir / 'index.html'}   the numbers: {self.output_dir / 'report.json'}")
+
+    def _in_time(self, settings: "DemoSettings") -> "DemoSettings":
+        from nfldm_ns.demo.budget import parse_duration
+
+        if self.time_budget is None:
+            if self.length is not None and settings.time_budget_s is not None:
+                raise UserInputError(
+                    f"--length does not go with --preset {self.preset}, whose trainings the clock ends: give "
+                    "--time-budget instead."
+                )
+            return settings
+        seconds = parse_duration(self.time_budget)
+        if settings.time_budget_s is None:
+            raise UserInputError(
+                f"--time-budget does not go with --preset {self.preset}, whose steps are counted: add --preset gpu, or "
+                "give --length instead."
+            )
+        return settings.within(seconds)
+
+    def _device(self, settings: "DemoSettings") -> str:
+        """The device that was asked for, or the one that is there."""
+        import torch
+
+        available = torch.cuda.is_available()
+        if self.device == "cuda" and not available:
+            raise UserInputError("--device is cuda, but there is no CUDA device here: give --device cpu.")
+        if self.device is None and settings.for_gpu and not available:
+            raise UserInputError(
+                f"--preset {self.preset} is meant for a GPU, but there is no CUDA device here: leave it out, or add "
+                "--device cpu."
+            )
+        if self.device == "cpu" and available:
+            os.environ["ACCELERATE_USE_CPU"] = "true"  # for the trainings, in their own processes too
+        return self.device or ("cuda" if available else "cpu")
 
     def training_length(self, settings: "DemoSettings", device: str) -> float:
         """What was asked for, else what this demo began with, else what suits the machine."""
@@ -83,6 +128,12 @@ class Demo:
             length = pace.choose_length(settings.expected_seconds, slowness)
         pace.keep_length(self.output_dir, length)
         return length
+
+
+def _gpu_memory_gib(device: str) -> float:
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 2**30 if device == "cuda" else 0.0
 
 
 def main(args: list[str] | None = None) -> None:

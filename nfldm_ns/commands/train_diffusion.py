@@ -33,7 +33,7 @@ class TrainDiffusion:
     """The run of nfldm-train-latent-ae."""
     output_dir: Path
     """One run folder per denoiser, and pipeline/ when all are trained."""
-    preset: Literal["tiny", "rooms", "base", "paper"] = "tiny"
+    preset: Literal["tiny", "rooms", "rooms128", "base", "paper"] = "tiny"
     prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
     """What the denoisers predict; epsilon needs `--no-zero-terminal-snr`."""
     zero_terminal_snr: bool = True

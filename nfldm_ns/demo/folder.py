@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nfldm_ns.demo.scene_training import run_folder
+from nfldm_ns.demo.settings import METHOD
 
 
 @dataclass(frozen=True)
@@ -14,9 +15,11 @@ class DemoFolder:
 
     Attributes:
         root: of all.
+        method: of stage 1 in nerfstudio.
     """
 
     root: Path
+    method: str = METHOD
 
     @property
     def data(self) -> Path:
@@ -24,7 +27,7 @@ class DemoFolder:
 
     @property
     def stage1(self) -> Path:
-        return run_folder(self.root)
+        return run_folder(self.root, self.method)
 
     @property
     def voxels(self) -> Path:
@@ -37,6 +40,11 @@ class DemoFolder:
     @property
     def stage3(self) -> Path:
         return self.root / "stage3"
+
+    @property
+    def model(self) -> Path:
+        """The generator in half precision, where there is one."""
+        return self.root / "model"
 
     @property
     def generated(self) -> Path:

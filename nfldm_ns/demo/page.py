@@ -139,11 +139,12 @@ def cost(summary: Mapping[str, Any]) -> Section:
 def next_steps(folder: DemoFolder) -> Section:
     """What to do with the results."""
     scene = next(iter(sorted(folder.generated.glob("scene_*"))), folder.generated / "scene_000000") / "config.yml"
+    generator = folder.model if folder.model.is_dir() else folder.stage3 / "pipeline"
     text = "\n\n".join(
         (
             f"Every generated scene is a nerfstudio run. Walk through one: `ns-viewer --load-config {scene}`",
             f"Render a video: `ns-render interpolate --load-config {scene} --output-path video.mp4`",
-            f"Sample more: `nfldm-sample {folder.stage3 / 'pipeline'} --num-scenes 16 --seed 100`, or, from the model "
+            f"Sample more: `nfldm-sample {generator} --num-scenes 16 --seed 100`, or, from the model "
             "that comes with the package, `nfldm-sample --num-scenes 16`",
             f"See any place as stage 1 does: `ns-viewer --load-config {folder.stage1 / 'config.yml'}`",
             "All numbers are in `report.json` beside this page, with what each of them means.",
@@ -236,7 +237,7 @@ def _positive(series: Series) -> Series:
 # Pictures
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def picture_sections(folder: DemoFolder, settings: DemoSettings, progress: Progress) -> list[Section]:
     """Sections of generated scenes (own, shipped), of the data, and of held-out scenes before and after each stage."""
     collection = SceneCollection.open(folder.data)

@@ -6,13 +6,14 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from nfldm_ns.demo.runner import Report
+from nfldm_ns.demo.settings import METHOD
 from nfldm_ns.errors import UserInputError
 
-METHOD = "nfldm-scene-ae-tiny"
 EXPERIMENT, TIMESTAMP = "stage1", "run"
 STEPS_PER_SAVE = 100
 POLL_S = 0.5
@@ -20,23 +21,26 @@ _STEP = re.compile(r"^\s*(\d+) \(\d+(?:\.\d+)?%\)", re.MULTILINE)
 _ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
 
 
-def run_folder(root: Path) -> Path:
+def run_folder(root: Path, method: str = METHOD) -> Path:
     """Where nerfstudio puts the run."""
-    return root / EXPERIMENT / METHOD / TIMESTAMP
+    return root / EXPERIMENT / method / TIMESTAMP
 
 
-def train_command(root: Path, data: Path, steps: int, seed: int, options: Sequence[str] = ()) -> list[str]:
+def train_command(
+    root: Path, data: Path, steps: int, seed: int, options: Sequence[str] = (), method: str = METHOD
+) -> list[str]:
     """The arguments of `ns-train`, continuing the run in `root` if there is one.
 
     Args:
         root: the demo's folder.
         steps: of the whole training; an interrupted one does what is left.
         options: further ones.
+        method: of nerfstudio.
     """
-    done = steps_done(root)
-    load = ["--load-dir", str(run_folder(root) / "nerfstudio_models")] if done else []
+    done = steps_done(root, method)
+    load = ["--load-dir", str(run_folder(root, method) / "nerfstudio_models")] if done else []
     return [
-        METHOD,
+        method,
         *("--data", str(data)),
         *("--output-dir", str(root)),
         *("--experiment-name", EXPERIMENT),
@@ -50,23 +54,38 @@ def train_command(root: Path, data: Path, steps: int, seed: int, options: Sequen
     ]
 
 
-def steps_done(root: Path) -> int:
+def steps_done(root: Path, method: str = METHOD) -> int:
     """Training steps in the newest checkpoint, 0 if there is none."""
-    checkpoints = sorted((run_folder(root) / "nerfstudio_models").glob("step-*.ckpt"))
+    checkpoints = sorted((run_folder(root, method) / "nerfstudio_models").glob("step-*.ckpt"))
     return int(checkpoints[-1].stem.removeprefix("step-")) + 1 if checkpoints else 0
 
 
 def train_scene_autoencoder(
-    root: Path, data: Path, steps: int, seed: int, options: Sequence[str], log: Path, report: Report
+    root: Path,
+    data: Path,
+    steps: int,
+    seed: int,
+    options: Sequence[str],
+    log: Path,
+    report: Report,
+    method: str = METHOD,
+    time_budget_s: float | None = None,
 ) -> None:
     """Trains stage 1 to its last step.
+
+    Args:
+        time_budget_s: ends it after so many seconds of training, if that is earlier.
 
     Raises:
         UserInputError: if `ns-train` fails; what it said is in `log`.
     """
-    if steps_done(root) >= steps:
+    if steps_done(root, method) >= steps:
         return
-    command = [sys.executable, "-m", "nerfstudio.scripts.train", *train_command(root, data, steps, seed, options)]
+    if time_budget_s is not None:
+        options = (*options, "--time-budget-s", f"{time_budget_s:.1f}")
+    arguments = train_command(root, data, steps, seed, options, method)
+    command = [sys.executable, "-m", "nerfstudio.scripts.train", *arguments]
+    begun = time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         begins = file.tell()
@@ -75,7 +94,9 @@ def train_scene_autoencoder(
         try:
             while (code := _wait(process)) is None:
                 step = _last_step(log, begins)
-                report(step / steps, f"step {step} of {steps}" if step else "starting nerfstudio")
+                by_time = (time.monotonic() - begun) / time_budget_s if time_budget_s else 0.0
+                note = f"step {step}" if time_budget_s else f"step {step} of {steps}"
+                report(max(step / steps, by_time), note if step else "starting nerfstudio")
         finally:
             if process.poll() is None:
                 process.terminate()

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from nfldm_ns.collect.doom_collection import CollectionOptions
+from nfldm_ns.demo.shares import TIME_SHARES
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentTrainingConfig
 
+METHOD = "nfldm-scene-ae-tiny"
+GIB_PER_SCALE = 5.0  # of a GPU's memory, for once the presets' batches
 TRAININGS = ("stage1", "stage2", "stage3")  # stages whose time grows with their steps
 
 
@@ -23,8 +26,9 @@ class DemoSettings:
     Attributes:
         collection: the domain, and how many scenes of it.
         scene_autoencoder_steps: training steps of stage 1.
-        scene_autoencoder_preset: the numbers behind `nfldm-scene-ae-tiny`, for the record: other numbers, another run.
-        scene_autoencoder_options: further options of `ns-train nfldm-scene-ae-tiny`.
+        scene_autoencoder_preset: the numbers behind the method, for the record: other numbers, another run.
+        scene_autoencoder_options: further options of `ns-train`.
+        scene_autoencoder_method: of nerfstudio.
         latent_model: arguments of `LatentAutoencoder`.
         latent_training: training of stage 2.
         denoiser_models: sizes of the denoisers.
@@ -42,6 +46,12 @@ class DemoSettings:
         expected_seconds: by stage, on two CPU cores: for the remaining time at the start, and to choose a length.
         reference_gflops: speed of those cores (`measure_gflops`).
         length: share of the trainings' steps that is left.
+        encode_all_views: whether training places are encoded from all of their views.
+        encode_batch: scenes encoded at once.
+        all_cores: whether data is made and read with all cores of the machine.
+        half_precision: whether the generator is also left in half precision.
+        time_budget_s: ends all stages after so many seconds; results then depend on the machine's speed.
+        for_gpu: whether precision and batches follow the device, which is to be a GPU.
     """
 
     collection: CollectionOptions
@@ -65,6 +75,46 @@ class DemoSettings:
     expected_seconds: Mapping[str, float] = field(default_factory=dict)
     reference_gflops: float = 190.0
     length: float = 1.0
+    scene_autoencoder_method: str = METHOD
+    encode_all_views: bool = False
+    encode_batch: int = 1
+    all_cores: bool = False
+    half_precision: bool = False
+    time_budget_s: float | None = None
+    for_gpu: bool = False
+
+    @property
+    def with_maps(self) -> bool:
+        """Whether denoisers see semantic maps."""
+        return any(training.condition == "bev" for training in self.denoiser_training.values())
+
+    def on_device(self, device: str, memory_gib: float = 0.0) -> DemoSettings:
+        """The same for the device, if it is made for a GPU: half precision and large batches there alone.
+
+        Args:
+            memory_gib: of the GPU.
+        """
+        if not self.for_gpu:
+            return self
+        cuda = device == "cuda"
+        scale, precision = (batch_scale(memory_gib), "bf16") if cuda else (1, "no")  # a CPU is slow in bf16
+        scenes = self.scene_autoencoder_preset["sampling"]["scenes_per_batch"] * scale
+        options = (
+            *("--pipeline.model.precision", "bf16" if cuda else "fp32"),
+            *("--pipeline.datamanager.sampling.scenes-per-batch", str(scenes)),
+        )
+        return replace(
+            self,
+            scene_autoencoder_options=(*self.scene_autoencoder_options, *options),
+            encode_batch=self.encode_batch * scale,
+            latent_training=_scaled(self.latent_training, scale, precision),
+            denoiser_training={name: _scaled(t, scale, precision) for name, t in self.denoiser_training.items()},
+        )
+
+    def within(self, time_budget_s: float) -> DemoSettings:
+        """The same in so many seconds, shared out by `TIME_SHARES`."""
+        expected = {name: time_budget_s * share for name, share in TIME_SHARES.items()}
+        return replace(self, time_budget_s=time_budget_s, expected_seconds=expected)
 
     def with_seed(self, seed: int) -> DemoSettings:
         """The same with one seed for everything."""
@@ -92,6 +142,19 @@ class DemoSettings:
             expected_seconds=seconds,
             length=self.length * share,
         )
+
+
+def batch_scale(memory_gib: float) -> int:
+    """How many times the batches of the presets, which were made for two CPU cores, fit a GPU: 1, 2, 4 or 8."""
+    return next((scale for scale in (8, 4, 2) if memory_gib >= GIB_PER_SCALE * scale), 1)
+
+
+def _scaled(training: Any, scale: int, precision: str) -> Any:
+    schedule = training.schedule
+    return replace(
+        training,
+        schedule=replace(schedule, batch_size=schedule.batch_size * scale, mixed_precision=precision),
+    )
 
 
 def _shortened(steps: int, share: float) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder
 from nfldm_ns.collect.doom_collection import collect
+from nfldm_ns.demo.budget import Clock, TimeBudget
 from nfldm_ns.demo.denoisers import DenoiserJob, save_latents, train_denoisers
 from nfldm_ns.demo.evaluation import evaluate, render_samples
 from nfldm_ns.demo.folder import DemoFolder
@@ -17,9 +20,10 @@ from nfldm_ns.demo.page import picture_sections, write_page
 from nfldm_ns.demo.runner import Report, Stage
 from nfldm_ns.demo.scene_training import EXPERIMENT, train_scene_autoencoder
 from nfldm_ns.demo.settings import DemoSettings
+from nfldm_ns.demo.shares import DENOISER_SHARES, TRAINING_SHARE
 from nfldm_ns.demo.summary import write_summary
 from nfldm_ns.diffusion.latent_memory import encode_latents
-from nfldm_ns.diffusion.pipeline import load_pipeline
+from nfldm_ns.diffusion.pipeline import load_pipeline, save_in_half_precision
 from nfldm_ns.diffusion.training import STAGES, save_pipeline
 from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
 from nfldm_ns.latents.training import train_latent_autoencoder
@@ -36,11 +40,14 @@ class Demo:
     Args:
         root: the demo's folder.
         settings: with their seed.
-        device: of all stages but the first, which takes what nerfstudio finds.
+        device: of all stages.
     """
 
     def __init__(self, root: Path, settings: DemoSettings, seed: int, device: str) -> None:
-        self.folder, self.settings, self.seed, self.device = DemoFolder(root), settings, seed, device
+        self.folder = DemoFolder(root, settings.scene_autoencoder_method)
+        self.settings, self.seed, self.device = settings, seed, device
+        limit = settings.time_budget_s
+        self.budget = None if limit is None else TimeBudget(root, limit)
 
     def stages(self) -> list[Stage]:
         """All stages in order; their settings are what decides whether they must be repeated."""
@@ -59,24 +66,32 @@ class Demo:
             "quarter_turns": s.quarter_turns,
             "temperatures": s.temperatures,
         }
+        ships = ("model",) if s.half_precision else ()
+        timed = self._timed
         return [
-            Stage("collect", "Collecting scenes from VizDoom", self.collect, s.collection, ("data",)),
+            Stage("collect", "Collecting scenes from VizDoom", self.collect, timed(s.collection), ("data",)),
             Stage(
                 "stage1",
                 "Stage 1: training the scene auto-encoder (ns-train)",
                 self.train_scene_autoencoder,
-                scene_training,
+                timed(scene_training),
                 (EXPERIMENT,),
             ),
-            Stage("encode", "Encoding all scenes into voxels", self.encode, None, ("voxels",)),
+            Stage("encode", "Encoding all scenes into voxels", self.encode, self._encoding(), ("voxels",)),
             Stage(
                 "stage2",
                 "Stage 2: training the latent auto-encoder",
                 self.train_latent_autoencoder,
-                {"model": s.latent_model, "training": s.latent_training},
+                timed({"model": s.latent_model, "training": s.latent_training}),
                 ("stage2",),
             ),
-            Stage("stage3", "Stage 3: training the three denoisers", self.train_denoisers, denoisers, ("stage3",)),
+            Stage(
+                "stage3",
+                "Stage 3: training the three denoisers",
+                self.train_denoisers,
+                timed(denoisers),
+                ("stage3", *ships),
+            ),
             Stage(
                 "sample",
                 "Sampling new scenes",
@@ -107,33 +122,62 @@ class Demo:
             ),
         ]
 
+    def _timed(self, settings: Any) -> Any:
+        """Settings of a stage that a time budget ends."""
+        limit = self.settings.time_budget_s
+        return settings if limit is None else {"time_budget_s": limit, "settings": settings}
+
+    def _encoding(self) -> dict[str, Any] | None:
+        return {"all_views": True} if self.settings.encode_all_views else None
+
+    def _clock(self, stage: str) -> Clock:
+        """Of a stage that begins now."""
+        return Clock() if self.budget is None else self.budget.clock(stage)
+
+    def _cores(self) -> int:
+        """Cores that data is made and read with."""
+        return len(os.sched_getaffinity(0)) if self.settings.all_cores else max(1, torch.get_num_threads())
+
     def collect(self, report: Report) -> dict[str, Any]:
-        options = self.settings.collection
-        workers = max(1, torch.get_num_threads())
-        made = collect(
-            self.folder.data, options, workers, lambda done: report(done / options.num_scenes, f"{done} scenes")
-        )
+        options, clock = self.settings.collection, self._clock("collect")
+
+        def progress(done: int) -> None:
+            report(max(done / options.num_scenes, clock.share()), f"{done} scenes")
+
+        made = collect(self.folder.data, options, self._cores(), progress, clock.left())
         collection = SceneCollection.open(self.folder.data)
         collection.require_train_and_test()
         return {"scenes": made.num_scenes}
 
     def train_scene_autoencoder(self, report: Report) -> None:
+        device = ("--machine.device-type", self.device)
         train_scene_autoencoder(
             self.folder.root,
             self.folder.data,
             self.settings.scene_autoencoder_steps,
             self.seed,
-            self.settings.scene_autoencoder_options,
+            (*self.settings.scene_autoencoder_options, *device),
             self.folder.logs / "stage1.log",
             report,
+            self.settings.scene_autoencoder_method,
+            self._clock("stage1").left(TRAINING_SHARE),
         )
 
     def encode(self, report: Report) -> None:
-        autoencoder = load_scene_autoencoder(self.folder.stage1)
-        encode_collection(SceneCollection.open(self.folder.data), autoencoder, self.folder.voxels, self.device, report)
+        encode_collection(
+            SceneCollection.open(self.folder.data),
+            load_scene_autoencoder(self.folder.stage1),
+            self.folder.voxels,
+            self.device,
+            report,
+            batch_size=self.settings.encode_batch,
+            all_views=self.settings.encode_all_views,
+            num_threads=min(self._cores(), self.settings.encode_batch),
+        )
 
     def train_latent_autoencoder(self, report: Report) -> None:
-        training = self.settings.latent_training
+        clock = self._clock("stage2")
+        training = _in_time(self.settings.latent_training, clock.left(TRAINING_SHARE))
         lpips = load_lpips("vgg").to(self.device) if training.losses.lpips_mult else None
         train_latent_autoencoder(
             VoxelStore.open(self.folder.voxels),
@@ -145,21 +189,29 @@ class Demo:
         )
 
     def train_denoisers(self, report: Report) -> None:
-        settings, store = self.settings, VoxelStore.open(self.folder.voxels)
+        settings, store, clock = self.settings, VoxelStore.open(self.folder.voxels), self._clock("stage3")
         latent_autoencoder = load_latent_autoencoder(self.folder.stage2)
         latents = self.folder.stage3 / "latents"
         if not latents.is_dir():
             model = latent_autoencoder.to(self.device)
             memory = encode_latents(
-                store, model, store.splits["train"], settings.quarter_turns, on_progress=lambda s: report(0.1 * s)
+                store,
+                model,
+                store.splits["train"],
+                settings.quarter_turns,
+                on_progress=lambda s: report(0.1 * s),
+                with_maps=settings.with_maps,
             )
             save_latents(latents, memory)
         processes = 1 if self.device == "cuda" else min(settings.denoiser_processes, torch.get_num_threads())
-        train_denoisers(self._jobs(), latents, self.folder.stage2, processes, lambda share: report(0.1 + 0.9 * share))
+        jobs = self._jobs(clock.left(TRAINING_SHARE))
+        train_denoisers(jobs, latents, self.folder.stage2, processes, lambda share: report(0.1 + 0.9 * share))
         save_pipeline(self.folder.stage3, store.load_autoencoder(), latent_autoencoder.cpu(), settings.temperatures)
+        if settings.half_precision:
+            save_in_half_precision(self.folder.stage3 / "pipeline", self.folder.model)
 
-    def _jobs(self) -> list[DenoiserJob]:
-        """Trainings of the denoisers, the longest first."""
+    def _jobs(self, seconds: float | None = None) -> list[DenoiserJob]:
+        """Trainings of the denoisers, the longest first, one after the other in so many seconds."""
         settings = self.settings
         order = sorted(STAGES, key=lambda stage: -settings.denoiser_shares[stage])
         total = sum(settings.denoiser_shares.values())
@@ -168,7 +220,7 @@ class Demo:
                 stage,
                 self.folder.stage3 / stage,
                 settings.denoiser_models[stage],
-                settings.denoiser_training[stage],
+                _in_time(settings.denoiser_training[stage], seconds and seconds * DENOISER_SHARES[stage]),
                 settings.denoiser_shares[stage] / total,
             )
             for stage in order
@@ -185,6 +237,7 @@ class Demo:
             self.seed,
             str(self.folder.stage3 / "pipeline"),
             report,
+            self._clock("sample").over,
         )
 
     def sample_shipped(self, report: Report) -> None:
@@ -211,6 +264,7 @@ class Demo:
             load_lpips("vgg").to(self.device),
             load_inception().to(self.device),
             report,
+            self._clock("evaluate"),
         )
 
     def report(self, report: Report) -> None:
@@ -220,6 +274,13 @@ class Demo:
         seconds = time.monotonic() - begun
         summary = write_summary(self.folder, names, self.seed, self.settings.length, self.device, seconds)
         write_page(self.folder, sections, summary)
+
+
+def _in_time(training: Any, seconds: float | None) -> Any:
+    """A training that ends after so many seconds."""
+    if seconds is None:
+        return training
+    return replace(training, schedule=replace(training.schedule, time_budget_s=seconds))
 
 
 def _loss_note(losses: dict[str, float]) -> str:

@@ -22,7 +22,7 @@ from nfldm_ns.scenes.views import SceneBatch
 SCENES_AT_ONCE = 4
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge_novel_views(
     collection: SceneCollection,
     scene_ids: Sequence[str],
@@ -33,6 +33,7 @@ def judge_novel_views(
     lpips: nn.Module,
     folder: Path,
     on_progress: Callable[[float], None],
+    is_late: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Metrics of target views by method, and their pictures in `folder`.
 
@@ -40,6 +41,7 @@ def judge_novel_views(
         scene_ids: held-out scenes.
         views: target views of each.
         mean: a baseline.
+        is_late: ends it after a batch of scenes, with what was judged by then.
 
     Returns:
         `num_images`, and `ImageMetrics.compute()` of `stage1`, `stage2` (after the latents), `without_fine`,
@@ -48,6 +50,7 @@ def judge_novel_views(
     """
     device = scene_autoencoder.device
     metrics: dict[str, ImageMetrics] = {}
+    num_scenes = 0
     pictures = {name: folder / name for name in ("test", "stage1", "stage2")}
     for path in pictures.values():
         shutil.rmtree(path, ignore_errors=True)
@@ -68,9 +71,12 @@ def judge_novel_views(
         }
         for name, images in baselines.items():
             metrics.setdefault(name, ImageMetrics(lpips)).update(images, batch.target.images, batch.target.masks)
+        num_scenes += len(batch.scene_ids)
         on_progress(min(1.0, (done + 1) * SCENES_AT_ONCE / len(scene_ids)))
+        if is_late():
+            break
     return {
-        "num_scenes": len(scene_ids),
+        "num_scenes": num_scenes,
         "num_images": metrics["stage1"].num_images,
         **{name: judge.compute() for name, judge in metrics.items()},
     }

@@ -224,7 +224,7 @@ def judge_generated(
 # Real scenes
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge_real(
     judge: SceneJudge,
     collection: SceneCollection,

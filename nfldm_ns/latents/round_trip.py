@@ -34,7 +34,7 @@ def evaluate_round_trip(
 
     Args:
         scene_ids: scenes of the store, usually those of the test split.
-        lpips: from `nfldm_ns.pretrained.weights.load_lpips`; None leaves LPIPS out.
+        lpips: from `nfldm_ns.pretrained.weights.load_lpips`, moved to the models' device; None leaves LPIPS out.
         ablations: also judge without each of the latents, and with latents that are not quantised.
 
     Returns:
@@ -45,6 +45,7 @@ def evaluate_round_trip(
     device = next(latent_autoencoder.parameters()).device
     scene_autoencoder = scene_autoencoder.to(device).eval()
     latent_autoencoder = latent_autoencoder.eval()
+    lpips = None if lpips is None else lpips.to(device)
     metrics: dict[str, ImageMetrics] = {}
     usage = {name: CodebookUsage() for name in latent_autoencoder.codebooks}
     for first in range(0, len(scene_ids), batch_size):

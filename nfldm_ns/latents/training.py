@@ -216,7 +216,7 @@ def train_latent_autoencoder(
         store: encoded scenes; their collection must be where it was when they were encoded.
         output_dir: becomes a run folder (see `RunFolder`) with the model in `latent_autoencoder/`.
         model_config: arguments of `LatentAutoencoder`; the scenes' shapes and box come from the store.
-        lpips: a perceptual distance of images in [-1, 1], needed if `lpips_mult` is set.
+        lpips: a perceptual distance of images in [-1, 1], needed if `lpips_mult` is set; moved to where it trains.
         initial: a model to begin from, of the same configuration (the box may differ, unless only the decoder is
             trained); by default one fitted to the scenes.
 
@@ -231,6 +231,8 @@ def train_latent_autoencoder(
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     renderer = store.load_autoencoder().to(accelerator.device)
+    if isinstance(lpips, nn.Module):
+        lpips.to(accelerator.device)
     memory = store.load_all("train")
     if not len(memory):
         raise UserInputError(f"{store.root} has no training scenes: encode a collection that has some.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_safete
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
-from nfldm_ns.scenes.collection import SPLITS, SceneCollection, read_json
+from nfldm_ns.scenes.collection import SPLITS, Scene, SceneCollection, read_json
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_json
@@ -210,6 +211,7 @@ def encode_collection(
     optimiser: VoxelOptimiser | None = None,
     batch_size: int = 1,
     all_views: bool = False,
+    num_threads: int = 1,
 ) -> VoxelStore:
     """Encodes the source views of every scene of all splits; scenes that are there already are kept.
 
@@ -220,6 +222,7 @@ def encode_collection(
             views are there to judge by, for those that were encoded.
         batch_size: scenes encoded at once.
         all_views: encode training scenes from their target views, too: nothing is judged by these.
+        num_threads: threads that read the scenes of a batch.
 
     Raises:
         UserInputError: if the folder holds scenes of another collection, of another stage 1, or that were encoded or
@@ -237,7 +240,7 @@ def encode_collection(
     batches = list(_batches_of_splits(store.splits, batch_size))
     for i, (split, scene_ids) in enumerate(track(batches, "Encoding scenes", disable=on_progress is not None)):
         if not all(_is_whole(store.path(scene_id)) for scene_id in scene_ids):  # as a whole: scenes may share draws
-            batch = collection.batch([collection.load_scene(scene_id) for scene_id in scene_ids]).to(device)
+            batch = collection.batch(_read(collection, scene_ids, num_threads)).to(device)
             views = [batch.source, batch.target] if split == "train" else [batch.source]
             grid = scene_autoencoder.encode(_joined(views) if all_views else batch.source)
             if optimiser is not None:
@@ -248,6 +251,13 @@ def encode_collection(
         if on_progress is not None:
             on_progress((i + 1) / len(batches))
     return VoxelStore.open(root)
+
+
+def _read(collection: SceneCollection, scene_ids: Sequence[str], num_threads: int) -> list[Scene]:
+    if num_threads == 1:
+        return [collection.load_scene(scene_id) for scene_id in scene_ids]
+    with ThreadPoolExecutor(num_threads) as pool:
+        return list(pool.map(collection.load_scene, scene_ids))
 
 
 def _joined(parts: Sequence[Views]) -> Views:
