@@ -34,8 +34,11 @@ class TrainDiffusion:
     output_dir: Path
     """One run folder per denoiser, and pipeline/ when all are trained."""
     preset: Literal["tiny", "rooms", "base", "paper"] = "tiny"
-    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
-    """What the denoisers predict; epsilon needs `--no-zero-terminal-snr`."""
+    prediction_type: Literal["v_prediction", "epsilon", "sample", "flow"] = "v_prediction"
+    """What the denoisers predict; epsilon needs `--no-zero-terminal-snr`, and flow trains them for a rectified flow
+    instead of a diffusion, which has samplers of its own (FlowMatchEulerDiscreteScheduler, FlowMatchHeun...)."""
+    flow_shift: float | None = None
+    """Of a flow: above 1 noisy times are more frequent, in training and in sampling."""
     zero_terminal_snr: bool = True
     """Noise up to pure noise, which sampling starts from (Lin et al. 2024)."""
     loss_weighting: Literal["uniform", "min_snr"] | None = None
@@ -78,7 +81,7 @@ class TrainDiffusion:
         scene_autoencoder = store.load_autoencoder()
         given = self.schedule.given()
         names = (
-            *("prediction_type", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
+            *("prediction_type", "flow_shift", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
             *("condition_dropout", "condition", "bev_dropout"),
         )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -99,7 +102,8 @@ class TrainDiffusion:
                 errors = held_out_errors(stage, denoiser, held_out, training)
                 write_json(self.output_dir / stage / "held_out.json", errors)
                 told = ", ".join(f"{errors[k]['mean']:.4f} {k.replace('_', ' ')}" for k in ("with_map", "without_map"))
-                print(f"Mean squared error of v on {errors['scenes']} held-out scenes, {stage}: {told}")
+                what = "the flow" if self.prediction_type == "flow" else "v"
+                print(f"Mean squared error of {what} on {errors['scenes']} held-out scenes, {stage}: {told}")
         if not is_first_process():
             return
         saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, preset.temperatures)
