@@ -56,6 +56,12 @@ class TrainDiffusion:
     """The output folder of an earlier training, of the same preset and options, to begin from."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
+    ema_profiles: tuple[float, ...] = ()
+    """Relative lengths, such as 0.05 0.1, of averages of the weights that are kept for a choice afterwards (EDM2)."""
+    ema_snapshot_every: int | None = None
+    """Steps between snapshots of them in the run folders; by default as many as between checkpoints."""
+    ema_length: float | None = None
+    """Keep the average of this relative length, made of the snapshots: run the finished command again with another."""
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
@@ -79,10 +85,12 @@ class TrainDiffusion:
             scenes, views = store.splits["test"][:HELD_OUT_SCENES], memory.num_cameras
             held_out = encode_latents(store, latent_autoencoder, scenes, False, views, with_maps=True)
         scene_autoencoder = store.load_autoencoder()
-        given = self.schedule.given()
+        given = {**self.schedule.given(), "ema_profiles": tuple(self.ema_profiles)}
+        if self.ema_snapshot_every is not None:
+            given["ema_snapshot_every"] = self.ema_snapshot_every
         names = (
             *("prediction_type", "flow_shift", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
-            *("condition_dropout", "condition", "bev_dropout"),
+            *("condition_dropout", "condition", "bev_dropout", "ema_length"),
         )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):

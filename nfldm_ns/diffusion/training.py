@@ -29,6 +29,7 @@ from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training.draws import BatchShare, ItemDraws
 from nfldm_ns.training.identity import model_hash, public_config
 from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
+from nfldm_ns.training.posthoc_ema import check_length, synthesise
 from nfldm_ns.training.run import RunFolder
 from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
 
@@ -72,6 +73,9 @@ class DiffusionTrainingConfig:
     """Share of scenes whose map they do not see, drawn apart from `condition_dropout`, if there are maps."""
     ema_decay: float = 0.999
     """Of the moving averages of the weights, which are what is kept; it rises to this value while training."""
+    ema_length: float | None = None
+    """Keep the average of this relative length instead, made of the snapshots of the schedule's `ema_profiles`; it may
+    change when a finished training is run again."""
 
 
 def stages_of(latent_autoencoder: LatentAutoencoder) -> tuple[Stage, ...]:
@@ -241,7 +245,7 @@ class DiffusionLosses:
     def velocity_error(
         self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws
     ) -> Float[Tensor, " batch"]:
-        """Squared error of v for some scenes, without weights, whatever the denoiser predicts; of flows see `velocity_errors`."""
+        """Squared error of v for some scenes, without weights, whatever a diffusion predicts; of a flow see below."""
         timestep = timestep.to(self.device)
         clean, noise, noisy, predicted = self.predict(indices, timestep, draws, augment=False)
         velocity = predicted_velocity(self.scheduler, predicted, noisy, timestep)
@@ -396,6 +400,7 @@ def train_denoiser(
         UserInputError: if the settings, the latents, their maps or the initial denoiser do not fit together.
     """
     training_noise(config)  # refuses what cannot be, before anything is written
+    _require_snapshots(config)
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     if stage != "global":
@@ -419,6 +424,8 @@ def train_denoiser(
     }
     if config.prediction_type == FLOW:
         identity["flow_shift"] = config.flow_shift
+    if config.schedule.ema_profiles:
+        identity["ema_profiles"] = config.schedule.ema_profiles
     if config.condition == "bev":
         identity["bev_classes"] = [asdict(bev_class) for bev_class in memory.bev_classes]
     if initial is not None:
@@ -447,9 +454,34 @@ def train_denoiser(
         description=f"Denoiser of the {stage} latent",
         on_progress=on_progress,
     )
-    ema.copy_to(denoiser.parameters())
+    if config.ema_length is None:
+        ema.copy_to(denoiser.parameters())
+    else:
+        load_average(denoiser, output_dir, config.ema_length)
     keep_result(Path(output_dir) / DENOISER_FOLDER, accelerator, denoiser.save_pretrained)
     return denoiser.eval()
+
+
+def load_average(denoiser: Denoiser, run_folder: Path | str, length: float) -> None:
+    """Gives a denoiser the average of its weights of any relative length (see `posthoc_ema.py`).
+
+    Args:
+        run_folder: of its training, with snapshots.
+
+    Raises:
+        UserInputError: for a length that none has, and if the snapshots are missing, broken, or of another denoiser.
+    """
+    load_exactly(
+        denoiser, {**denoiser.state_dict(), **synthesise(run_folder, length)}, f"the snapshots in {run_folder}"
+    )
+
+
+def _require_snapshots(config: DiffusionTrainingConfig) -> None:
+    if config.ema_length is None:
+        return
+    check_length("--ema-length", config.ema_length)
+    if not config.schedule.ema_profiles:
+        raise UserInputError("--ema-length is made of snapshots: add the --ema-profiles that they were taken of.")
 
 
 def _begin_from(initial: Denoiser, denoiser: Denoiser) -> None:
