@@ -9,7 +9,8 @@ and `--denoiser-steps`.
 
 Prints FID and KID of sampled scenes to real test views, beside those of test scenes after both auto-encoders and of
 real views of training scenes. The held-out loss is the squared error of v, unweighted, whatever was predicted and
-however it was weighted (`velocity_errors`); it can be compared where the latents are the same.
+however it was weighted (`velocity_errors`); it can be compared where the latents are the same, but for that of flows,
+which is of another quantity.
 
 Each variant leaves `<group>-<variant>-seed<seed>.json`, and what it was made from in `runs/`. An interrupted run
 continues; models that variants or groups have in common are trained once.
@@ -77,6 +78,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "sample": Variant(training={"prediction_type": "sample"}),
         "v, some terminal SNR": Variant(training={"zero_terminal_snr": False}),
         "epsilon, some terminal SNR": Variant(training={"prediction_type": "epsilon", "zero_terminal_snr": False}),
+        "flow": Variant(training={"prediction_type": "flow"}),
     },
 }
 PAPER = {"levels": {"c": 46.43, "c + f": 43.52, "c + f + g": 35.69}}

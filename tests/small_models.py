@@ -10,6 +10,7 @@ from torch import nn
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.flow import make_flow_scheduler
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, assemble_pipeline
 from nfldm_ns.diffusion.training import make_scheduler
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
@@ -65,13 +66,17 @@ def small_latent_autoencoder(seed: int = 0, **changes) -> LatentAutoencoder:
     return LatentAutoencoder(**sizes).eval()
 
 
-def small_pipeline(seed: int = 0, maps: Mapping[str, Any] | None = None, **changes) -> NFLDMPipeline:
+def small_pipeline(
+    seed: int = 0, maps: Mapping[str, Any] | None = None, flow: bool = False, **changes
+) -> NFLDMPipeline:
     """All stages with random weights, two cameras per trajectory; `changes` are of stage 2.
 
     Args:
         maps: what the denoisers know of semantic maps, by default nothing; the classes are those of `tests.synthetic`.
+        flow: whether the denoisers are those of a flow.
     """
-    maps = maps or {}
+    classes = BEV_CLASSES if maps else ()
+    maps = {**(maps or {}), "flow": flow}
     latent_autoencoder = small_latent_autoencoder(seed, **changes)
     global_dim = latent_autoencoder.global_dim
     shapes = {"coarse_shape": latent_autoencoder.coarse_shape, "code_dim": global_dim + 2 * 5}
@@ -82,9 +87,10 @@ def small_pipeline(seed: int = 0, maps: Mapping[str, Any] | None = None, **chang
         if latent_autoencoder.config.use_fine
         else None,
     )
-    classes = BEV_CLASSES if maps else ()
     stages = (small_scene_autoencoder(seed), latent_autoencoder, *denoisers)
-    return assemble_pipeline(*stages, scheduler=make_scheduler(), bev_classes=classes)
+    return assemble_pipeline(
+        *stages, scheduler=make_flow_scheduler() if flow else make_scheduler(), bev_classes=classes
+    )
 
 
 def random_grid(

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.blocks import ConditionalGroupNorm
+from nfldm_ns.latents.equivariance import PlaneChange, change_grid, change_items, draw_changes, equal_sizes
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_autoencoder
 from nfldm_ns.latents.quantizer import CodebookUsage, VectorQuantizer
 from nfldm_ns.latents.round_trip import evaluate_round_trip
@@ -22,6 +23,7 @@ from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.training import (
     LatentLossConfig,
     LatentTrainingConfig,
+    equivariance_loss,
     public_config,
     train_latent_autoencoder,
     voxel_loss,
@@ -30,7 +32,7 @@ from nfldm_ns.latents.voxel_code import MAX_ALPHA, VoxelCode, linear_code
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.training.draws import batch_indices
+from nfldm_ns.training.draws import ItemDraws, batch_indices
 from nfldm_ns.training.identity import model_hash
 from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
@@ -620,3 +622,134 @@ def test_box_that_cannot_be_turned_is_refused(store, tmp_path):
     wide = replace(store, description={**store.description, "aabb": [[-4, -3, -2], [4, 3, 2]]})
     with pytest.raises(UserInputError, match="quarter-turns"):
         train(wide, tmp_path)
+
+
+# Latents that change with their scenes
+
+CHANGES = [
+    PlaneChange(mirrored, turns, factor) for mirrored in (False, True) for turns in range(4) for factor in (1, 2)
+]
+
+
+class _MeansAndRest(torch.nn.Module):
+    """Encoders and decoder that commute with all changes: c has the mean over the plane, f the rest."""
+
+    def __init__(self, part: str) -> None:
+        super().__init__()
+        self.part, self.gain = part, torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, voxels, *latents):
+        if self.part == "decoder":
+            coarse, fine = latents
+            return self.gain * torch.nn.functional.interpolate(coarse, scale_factor=4) + fine
+        means = torch.nn.functional.adaptive_avg_pool2d(voxels, 1).expand(-1, -1, 4, 4)
+        rest = voxels - torch.nn.functional.interpolate(means, scale_factor=4)
+        return self.gain * (means if self.part == "coarse" else rest)
+
+
+def equivariant_autoencoder():
+    sizes = {"coarse_channels": 10, "fine_channels": 20, "linear_paths": False, "quantize": False, "gate_alpha": 0.0}
+    model = small_latent_autoencoder(**sizes).train()
+    model.coarse_encoder, model.fine_encoder = _MeansAndRest("coarse"), _MeansAndRest("fine")
+    model.decoder = _MeansAndRest("decoder")
+    return model
+
+
+def test_changes_are_those_of_voxel_grids_and_keep_means():
+    grid = random_grid(1)
+    for turns in range(4):
+        turned = change_grid(grid, [PlaneChange(False, turns)], [0])
+        assert torch.equal(turned.features, grid.rotate90(turns).features)
+    mirrored = change_grid(grid, [PlaneChange(True)], [0])
+    assert torch.equal(mirrored.density, grid.density.flip(-1))
+    half = change_grid(grid, [PlaneChange(factor=2)], [0])
+    expected = torch.nn.functional.avg_pool2d(grid.features.flatten(1, 2), 2).unflatten(1, (4, 4))
+    torch.testing.assert_close(half.features, expected)
+    wide = torch.rand(1, 3, 8, 4)
+    assert change_items(wide, [PlaneChange(True, 1, 2)], [0]).shape == (1, 3, 2, 4)
+
+
+def test_equivariant_autoencoders_cost_nothing_and_others_do():
+    model, grid = equivariant_autoencoder(), random_grid(len(CHANGES))
+    config = LatentLossConfig()
+
+    @torch.no_grad()
+    def loss():
+        result = model(grid, sample=False, changes=CHANGES)
+        return float(equivariance_loss(result, grid, CHANGES, model.voxel_code, config))
+
+    assert loss() < 1e-5
+    plain = model.decoder.forward
+    model.decoder.forward = lambda *latents: plain(*latents).roll(1, -1)
+    assert loss() > 0.1
+    scenes = [[i for i, change in enumerate(CHANGES) if change.factor == factor] for factor in (1, 2)]
+    assert equal_sizes(CHANGES) == scenes
+
+
+def test_the_loss_of_a_batch_is_the_mean_of_its_scenes():
+    model, grid = small_latent_autoencoder(), random_grid(4)
+    changes = [CHANGES[i] for i in (1, 2, 5, 15)]
+    config = LatentLossConfig()
+
+    @torch.no_grad()
+    def loss(scenes, own):
+        result = model(scenes, sample=False, changes=own)
+        return float(equivariance_loss(result, scenes, own, model.voxel_code, config))
+
+    alone = [loss(grid[i], [change]) for i, change in enumerate(changes)]
+    assert loss(grid, changes) == pytest.approx(sum(alone) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize(("use_fine", "use_global"), [*LEVELS, (True, True)])
+def test_equivariance_teaches_the_encoders_and_leaves_the_codes(use_fine, use_global):
+    model = small_latent_autoencoder(use_fine=use_fine, use_global=use_global).train()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    grid, codebooks = random_grid(), {}
+    for changes in ([], [PlaneChange(True, 1, 2), PlaneChange(False, 2)]):
+        model.load_state_dict(before)
+        torch.manual_seed(0)
+        result = model(grid, sample=False, changes=changes)
+        codebooks[len(changes)] = {name: book.codes.clone() for name, book in model.codebooks.items()}
+    equivariance_loss(result, grid, changes, model.voxel_code, LatentLossConfig()).backward()
+    encoders = {"coarse": model.coarse_encoder, "fine": model.fine_encoder, "global": model.global_encoder}
+    for name, encoder in encoders.items():
+        gradients = [parameter.grad for parameter in encoder.parameters()] if encoder is not None else []
+        assert all(grad is not None and bool(grad.isfinite().all()) for grad in gradients), name
+        assert encoder is None or any(float(grad.abs().max()) > 0 for grad in gradients), name
+    assert all(torch.equal(codes, codebooks[2][name]) for name, codes in codebooks[0].items())
+
+
+def test_changes_of_a_batch_are_those_of_its_parts():
+    whole = draw_changes(ItemDraws(3, range(40)))
+    assert whole == draw_changes(ItemDraws(3, range(25))) + draw_changes(ItemDraws(3, range(25, 40)))
+    assert len(set(whole)) > 10
+    assert {change.quarter_turns for change in draw_changes(ItemDraws(3, range(40)), square=False)} == {0, 2}
+
+
+def test_resumed_equivariant_training_is_equal_to_the_bit(store, tmp_path):
+    config = replace(TRAINING, losses=replace(TRAINING.losses, equivariance_mult=0.5))
+    whole = train(store, tmp_path / "whole", config)
+    assert all(line["equivariance_loss"] > 0 for line in read_metrics(tmp_path / "whole"))
+    with pytest.raises(Interrupted):
+        train_latent_autoencoder(store, tmp_path / "parts", LATENT_SIZES, config, on_progress=interrupt)
+    resumed = train(store, tmp_path / "parts", config)
+    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in whole.state_dict().items())
+    with pytest.raises(UserInputError, match="equivariance_mult"):
+        train(store, tmp_path / "parts")
+
+
+def test_runs_that_know_nothing_of_equivariance_go_on(store, tmp_path):
+    train(store, tmp_path)
+    assert "equivariance_mult" not in json.loads((tmp_path / "run.json").read_text())["losses"]
+
+
+def test_equivariance_that_cannot_be_is_refused(store, tmp_path):
+    for weight in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(UserInputError, match="finite number of at least 0"):
+            train(store, tmp_path, replace(TRAINING, losses=replace(TRAINING.losses, equivariance_mult=weight)))
+    deep = {**LATENT_SIZES, "encoder_channels": (8,) * 5, "decoder_channels": (8,) * 5}
+    with pytest.raises(UserInputError, match="c has 1 x 1 cells"):
+        train(store, tmp_path, replace(TRAINING, losses=replace(TRAINING.losses, equivariance_mult=1.0)), deep)
+    assert not (tmp_path / "run.json").exists()

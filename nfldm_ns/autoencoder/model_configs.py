@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 import torch
-from diffusers import SchedulerMixin
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
 from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from nfldm_ns.scenes.schema import shown, validated_json
 LARGEST_SIZE = 2**20  # of any whole number in a configuration
 MOST_LAYERS = 1000
 COUNTS = ("layers", "blocks", "refinement_steps")  # what keys end with whose numbers are of layers
+FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 Model = TypeVar("Model", bound=nn.Module)
 Scheduler = TypeVar("Scheduler", bound=SchedulerMixin)
@@ -89,14 +90,15 @@ def read_scheduler(cls: type[Scheduler], path: Path) -> Scheduler:
     _check_sizes(config, path)
     try:
         scheduler = cls.from_config(config)
-        noise = torch.as_tensor(scheduler.alphas_cumprod)
+        flow = isinstance(scheduler, FLOW_SCHEDULERS)
+        noise = torch.as_tensor(scheduler.sigmas if flow else scheduler.alphas_cumprod)
         copy.deepcopy(scheduler).set_timesteps(10)  # some values count only then
     except Exception as error:  # whatever kinds of values diffusers stumbles over
         raise UserInputError(f"{path} does not describe a {cls.__name__} ({reason(error)}): restore it.") from None
     if not len(noise) or not bool(((noise >= 0) & (noise <= 1)).all()):
         raise UserInputError(f"The noise that {path} describes cannot be: restore it.")
     prediction = scheduler.config.get("prediction_type")
-    if prediction not in PREDICTIONS:
+    if not flow and prediction not in PREDICTIONS:
         known = ", ".join(PREDICTIONS)
         raise UserInputError(f"prediction_type in {path} is {shown(prediction)}, not one of {known}: restore it.")
     return scheduler

@@ -34,8 +34,11 @@ class TrainDiffusion:
     output_dir: Path
     """One run folder per denoiser, and pipeline/ when all are trained."""
     preset: Literal["tiny", "rooms", "rooms128", "base", "paper"] = "tiny"
-    prediction_type: Literal["v_prediction", "epsilon", "sample"] = "v_prediction"
-    """What the denoisers predict; epsilon needs `--no-zero-terminal-snr`."""
+    prediction_type: Literal["v_prediction", "epsilon", "sample", "flow"] = "v_prediction"
+    """What the denoisers predict; epsilon needs `--no-zero-terminal-snr`, and flow trains them for a rectified flow
+    instead of a diffusion, which has samplers of its own (FlowMatchEulerDiscreteScheduler, FlowMatchHeun...)."""
+    flow_shift: float | None = None
+    """Of a flow: above 1 noisy times are more frequent, in training and in sampling."""
     zero_terminal_snr: bool = True
     """Noise up to pure noise, which sampling starts from (Lin et al. 2024)."""
     loss_weighting: Literal["uniform", "min_snr"] | None = None
@@ -53,6 +56,12 @@ class TrainDiffusion:
     """The output folder of an earlier training, of the same preset and options, to begin from."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
+    ema_profiles: tuple[float, ...] = ()
+    """Relative lengths, such as 0.05 0.1, of averages of the weights that are kept for a choice afterwards (EDM2)."""
+    ema_snapshot_every: int | None = None
+    """Steps between snapshots of them in the run folders; by default as many as between checkpoints."""
+    ema_length: float | None = None
+    """Keep the average of this relative length, made of the snapshots: run the finished command again with another."""
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
@@ -76,10 +85,12 @@ class TrainDiffusion:
             scenes, views = store.splits["test"][:HELD_OUT_SCENES], memory.num_cameras
             held_out = encode_latents(store, latent_autoencoder, scenes, False, views, with_maps=True)
         scene_autoencoder = store.load_autoencoder()
-        given = self.schedule.given()
+        given = {**self.schedule.given(), "ema_profiles": tuple(self.ema_profiles)}
+        if self.ema_snapshot_every is not None:
+            given["ema_snapshot_every"] = self.ema_snapshot_every
         names = (
-            *("prediction_type", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
-            *("condition_dropout", "condition", "bev_dropout"),
+            *("prediction_type", "flow_shift", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
+            *("condition_dropout", "condition", "bev_dropout", "ema_length"),
         )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
@@ -99,7 +110,8 @@ class TrainDiffusion:
                 errors = held_out_errors(stage, denoiser, held_out, training)
                 write_json(self.output_dir / stage / "held_out.json", errors)
                 told = ", ".join(f"{errors[k]['mean']:.4f} {k.replace('_', ' ')}" for k in ("with_map", "without_map"))
-                print(f"Mean squared error of v on {errors['scenes']} held-out scenes, {stage}: {told}")
+                what = "the flow" if self.prediction_type == "flow" else "v"
+                print(f"Mean squared error of {what} on {errors['scenes']} held-out scenes, {stage}: {told}")
         if not is_first_process():
             return
         saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, preset.temperatures)

@@ -43,6 +43,9 @@ class TrainLatentAutoencoder:
     """With `--initial-weights`: leave latents and codes as they are; denoisers that were trained on them still fit."""
     lpips_mult: float | None = None
     """Weight of the perceptual distance of rendered images."""
+    equivariance_mult: float | None = None
+    """Weight of the error of what turned, mirrored or halved c and f decode to (EQ-VAE), so that latents change with
+    their scenes; off by default."""
     evaluate: bool = True
     """At the end render novel views of held-out scenes, before and after the latents."""
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
@@ -61,8 +64,9 @@ class TrainLatentAutoencoder:
         training = replace(preset.training, schedule=replace(preset.training.schedule, **given))
         if self.quarter_turns is not None:
             training = replace(training, quarter_turns=self.quarter_turns)
-        if self.lpips_mult is not None:
-            training = replace(training, losses=replace(training.losses, lpips_mult=self.lpips_mult))
+        weights = {name: getattr(self, name) for name in ("lpips_mult", "equivariance_mult")}
+        given_weights = {name: value for name, value in weights.items() if value is not None}
+        training = replace(training, losses=replace(training.losses, **given_weights))
         training = replace(training, decoder_only=self.decoder_only)
         initial = load_latent_autoencoder(self.initial_weights) if self.initial_weights is not None else None
         lpips = load_lpips("vgg") if training.losses.lpips_mult else None

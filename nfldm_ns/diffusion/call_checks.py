@@ -8,11 +8,14 @@ from numbers import Integral, Real
 from typing import Any
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+
+from nfldm_ns.diffusion.flow import FLOW_SCHEDULERS, initial_scale, samples_flows
 
 LATENTS = ("g", "c", "f")
 SPREAD_LIMIT = 5.0  # of sampled latents, whose standard deviation is about 1 in the units that are diffused
+OWN_SCHEDULERS = (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler)  # that generators come with
 SCHEDULER_PARTS = ("set_timesteps", "step", "scale_model_input", "add_noise", "init_noise_sigma")
 
 
@@ -85,11 +88,19 @@ def check_temperatures(temperatures: Any) -> tuple[float, ...]:
     return tuple(float(value) for value in temperatures)
 
 
-def check_scheduler(scheduler: Any) -> None:
-    """Raises `ValueError` for schedulers of another kind of diffusion than the denoisers learned."""
+def check_scheduler(scheduler: Any, flow: bool = False) -> None:
+    """Raises `ValueError` for schedulers of another kind of diffusion than the denoisers learned.
+
+    Args:
+        flow: whether they were trained for flows.
+    """
     missing = [name for name in SCHEDULER_PARTS if not hasattr(scheduler, name)]
     of_sigmas = "sigma_data" in scheduler.config
-    if missing or of_sigmas:
+    if flow and not samples_flows(scheduler):
+        raise ValueError(
+            f"{type(scheduler).__name__} samples no flow, but the denoisers were trained for flows: {_FLOW_REMEDY}"
+        )
+    if not flow and (missing or of_sigmas):
         why = f"has no {missing[0]}" if missing else "has noise levels instead of timesteps"
         raise ValueError(
             f"{type(scheduler).__name__} {why}, so it samples another kind of diffusion than the denoisers learned: "
@@ -98,29 +109,34 @@ def check_scheduler(scheduler: Any) -> None:
 
 
 _REMEDY = "take DPMSolverMultistepScheduler, UniPCMultistepScheduler, DDIMScheduler or EulerDiscreteScheduler"
+_FLOW_REMEDY = f"take {' or '.join(cls.__name__ for cls in FLOW_SCHEDULERS)}"
+
+
+def _remedy(scheduler: Any) -> str:
+    return _FLOW_REMEDY if samples_flows(scheduler) else _REMEDY
 
 
 def check_start(scheduler: Any, noise: Tensor, latent: str) -> None:
     """Raises `ValueError` unless the noise that one latent begins with is finite."""
     if not bool(noise.isfinite().all()):
         raise ValueError(
-            f"{type(scheduler).__name__} begins {latent} with noise of scale {float(scheduler.init_noise_sigma):g}, "
-            f"which is more than {noise.dtype} holds: {_REMEDY}, or sample in single precision"
+            f"{type(scheduler).__name__} begins {latent} with noise of scale {float(initial_scale(scheduler)):g}, "
+            f"which is more than {noise.dtype} holds: {_remedy(scheduler)}, or sample in single precision"
         )
 
 
 def check_sampled(scheduler: Any, latents: Tensor, latent: str) -> None:
     """Raises `ValueError` if what was sampled is not finite, or is noise.
 
-    The sampler that generators come with may spread as it likes: then denoisers that are hardly trained are the reason.
+    The samplers that generators come with may end at any spread: then denoisers that are hardly trained are the reason.
 
     Args:
         latents: in the units that are diffused, in which trained ones have a standard deviation of about 1.
     """
     spread = float(latents.detach().float().square().mean().sqrt()) if latents.numel() else 0.0
-    own = isinstance(scheduler, DPMSolverMultistepScheduler)
+    own = isinstance(scheduler, OWN_SCHEDULERS)
     if not spread <= (math.inf if own else SPREAD_LIMIT) or math.isinf(spread):
         raise ValueError(
             f"{type(scheduler).__name__} ended {latent} at a spread of {spread:.3g}, where scenes have about 1: it "
-            f"does not fit the denoisers' noise schedule; {_REMEDY}"
+            f"does not fit the denoisers' noise schedule; {_remedy(scheduler)}"
         )

@@ -12,6 +12,10 @@ they have no weights for it. Config values of all three:
 - bev_classes: how many classes maps have (the largest id + 1); 0 for denoisers without maps.
 - bev_size: (height, width) of maps; None without.
 - bev_dropout: share of training scenes whose map is dropped, so that one model samples with and without.
+
+And one says what they were trained for:
+
+- flow: True where they predict a rectified flow (`flow.py`), and see 1000 t as the timestep; False for a diffusion.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin, UNet2DConditionModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from nfldm_ns.diffusion.bev import MapEncoder
@@ -98,7 +102,7 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         intrinsics: fx, fy, cx, cy in pixels of the cameras of a generated scene.
         image_size: (height, width) of their images.
         width, num_layers: network size; the first half of the layers is linked to the second by skip connections.
-        bev_classes, bev_size, bev_dropout: see above. What the map says is added to the time embedding.
+        bev_classes, bev_size, bev_dropout, flow: see above. What the map says is added to the time embedding.
     """
 
     config_name = "config.json"
@@ -115,6 +119,7 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         bev_classes: int = 0,
         bev_size: tuple[int, int] | None = None,
         bev_dropout: float = 0.0,
+        flow: bool = False,
     ) -> None:
         super().__init__()
         if num_layers % 2:
@@ -143,7 +148,7 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
     def forward(
         self,
         sample: Float[Tensor, "batch code"],
-        timestep: Int[Tensor, " batch"],
+        timestep: Shaped[Tensor, " batch"],
         bev: Int[Tensor, "batch height width"] | None = None,
         drop_bev: Bool[Tensor, " batch"] | None = None,
     ) -> Float[Tensor, "batch code"]:
@@ -212,7 +217,7 @@ class _UNetDenoiser(ModelMixin, ConfigMixin):
         self,
         sample: Float[Tensor, "batch channels y x"],
         guide: Float[Tensor, "batch guides y x"] | None,
-        timestep: Int[Tensor, " batch"],
+        timestep: Shaped[Tensor, " batch"],
         scene_code: Float[Tensor, "batch code"],
         cells: Float[Tensor, "batch dim yc xc"] | None,
         context: Float[Tensor, "batch tokens dim"] | None,
@@ -245,7 +250,7 @@ class CoarseDenoiser(_UNetDenoiser):
         head_dim: channels per attention head.
         condition_dropout: share of training scenes whose code is dropped, for classifier-free guidance. What stands
             for a dropped one are zeros in normalised units: the mean code.
-        bev_classes, bev_size, bev_dropout: see above. The map enters as tokens, one per column of c, that
+        bev_classes, bev_size, bev_dropout, flow: see above. The map enters as tokens, one per column of c, that
             cross-attention sees after that of the scene code, and beside the noisy c as further channels.
     """
 
@@ -263,6 +268,7 @@ class CoarseDenoiser(_UNetDenoiser):
         bev_classes: int = 0,
         bev_size: tuple[int, int] | None = None,
         bev_dropout: float = 0.0,
+        flow: bool = False,
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
@@ -282,7 +288,7 @@ class CoarseDenoiser(_UNetDenoiser):
     def forward(
         self,
         sample: Float[Tensor, "batch folded yc xc"],
-        timestep: Int[Tensor, " batch"],
+        timestep: Shaped[Tensor, " batch"],
         scene_code: Float[Tensor, "batch code"],
         context: Float[Tensor, "batch tokens dim"] | None = None,
         drop_code: Bool[Tensor, " batch"] | None = None,
@@ -308,8 +314,8 @@ class FineDenoiser(_UNetDenoiser):
         coarse_shape: (Cc, Zc, Yc, Xc).
         coarse_channels: channels that c is projected to before it is upsampled.
         code_dim, channels, attention, layers, context_dim, head_dim, condition_dropout: as in `CoarseDenoiser`.
-        bev_classes, bev_size, bev_dropout: see above. Tokens of the map enter as in `CoarseDenoiser`, and upsampled as
-            a part of c's guide, together with the share of each class at f's own resolution.
+        bev_classes, bev_size, bev_dropout, flow: see above. Tokens of the map enter as in `CoarseDenoiser`, and
+            upsampled as a part of c's guide, together with the share of each class at f's own resolution.
     """
 
     @register_to_config
@@ -328,6 +334,7 @@ class FineDenoiser(_UNetDenoiser):
         bev_classes: int = 0,
         bev_size: tuple[int, int] | None = None,
         bev_dropout: float = 0.0,
+        flow: bool = False,
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
@@ -348,7 +355,7 @@ class FineDenoiser(_UNetDenoiser):
     def forward(
         self,
         sample: Float[Tensor, "batch fine y x"],
-        timestep: Int[Tensor, " batch"],
+        timestep: Shaped[Tensor, " batch"],
         scene_code: Float[Tensor, "batch code"],
         coarse: Float[Tensor, "batch cc zc yc xc"],
         context: Float[Tensor, "batch tokens dim"] | None = None,

@@ -19,6 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from nfldm_ns.diffusion.flow import initial_scale, levels_of
 from nfldm_ns.latents.scene_latents import SceneLatents
 
 
@@ -102,12 +103,10 @@ class NoiseLevels:
 
     @staticmethod
     def of(scheduler: SchedulerMixin) -> NoiseLevels:
-        """The levels of a scheduler right after `set_timesteps`, as its own `add_noise` has them."""
-        timesteps = scheduler.timesteps
-        one, zero = torch.ones(1, device=timesteps.device), torch.zeros(1, device=timesteps.device)
-        signal = [scheduler.add_noise(one, zero, t[None]) for t in timesteps]
-        noise = [scheduler.add_noise(zero, one, t[None]) for t in timesteps]
-        return NoiseLevels(torch.cat([*signal, one]).float(), torch.cat([*noise, zero]).float())
+        """The levels of a scheduler right after `set_timesteps`, as its own `add_noise` (or `scale_noise`) has them."""
+        signal, noise = levels_of(scheduler)
+        one, zero = signal.new_ones(1), noise.new_zeros(1)
+        return NoiseLevels(torch.cat([signal, one]).float(), torch.cat([noise, zero]).float())
 
     def add(self, clean: Tensor, noise: Tensor, level: int) -> Tensor:
         """A sample at a level."""
@@ -175,7 +174,7 @@ def inpaint(
         return torch.where(region, latents, levels.add(known, draw(), level))
 
     first = plan[0].start
-    latents = keep(noise if first == 0 else levels.add(known, noise / scheduler.init_noise_sigma, first), first)
+    latents = keep(noise if first == 0 else levels.add(known, noise / initial_scale(scheduler), first), first)
     pipeline._num_timesteps = inpainting.resamplings * sum(len(stretch) for stretch in plan)
     with pipeline.progress_bar(total=pipeline._num_timesteps) as progress:
         done = 0

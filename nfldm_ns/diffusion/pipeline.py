@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, SchedulerMixin
+from diffusers import DiffusionPipeline, SchedulerMixin
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -34,6 +34,7 @@ from nfldm_ns.diffusion.call_checks import (
     check_temperatures,
 )
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.flow import initial_scale, model_input, samples_flows
 from nfldm_ns.diffusion.inpainting import Inpainting, inpaint
 from nfldm_ns.diffusion.trajectory import trajectory_to_cameras
 from nfldm_ns.errors import UserInputError
@@ -72,7 +73,8 @@ class NFLDMPipeline(DiffusionPipeline):
         scene_autoencoder: stage 1; renders the scenes.
         latent_autoencoder: stage 2; turns latents into voxels.
         global_denoiser, coarse_denoiser, fine_denoiser: stage 3; the last is None where stage 2 has no f.
-        scheduler: any scheduler of diffusers whose prediction type is that of the training.
+        scheduler: any scheduler of diffusers whose prediction type is that of the training; for denoisers that were
+            trained for flows one of `FLOW_SCHEDULERS` (`flow.py`).
         temperatures: standard deviations of the initial noise of g, c and f that scenes are sampled with by default.
             Below 1 trades variety for quality; with a deterministic scheduler 0 gives the most typical sample. Briefly
             trained models want a low one for f, whose details they can hardly predict.
@@ -226,7 +228,7 @@ class NFLDMPipeline(DiffusionPipeline):
             if noise is None:
                 return self.prepare_noise(num_scenes, denoiser, generator)
             given = noise[STAGES.index(stage)]
-            return given.to(self._execution_device, denoiser.dtype) * self.scheduler.init_noise_sigma
+            return given.to(self._execution_device, denoiser.dtype) * initial_scale(self.scheduler)
 
         def sample(stage: str, denoiser: Any, **conditions: Tensor) -> Tensor:
             self._stage, self._guidance_scale = stage, guidance_scale
@@ -294,7 +296,7 @@ class NFLDMPipeline(DiffusionPipeline):
         check_count("num_scenes", num_scenes)
         check_generator(generator, num_scenes)
         steps = check_steps(num_inference_steps)
-        check_scheduler(self.scheduler)
+        check_scheduler(self.scheduler, flow=self.coarse_denoiser.config.flow)
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -355,7 +357,7 @@ class NFLDMPipeline(DiffusionPipeline):
             device=self._execution_device,
             dtype=denoiser.dtype,  # type: ignore[arg-type]
         )
-        return noise * self.scheduler.init_noise_sigma
+        return noise * initial_scale(self.scheduler)
 
     def draw_noise(self, num_scenes: int, generator: Generators) -> list[Float[Tensor, " scenes *shape"]]:
         """Standard normal noise of g, c and f, such as a call with this generator begins with.
@@ -363,7 +365,7 @@ class NFLDMPipeline(DiffusionPipeline):
         That is so for schedulers that add no noise on their way.
         """
         denoisers = [self.global_denoiser, self.coarse_denoiser, self.fine_denoiser]
-        sigma = self.scheduler.init_noise_sigma
+        sigma = initial_scale(self.scheduler)
         return [self.prepare_noise(num_scenes, d, generator) / sigma for d in denoisers if d is not None]
 
     def denoise(
@@ -400,7 +402,7 @@ class NFLDMPipeline(DiffusionPipeline):
         conditions: dict[str, Tensor],
     ) -> Float[Tensor, " scenes *shape"]:
         """One step of the scheduler."""
-        scaled = self.scheduler.scale_model_input(latents, timestep)
+        scaled = model_input(self.scheduler, latents, timestep)
         batch_time = timestep.to(latents.device).expand(len(latents))
         predicted = self._predict(denoiser, scaled, batch_time, conditions)
         extra = self._step_arguments(generator)
@@ -581,6 +583,9 @@ def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline")
             ("shape of c", "fine_denoiser", shape_of_c, "latent_autoencoder", stage2.coarse_shape),
             ("size of the scene code", "fine_denoiser", fine.config.code_dim, "global_denoiser", code_dim),
         ]
+    kinds = {"coarse_denoiser": coarse_config.flow, "scheduler": samples_flows(pipeline.scheduler)}
+    kinds |= {} if fine is None else {"fine_denoiser": fine.config.flow}
+    facts += [("flag flow", name, flow, "global_denoiser", global_config.flow) for name, flow in kinds.items()]
     number, size = "number of BEV classes", "size of BEV maps"
     for name, denoiser in (("coarse_denoiser", pipeline.coarse_denoiser), ("fine_denoiser", fine)):
         if denoiser is not None:
@@ -607,7 +612,7 @@ def assemble_pipeline(
     global_denoiser: GlobalDenoiser,
     coarse_denoiser: CoarseDenoiser,
     fine_denoiser: FineDenoiser | None,
-    scheduler: DPMSolverMultistepScheduler,
+    scheduler: SchedulerMixin,
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
     bev_classes: Sequence[BevClass] = (),
 ) -> NFLDMPipeline:

@@ -5,19 +5,20 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.models.attention_processor import AttnProcessor
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
 from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.flow import FLOW, FlowNoise, make_flow_scheduler
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.pipeline import assemble_pipeline
 from nfldm_ns.diffusion.validation import DenoiserPictures
@@ -28,18 +29,20 @@ from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training.draws import BatchShare, ItemDraws
 from nfldm_ns.training.identity import model_hash, public_config
 from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
+from nfldm_ns.training.posthoc_ema import check_length, synthesise
 from nfldm_ns.training.run import RunFolder
 from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
 
 Stage = Literal["global", "coarse", "fine"]
 STAGES: tuple[Stage, ...] = ("global", "coarse", "fine")
-PredictionType = Literal["v_prediction", "epsilon", "sample"]
+PredictionType = Literal["v_prediction", "epsilon", "sample", "flow"]
 LossWeighting = Literal["uniform", "min_snr"]
 Condition = Literal["none", "bev"]
 EVALUATION_BATCH = 8
 NOISE_LEVELS = 10  # of the schedule, at which errors of v are compared
 DENOISER_FOLDER = "denoiser"
 DENOISERS = {"global": GlobalDenoiser, "coarse": CoarseDenoiser, "fine": FineDenoiser}
+TrainingNoise: TypeAlias = DDPMScheduler | FlowNoise
 Denoiser = GlobalDenoiser | CoarseDenoiser | FineDenoiser
 
 
@@ -49,6 +52,9 @@ class DiffusionTrainingConfig:
 
     schedule: Schedule = field(default_factory=Schedule)
     prediction_type: PredictionType = "v_prediction"
+    """"flow" trains for a rectified flow instead of a diffusion, see `flow.py`."""
+    flow_shift: float = 1.0
+    """Of the times of a flow, see `FlowNoise`; above 1 noisy ones are more frequent, in training and in sampling."""
     zero_terminal_snr: bool = True
     """The last training step is pure noise, which sampling starts from (Lin et al. 2024); not with "epsilon"."""
     loss_weighting: LossWeighting = "uniform"
@@ -67,6 +73,9 @@ class DiffusionTrainingConfig:
     """Share of scenes whose map they do not see, drawn apart from `condition_dropout`, if there are maps."""
     ema_decay: float = 0.999
     """Of the moving averages of the weights, which are what is kept; it rises to this value while training."""
+    ema_length: float | None = None
+    """Keep the average of this relative length instead, made of the snapshots of the schedule's `ema_profiles`; it may
+    change when a finished training is run again."""
 
 
 def stages_of(latent_autoencoder: LatentAutoencoder) -> tuple[Stage, ...]:
@@ -74,10 +83,17 @@ def stages_of(latent_autoencoder: LatentAutoencoder) -> tuple[Stage, ...]:
     return tuple(stage for stage in STAGES if stage != "fine" or latent_autoencoder.config.use_fine)
 
 
+def make_sampler(prediction_type: PredictionType, zero_terminal_snr: bool, flow_shift: float = 1.0) -> SchedulerMixin:
+    """What a pipeline is saved with: DPM-Solver++ for a diffusion, Euler's method for a flow."""
+    if prediction_type == FLOW:
+        return make_flow_scheduler(flow_shift)
+    return make_scheduler(prediction_type, zero_terminal_snr)
+
+
 def make_scheduler(
     prediction_type: PredictionType = "v_prediction", zero_terminal_snr: bool = True
 ) -> DPMSolverMultistepScheduler:
-    """DPM-Solver++ with a cosine schedule; other samplers of diffusers can be made from its config.
+    """DPM-Solver++ with a cosine schedule; other samplers of diffusers can be made from its config. Not for "flow".
 
     Args:
         zero_terminal_snr: the cosine is rescaled so that nothing of the signal is left in the last training step (Lin
@@ -107,7 +123,7 @@ def make_scheduler(
 
 
 def loss_weights(
-    scheduler: DDPMScheduler, timestep: Int[Tensor, " batch"], weighting: LossWeighting, gamma: float = 5.0
+    scheduler: TrainingNoise, timestep: Shaped[Tensor, " batch"], weighting: LossWeighting, gamma: float = 5.0
 ) -> Float[Tensor, " batch"]:
     """Weights of the squared errors of what a denoiser predicts.
 
@@ -117,8 +133,10 @@ def loss_weights(
     - sample: min(SNR, gamma)
     - epsilon: min(SNR, gamma) / SNR
     - v_prediction: min(SNR, gamma) / (SNR + 1)
+
+    Flows have "uniform" alone.
     """
-    if weighting == "uniform":
+    if weighting == "uniform" or isinstance(scheduler, FlowNoise):
         return torch.ones_like(timestep, dtype=torch.float32)
     alpha = scheduler.alphas_cumprod.to(timestep.device)[timestep]
     snr = alpha / (1 - alpha)
@@ -127,8 +145,10 @@ def loss_weights(
     return snr.clamp(max=gamma) / divisor
 
 
-def diffusion_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
-    """What a denoiser is to predict, by the scheduler's prediction type."""
+def diffusion_target(scheduler: TrainingNoise, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    """What a denoiser is to predict, by the scheduler's prediction type; of a flow `noise - clean`."""
+    if isinstance(scheduler, FlowNoise):
+        return scheduler.get_velocity(clean, noise, timestep)
     kind = scheduler.config.prediction_type
     if kind == "v_prediction":
         return scheduler.get_velocity(clean, noise, timestep)
@@ -136,15 +156,18 @@ def diffusion_target(scheduler: DDPMScheduler, clean: Tensor, noise: Tensor, tim
 
 
 def predicted_velocity(
-    scheduler: DDPMScheduler,
+    scheduler: TrainingNoise,
     predicted: Float[Tensor, " batch *shape"],
     noisy: Float[Tensor, " batch *shape"],
-    timestep: Int[Tensor, " batch"],
+    timestep: Shaped[Tensor, " batch"],
 ) -> Float[Tensor, " batch *shape"]:
     """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) clean (Salimans & Ho 2022) as a prediction of any kind has it.
 
     Grows without bounds where a prediction says nothing of it: "epsilon" towards pure noise, "sample" towards none.
+    What a flow's denoiser predicts is a velocity already, `noise - clean`.
     """
+    if isinstance(scheduler, FlowNoise):
+        return predicted
     kind = scheduler.config.prediction_type
     alpha_bar = scheduler.alphas_cumprod.to(timestep.device)[timestep].view(-1, *[1] * (noisy.ndim - 1))
     signal, noise = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
@@ -159,10 +182,14 @@ def spread_timesteps(count: int, num_timesteps: int, seed: int | None = None) ->
     Args:
         seed: of these numbers; None for torch's own state.
     """
+    return (_spread_shares(count, seed) * num_timesteps).long().clamp(max=num_timesteps - 1)
+
+
+def _spread_shares(count: int, seed: int | None) -> Float[Tensor, " count"]:
+    """Random numbers that cover [0, 1) evenly, in random order."""
     generator = None if seed is None else torch.Generator().manual_seed(seed)
     start = torch.rand((), generator=generator)
-    share = (torch.randperm(count, generator=generator) + start) / count
-    return (share * num_timesteps).long().clamp(max=num_timesteps - 1)
+    return (torch.randperm(count, generator=generator) + start) / count
 
 
 class DiffusionLosses:
@@ -191,7 +218,7 @@ class DiffusionLosses:
         self.stage, self.wrapped, self.denoiser = stage, wrapped, denoiser
         self.memory, self.config, self.device = memory, config, device
         self.share = share or batch_share(config.schedule)
-        self.scheduler = training_scheduler(config)
+        self.scheduler = training_noise(config)
 
     def __call__(self, number: int) -> dict[str, Tensor]:
         share = self.share
@@ -199,12 +226,14 @@ class DiffusionLosses:
         timestep = self.timesteps(share.joint_batch_size, share.seed + step)[part]
         return {"loss": self.loss(share.items(len(self.memory), number), timestep, share.draws(number, self.device))}
 
-    def timesteps(self, count: int, seed: int) -> Int[Tensor, " count"]:
-        """Timesteps of a batch."""
+    def timesteps(self, count: int, seed: int) -> Shaped[Tensor, " count"]:
+        """Timesteps of a batch; those of a flow are no whole numbers."""
+        if isinstance(self.scheduler, FlowNoise):
+            return self.scheduler.timesteps(_spread_shares(count, seed))
         return spread_timesteps(count, self.scheduler.config.num_train_timesteps, seed)
 
     def loss(
-        self, indices: list[int], timestep: Int[Tensor, " batch"], draws: ItemDraws, augment: bool = True
+        self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws, augment: bool = True
     ) -> Float[Tensor, ""]:
         """Weighted mean squared error of the prediction for some scenes."""
         timestep = timestep.to(self.device)
@@ -214,16 +243,16 @@ class DiffusionLosses:
         return (weights * error.flatten(1).mean(1)).mean()
 
     def velocity_error(
-        self, indices: list[int], timestep: Int[Tensor, " batch"], draws: ItemDraws
+        self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws
     ) -> Float[Tensor, " batch"]:
-        """Squared error of v for some scenes, without weights, whatever the denoiser predicts."""
+        """Squared error of v for some scenes, without weights, whatever a diffusion predicts; of a flow see below."""
         timestep = timestep.to(self.device)
         clean, noise, noisy, predicted = self.predict(indices, timestep, draws, augment=False)
         velocity = predicted_velocity(self.scheduler, predicted, noisy, timestep)
         return (velocity - self.scheduler.get_velocity(clean, noise, timestep)).square().flatten(1).mean(1)
 
     def predict(
-        self, indices: list[int], timestep: Int[Tensor, " batch"], draws: ItemDraws, augment: bool = True
+        self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws, augment: bool = True
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Clean samples in normalised units, noise, both together, and what the denoiser makes of that."""
         clean, conditions = self.sample_and_conditions(indices, draws, augment)
@@ -262,8 +291,33 @@ class DiffusionLosses:
 
 
 def training_scheduler(config: DiffusionTrainingConfig) -> DDPMScheduler:
-    """The noise of the training."""
+    """The noise of a diffusion's training."""
     return DDPMScheduler.from_config(make_scheduler(config.prediction_type, config.zero_terminal_snr).config)
+
+
+def training_noise(config: DiffusionTrainingConfig) -> TrainingNoise:
+    """The noise of any training.
+
+    Raises:
+        UserInputError: for settings that do not go together.
+    """
+    _require_kind(config)
+    return FlowNoise(config.flow_shift) if config.prediction_type == FLOW else training_scheduler(config)
+
+
+def _require_kind(config: DiffusionTrainingConfig) -> None:
+    if config.prediction_type != FLOW:
+        if config.flow_shift != 1:
+            raise UserInputError("--flow-shift shifts the times of a flow alone: add --prediction-type flow.")
+        return
+    make_flow_scheduler(config.flow_shift)
+    if config.loss_weighting != "uniform":
+        raise UserInputError(
+            f"--loss-weighting {config.loss_weighting} weighs the timesteps of a diffusion: leave it out, or choose "
+            "another --prediction-type than flow."
+        )
+    if not config.zero_terminal_snr:
+        raise UserInputError("A flow always ends in pure noise: leave out --no-zero-terminal-snr.")
 
 
 def new_denoiser(
@@ -345,13 +399,16 @@ def train_denoiser(
     Raises:
         UserInputError: if the settings, the latents, their maps or the initial denoiser do not fit together.
     """
-    training_scheduler(config)  # refuses what cannot be, before anything is written
+    training_noise(config)  # refuses what cannot be, before anything is written
+    _require_snapshots(config)
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     if stage != "global":
         model_config = {**model_config, "condition_dropout": config.condition_dropout}
     if config.condition == "bev":
         model_config = {**model_config, **_map_config(memory, config)}
+    if config.prediction_type == FLOW:
+        model_config = {**model_config, "flow": True}
     denoiser = new_denoiser(stage, model_config, memory, latent_autoencoder).to(accelerator.device)
     if accelerator.device.type == "cpu" and stage != "global":
         denoiser.unet.set_attn_processor(AttnProcessor())  # torch's fused attention is slow there, backward above all
@@ -365,6 +422,10 @@ def train_denoiser(
         "zero_terminal_snr": config.zero_terminal_snr,
         "loss_weighting": config.loss_weighting,
     }
+    if config.prediction_type == FLOW:
+        identity["flow_shift"] = config.flow_shift
+    if config.schedule.ema_profiles:
+        identity["ema_profiles"] = config.schedule.ema_profiles
     if config.condition == "bev":
         identity["bev_classes"] = [asdict(bev_class) for bev_class in memory.bev_classes]
     if initial is not None:
@@ -379,7 +440,7 @@ def train_denoiser(
 
     render = None
     if scene_autoencoder is not None and config.schedule.validation_steps:
-        scheduler = make_scheduler(config.prediction_type, config.zero_terminal_snr)
+        scheduler = make_sampler(config.prediction_type, config.zero_terminal_snr, config.flow_shift)
         render = DenoiserPictures(stage, denoiser, scheduler, memory, latent_autoencoder, scene_autoencoder)
 
     train(
@@ -393,9 +454,34 @@ def train_denoiser(
         description=f"Denoiser of the {stage} latent",
         on_progress=on_progress,
     )
-    ema.copy_to(denoiser.parameters())
+    if config.ema_length is None:
+        ema.copy_to(denoiser.parameters())
+    else:
+        load_average(denoiser, output_dir, config.ema_length)
     keep_result(Path(output_dir) / DENOISER_FOLDER, accelerator, denoiser.save_pretrained)
     return denoiser.eval()
+
+
+def load_average(denoiser: Denoiser, run_folder: Path | str, length: float) -> None:
+    """Gives a denoiser the average of its weights of any relative length (see `posthoc_ema.py`).
+
+    Args:
+        run_folder: of its training, with snapshots.
+
+    Raises:
+        UserInputError: for a length that none has, and if the snapshots are missing, broken, or of another denoiser.
+    """
+    load_exactly(
+        denoiser, {**denoiser.state_dict(), **synthesise(run_folder, length)}, f"the snapshots in {run_folder}"
+    )
+
+
+def _require_snapshots(config: DiffusionTrainingConfig) -> None:
+    if config.ema_length is None:
+        return
+    check_length("--ema-length", config.ema_length)
+    if not config.schedule.ema_profiles:
+        raise UserInputError("--ema-length is made of snapshots: add the --ema-profiles that they were taken of.")
 
 
 def _begin_from(initial: Denoiser, denoiser: Denoiser) -> None:
@@ -452,6 +538,10 @@ def velocity_errors(
     Unlike the loss it can be compared between weightings and prediction types, and without a zero terminal SNR; the
     training's ends, at which only some predictions have a v, are left out.
 
+    Of a flow it is the error of `noise - clean`, in units of its own: at timesteps 1000 t, which are other levels of
+    noise, and larger than an error of v at the same level by the factor 1 / (t^2 + (1 - t)^2). Flows can be compared
+    with one another, not with diffusions.
+
     Args:
         memory: of held-out scenes, of which the first are taken; noise is fixed.
         num_scenes: how many.
@@ -459,7 +549,8 @@ def velocity_errors(
     """
     device = next(denoiser.parameters()).device
     losses = DiffusionLosses(stage, denoiser, denoiser, memory, config, device, with_map=with_map)
-    num_timesteps = losses.scheduler.config.num_train_timesteps
+    noise = losses.scheduler
+    num_timesteps = noise.num_timesteps if isinstance(noise, FlowNoise) else noise.config.num_train_timesteps
     num_scenes = min(num_scenes, len(memory))
     errors = {}
     for level in range(NOISE_LEVELS):
@@ -478,6 +569,8 @@ def held_out_errors(
 ) -> dict[str, Any]:
     """Mean `velocity_errors` of a denoiser that knows maps, on held-out scenes, with their maps and without.
 
+    Those of a flow, which are of another quantity, say so: `prediction_type` is "flow".
+
     Args:
         memory: of all scenes to judge by, with maps.
     """
@@ -485,9 +578,10 @@ def held_out_errors(
         name: velocity_errors(stage, denoiser, memory, config, num_scenes=len(memory), with_map=with_map)
         for name, with_map in (("with_map", True), ("without_map", False))
     }
+    kind = {"prediction_type": FLOW} if config.prediction_type == FLOW else {}
     return {
         name: {"mean": sum(found.values()) / len(found), "by_timestep": found} for name, found in errors.items()
-    } | {"scenes": len(memory)}
+    } | {"scenes": len(memory), **kind}
 
 
 def load_denoiser(folder: Path) -> Denoiser | None:
@@ -548,6 +642,12 @@ def save_pipeline(
         raise UserInputError(
             f"Some denoisers in {output_dir} were trained with zero terminal SNR, others without: train them alike."
         )
+    shifts = {run.get("flow_shift", 1.0) for run in runs.values()}
+    if len(shifts) > 1:
+        raise UserInputError(
+            f"The denoisers in {output_dir} were trained with --flow-shift {' and '.join(map(str, sorted(shifts)))}: "
+            "train them with one."
+        )
     classes = [run.get("bev_classes", []) for run in runs.values()]
     if any(found != classes[0] for found in classes):
         without = [stage for stage, found in zip(runs, classes, strict=True) if not found]
@@ -556,7 +656,7 @@ def save_pipeline(
             f"Some denoisers in {output_dir} know BEV maps, {what}: train all with one --condition, on one collection."
         )
     components: dict[str, Any] = {f"{stage}_denoiser": denoisers.get(stage) for stage in STAGES}
-    components["scheduler"] = make_scheduler(types.pop(), zero_snr.pop())
+    components["scheduler"] = make_sampler(types.pop(), zero_snr.pop(), shifts.pop())
     components["bev_classes"] = [bev_class(entry) for entry in classes[0]]
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.bev import to_grid_order
+from nfldm_ns.diffusion.flow import initial_scale, model_input
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.trajectory import CAMERA_DIM, trajectory_to_cameras
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
@@ -41,9 +42,9 @@ def sample_latents(
 ) -> Float[Tensor, " batch *shape"]:
     """Denoises from noise to a sample, in normalised units, with a scheduler that draws nothing."""
     scheduler.set_timesteps(steps, device=noise.device)
-    sample = noise * scheduler.init_noise_sigma
+    sample = noise * initial_scale(scheduler)
     for timestep in scheduler.timesteps:
-        scaled = scheduler.scale_model_input(sample, timestep)
+        scaled = model_input(scheduler, sample, timestep)
         predicted = denoiser(scaled, timestep.to(noise.device).expand(len(noise)), **conditions)
         sample = scheduler.step(predicted.float(), timestep, sample, return_dict=False)[0]
     return sample

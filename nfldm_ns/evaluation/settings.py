@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nfldm_ns.choice import evenly
+from nfldm_ns.diffusion.flow import prediction_type_of
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SceneCollection, read_json, read_transforms
@@ -151,7 +152,7 @@ def _identity(pipeline: NFLDMPipeline, collection: SceneCollection, settings: Ev
             **{name: model_hash(model) if (model := getattr(pipeline, name)) else None for name in COMPONENTS},
             "temperatures": list(pipeline.config.temperatures),
             "scheduler": type(pipeline.scheduler).__name__,
-            "prediction_type": pipeline.scheduler.config.prediction_type,
+            "prediction_type": prediction_type_of(pipeline.scheduler),
         },
         "collection": {"name": collection.name, "sha256": hashlib.sha256(description).hexdigest()},
         **protocol,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,6 +27,7 @@ from nfldm_ns.latents.blocks import (
     Upsample,
     pack_channels_last,
 )
+from nfldm_ns.latents.equivariance import PlaneChange, change_items, equal_sizes
 from nfldm_ns.latents.quantizer import VectorQuantizer
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_code import VoxelCode, linear_code
@@ -53,6 +54,7 @@ class LatentReconstruction:
         kl: mean KL divergence of g from the unit Gaussian, in nats per scene.
         commitment: squared distance of c and f from their codes.
         code_counts: how often each code occurred, by codebook (`coarse`, `fine`); empty without quantisation.
+        changed: estimates from changed latents, a batch for each group of `equal_sizes`; empty without changes.
     """
 
     target: Float[Tensor, "batch folded y x"]
@@ -64,6 +66,7 @@ class LatentReconstruction:
     kl: Float[Tensor, ""]
     commitment: Float[Tensor, ""]
     code_counts: dict[str, Int[Tensor, " codes"]]
+    changed: list[Float[Tensor, "items folded changed_y changed_x"]] = field(default_factory=list)
 
 
 class LatentAutoencoder(ModelMixin, ConfigMixin):
@@ -313,11 +316,13 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         parts = {"coarse": latents.coarse, "fine": latents.fine}
         return {name: codebook.count(codebook(parts[name])[1]) for name, codebook in self.codebooks.items()}
 
-    def _quantise(self, name: str, latent: Tensor) -> tuple[Tensor, Float[Tensor, ""], dict[str, Tensor]]:
+    def _quantise(
+        self, name: str, latent: Tensor, move: bool = True
+    ) -> tuple[Tensor, Float[Tensor, ""], dict[str, Tensor]]:
         """The quantised latent, its commitment loss, and the codes' indices by the codebook's name, if there is one."""
         if name not in self.codebooks:
             return latent, latent.new_zeros(()), {}
-        quantised, indices, commitment = self.codebooks[name](latent)
+        quantised, indices, commitment = self.codebooks[name](latent, move)
         return quantised, commitment, {name: indices}
 
     @apply_forward_hook
@@ -344,6 +349,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         sample: bool = True,
         fine_dropout: float = 0.0,
         generators: list[torch.Generator] | None = None,
+        changes: Sequence[PlaneChange] = (),
     ) -> LatentReconstruction:
         """One training pass.
 
@@ -351,6 +357,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             sample: draw g from its posterior.
             fine_dropout: probability with which a scene's f is zeroed, so that c learns to stand for the scene alone.
             generators: one per scene, for both; None for torch's own.
+            changes: one per scene, of its c and f, which are then decoded once more (see `equivariance.py`).
         """
         voxels = pack_channels_last(self.voxel_code.normalise(grid))
         background_target = self.background_path.normalise(grid)
@@ -363,17 +370,27 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
             fine_codes = fine_codes * (rand_tensor((len(fine), 1, 1, 1), generators, fine.device) >= fine_dropout)
         reconstruction = self._decode(SceneLatents(g, coarse_codes, fine_codes)).float()
         background = self.background_path.decode(g).float()
+        latents = SceneLatents(g, coarse, fine)
         return LatentReconstruction(
             self.voxel_code.normalise(grid, dilate=True),
             reconstruction,
             background_target,
             background,
             self._denormalise(reconstruction, background),
-            SceneLatents(g, coarse, fine),
+            latents,
             kl,
             commitment + fine_commitment,
             {name: self.codebooks[name].count(found) for name, found in (indices | fine_indices).items()},
+            [self._decode_changed(latents, changes, items) for items in equal_sizes(changes)],
         )
+
+    def _decode_changed(
+        self, latents: SceneLatents, changes: Sequence[PlaneChange], items: Sequence[int]
+    ) -> Float[Tensor, "items folded changed_y changed_x"]:
+        """What the decoder makes of some scenes' changed c and f, quantised anew by codes that stay, and of their g."""
+        coarse, fine = (change_items(part, changes, items) for part in (latents.coarse, latents.fine))
+        codes = [self._quantise(name, part, move=False)[0] for name, part in (("coarse", coarse), ("fine", fine))]
+        return self._decode(SceneLatents(latents.global_latent[list(items)], *codes)).float()
 
     @torch.no_grad()
     def fit(self, batches: Sequence[VoxelGrid], density_weight: float = 1.0) -> None:

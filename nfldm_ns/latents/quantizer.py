@@ -48,24 +48,27 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("sums", self.codes.clone())
 
     def forward(
-        self, latent: Float[Tensor, "batch channels *space"]
+        self, latent: Float[Tensor, "batch channels *space"], move: bool = True
     ) -> tuple[Float[Tensor, "batch channels *space"], Int[Tensor, "batch groups *space"], Float[Tensor, ""]]:
         """Quantises each group of channels; in training mode also moves the codes.
+
+        Args:
+            move: False leaves the codes where they are.
 
         Returns:
             the quantised latent, the codes' indices, and the commitment loss: the mean squared distance to the codes.
         """
         device = latent.device.type
         with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-            return self._quantise(latent.float())
+            return self._quantise(latent.float(), move)
 
-    def _quantise(self, latent: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _quantise(self, latent: Tensor, move: bool) -> tuple[Tensor, Tensor, Tensor]:
         groups = latent.unflatten(1, (-1, self.code_dim)).movedim(2, -1)
         vectors = groups.reshape(-1, self.code_dim)
         indices = self.nearest(vectors.detach())
         quantised = F.embedding(indices, self.codes)
         loss = F.mse_loss(vectors, quantised)
-        if self.training and not self.frozen and torch.is_grad_enabled():
+        if move and self.training and not self.frozen and torch.is_grad_enabled():
             self._update(vectors.detach(), indices)
         passed = vectors + (quantised - vectors).detach()
         passed = passed.reshape(groups.shape).movedim(-1, 2).flatten(1, 2)

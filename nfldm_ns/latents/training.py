@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,14 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.background_path import background_loss
+from nfldm_ns.latents.equivariance import (
+    SMALLER,
+    PlaneChange,
+    change_grid,
+    change_items,
+    draw_changes,
+    equal_sizes,
+)
 from nfldm_ns.latents.latent_autoencoder import MODEL_FOLDER, LatentAutoencoder, LatentReconstruction
 from nfldm_ns.latents.quantizer import CodebookUsage
 from nfldm_ns.latents.validation import RoundTripPictures
@@ -34,6 +42,7 @@ from nfldm_ns.training.run import RunFolder
 from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
 
 FIT_SCENES = 96  # scenes that statistics and the linear code are fitted to
+LATER_LOSSES = ("equivariance_mult",)  # which runs know nothing of that were begun before there were any
 USAGE_WINDOW = 50  # steps over which the use of the codebooks is counted
 
 
@@ -59,6 +68,8 @@ class LatentLossConfig:
     """KL divergence of g from the unit Gaussian, in nats per scene."""
     commitment_mult: float = 0.25
     """Squared distance of c and f from their codes."""
+    equivariance_mult: float = 0.0
+    """`voxel_loss` of what turned, mirrored or halved c and f decode to (see `equivariance.py`)."""
 
 
 @dataclass
@@ -106,6 +117,26 @@ def voxel_loss(
     )
 
 
+def equivariance_loss(
+    result: LatentReconstruction,
+    grid: VoxelGrid,
+    changes: Sequence[PlaneChange],
+    code: VoxelCode,
+    config: LatentLossConfig,
+) -> Float[Tensor, ""]:
+    """`voxel_loss` between what changed latents decode to and equally changed voxels: |D(tau(c), tau(f), g) - tau(V)|.
+
+    tau is applied to normalised voxels; what weighs a voxel is the opacity of the changed density. Each scene counts
+    alike.
+    """
+    total = result.target.new_zeros(())
+    for items, decoded in zip(equal_sizes(changes), result.changed, strict=True):
+        target = change_items(result.target, changes, items)
+        changed = change_grid(grid, changes, items)
+        total = total + len(items) * voxel_loss(decoded, target, changed, code, config)
+    return total / len(changes)
+
+
 class LatentLosses:
     """Losses of one step.
 
@@ -140,10 +171,11 @@ class LatentLosses:
     def __call__(self, number: int) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, enabled=False):  # which cannot stack the voxels, stored in half precision
             grid, views, draws = self.batch(number)
-        result: LatentReconstruction = self.model(
-            grid, fine_dropout=self.config.fine_dropout, generators=draws.generators
-        )
         weights = self.config.losses
+        changes = draw_changes(draws, _is_square(grid)) if weights.equivariance_mult else []
+        result: LatentReconstruction = self.model(
+            grid, fine_dropout=self.config.fine_dropout, generators=draws.generators, changes=changes
+        )
         losses = {
             "voxel_loss": weights.voxel_mult
             * voxel_loss(result.reconstruction, result.target, grid, self.code, weights),
@@ -151,6 +183,9 @@ class LatentLosses:
             "kl_loss": weights.kl_mult * result.kl,
             "commitment_loss": weights.commitment_mult * result.commitment,
         }
+        if changes:
+            changed = equivariance_loss(result, grid, changes, self.code, weights)
+            losses["equivariance_loss"] = weights.equivariance_mult * changed
         if weights.rgb_mult or weights.depth_mult or weights.lpips_mult:
             losses.update(self.image_losses(result.grid, views))
         return {**losses, **self.codebook_metrics(result.code_counts)}
@@ -237,14 +272,17 @@ def train_latent_autoencoder(
     if not len(memory):
         raise UserInputError(f"{store.root} has no training scenes: encode a collection that has some.")
     _require_turnable(store, config)
+    _require_weight(config.losses.equivariance_mult)
     model = new_latent_autoencoder(store, model_config).to(accelerator.device, memory_format=torch.channels_last)
+    if config.losses.equivariance_mult:
+        _require_halvable(model)
     identity = {
         "kind": "latent auto-encoder",
         "scene_autoencoder": store.autoencoder_hash,
         "model": public_config(model),
         "seed": config.schedule.seed,
         "batch_size": joint_batch_size(config.schedule, accelerator),
-        "losses": asdict(config.losses),
+        "losses": {name: value for name, value in asdict(config.losses).items() if value or name not in LATER_LOSSES},
     }
     if initial is not None:
         identity |= {"initial_weights": model_hash(initial), "decoder_only": config.decoder_only}
@@ -308,6 +346,25 @@ def _require_same_sizes(
         raise UserInputError(
             f"The initial latent auto-encoder does not fit the voxels in {store.root} or the sizes that are asked "
             "for: give the voxels it was trained on, and no other sizes."
+        )
+
+
+def _is_square(grid: VoxelGrid) -> bool:
+    """Whether turned voxels fill the same box."""
+    edges = grid.aabb[1] - grid.aabb[0]
+    return grid.shape[1] == grid.shape[2] and abs(float(edges[0] - edges[1])) < 1e-4
+
+
+def _require_weight(equivariance_mult: float) -> None:
+    if not 0 <= equivariance_mult < float("inf"):
+        raise UserInputError(f"--equivariance-mult is {equivariance_mult}, but must be a finite number of at least 0.")
+
+
+def _require_halvable(model: LatentAutoencoder) -> None:
+    y, x = model.coarse_shape[-2:]
+    if y % SMALLER or x % SMALLER:
+        raise UserInputError(
+            f"c has {y} x {x} cells, which --equivariance-mult cannot halve: leave it out, or choose another preset."
         )
 
 

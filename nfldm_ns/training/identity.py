@@ -9,14 +9,17 @@ from typing import Any
 
 import torch
 
+LATER_OPTIONS = ("bev_", "flow")
+
 
 def own_config(model: torch.nn.Module) -> dict[str, Any]:
     """A model's configuration without diffusers' own entries.
 
-    What says that it has no maps is left out: such models are the same as those made before there were any.
+    What says that it has no maps, or is not trained for flows, is left out: such models are the same as those made
+    before there were any.
     """
     config = dict(model.config)  # type: ignore[arg-type]
-    return {k: v for k, v in config.items() if not k.startswith("_") and (v or not k.startswith("bev_"))}
+    return {k: v for k, v in config.items() if not k.startswith("_") and (v or not k.startswith(LATER_OPTIONS))}
 
 
 def public_config(model: torch.nn.Module) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training.draws import seed_step
+from nfldm_ns.training.posthoc_ema import PowerAverages, forget_snapshots
 from nfldm_ns.training.run import RunFolder
 from nfldm_ns.training.schedule import Schedule
 from nfldm_ns.training.trackers import Pictures
@@ -55,18 +56,21 @@ def train(
         on_progress: called with the share done and the last losses, instead of a progress bar.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
-    step, spent = folder.load(model, optimizer, ema, accelerator.scaler)
+    profiles = PowerAverages(model, schedule.ema_profiles) if schedule.ema_profiles else None
+    step, spent = folder.load(model, optimizer, ema, accelerator.scaler, profiles)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     compute_losses = make_losses(wrapped)
     main = accelerator.is_main_process
     if main:
         folder.start_logging(step, accelerator, schedule)
+        if profiles is not None:
+            forget_snapshots(folder.root, step)
     model.train()
     window: list[dict[str, Tensor]] = []
     start = time.monotonic() - spent
 
     def save() -> None:
-        folder.save(step, time.monotonic() - start, model, prepared.optimizer, ema, accelerator.scaler)
+        folder.save(step, time.monotonic() - start, model, prepared.optimizer, ema, accelerator.scaler, profiles)
 
     try:
         with _progress_bar(description, on_progress, main) as report:
@@ -78,6 +82,10 @@ def train(
                 if ema is not None:
                     ema.step(model.parameters())
                 step += 1
+                if profiles is not None:
+                    profiles.step(model, step)
+                    if main and schedule.is_snapshot(step):
+                        profiles.save_snapshot(folder.root, step)
                 if step % schedule.log_every == 0:
                     means = _means(window, accelerator)
                     window = []
@@ -91,6 +99,8 @@ def train(
                     folder.log_pictures(step, _pictures(render, model, ema, accelerator))
         if main and (folder.checkpoint is None or folder.checkpoint.name != f"checkpoint-{step:08d}"):
             save()
+        if main and profiles is not None:
+            profiles.save_snapshot(folder.root, step)
     finally:
         if main:
             folder.close()

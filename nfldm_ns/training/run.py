@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.writing import atomic_path, clear_unfinished, write_json
+from nfldm_ns.training.posthoc_ema import PowerAverages
 from nfldm_ns.training.schedule import Schedule
 from nfldm_ns.training.trackers import Pictures, Trackers
+
+PROFILES = "ema_profiles.safetensors"
 
 
 class RunFolder:
@@ -32,6 +35,7 @@ class RunFolder:
     tensorboard/           the same for TensorBoard, and sample renders
     wandb.json             which run of Weights & Biases this is, if it reports there
     checkpoint-<step>/     {model,optimizer,ema}.safetensors and state.json; only the newest is kept
+    ema-<step>.safetensors snapshots of averages, if there are any (see `posthoc_ema.py`); all are kept
     ```
 
     A run that is killed at any moment, also within a checkpoint, goes on from the newest whole one. Of several
@@ -91,6 +95,7 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         ema: EMAModel | None,
         scaler: torch.amp.GradScaler | None = None,
+        profiles: PowerAverages | None = None,
     ) -> None:
         """Writes a checkpoint and removes older ones."""
         old = sorted(self.root.glob("checkpoint-*"))
@@ -104,6 +109,8 @@ class RunFolder:
                 shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(ema.shadow_params)}
                 save_file(shadow, folder / "ema.safetensors")
                 state["ema_steps"] = ema.optimization_step
+            if profiles is not None:
+                save_file(profiles.state_dict(), folder / PROFILES)
             if scaler is not None:
                 state["scaler"] = scaler.state_dict()
             write_json(folder / "state.json", state)
@@ -117,6 +124,7 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         ema: EMAModel | None,
         scaler: torch.amp.GradScaler | None = None,
+        profiles: PowerAverages | None = None,
     ) -> tuple[int, float]:
         """Restores the newest checkpoint.
 
@@ -137,6 +145,8 @@ class RunFolder:
                 shadow = load_file(folder / "ema.safetensors")
                 ema.shadow_params = [shadow[str(i)].to(p.device) for i, p in enumerate(ema.shadow_params)]
                 ema.optimization_step = state["ema_steps"]
+            if profiles is not None:
+                profiles.load_state_dict(load_file(folder / PROFILES))
             if scaler is not None and "scaler" in state:
                 scaler.load_state_dict(state["scaler"])
             return int(state["step"]), float(state["seconds"])

@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.training.draws import BatchShare
 from nfldm_ns.training.options import ReportTo
+from nfldm_ns.training.posthoc_ema import check_profiles
 from nfldm_ns.training.trackers import tracker_names
 
 
@@ -43,6 +44,10 @@ class Schedule:
     """Steps between checkpoints; the last step is always one."""
     validation_steps: int = 0
     """Steps between sample renders in the trackers; 0 for none."""
+    ema_profiles: tuple[float, ...] = ()
+    """Relative lengths of averages of the weights that snapshots are taken of, see `posthoc_ema.py`; none for none."""
+    ema_snapshot_every: int = 0
+    """Steps between these snapshots, the last step is always one; 0 for as many as between checkpoints."""
     report_to: ReportTo = "tensorboard"
     """Trackers, as diffusers' training scripts name them."""
 
@@ -50,6 +55,10 @@ class Schedule:
         """How much of the training is done, 1 at the end."""
         by_time = seconds / self.time_budget_s if self.time_budget_s else 0.0
         return max(step / self.max_steps, by_time)
+
+    def is_snapshot(self, step: int) -> bool:
+        """Whether a snapshot of the averages is taken after this many steps."""
+        return bool(self.ema_profiles) and step % (self.ema_snapshot_every or self.checkpoint_every) == 0
 
     def rate(self, step: int, seconds: float) -> float:
         """Learning rate of a step."""
@@ -69,6 +78,7 @@ def new_accelerator(schedule: Schedule, output_dir: Path | str) -> Accelerator:
     """
     if schedule.gradient_accumulation_steps < 1 or schedule.batch_size < 1:
         raise UserInputError("--batch-size and --gradient-accumulation-steps must be at least 1: give larger numbers.")
+    check_profiles(schedule.ema_profiles, schedule.ema_snapshot_every)
     AcceleratorState._reset_state()  # one process may train one model after another, with other precisions
     return Accelerator(
         mixed_precision=schedule.mixed_precision,
