@@ -163,7 +163,7 @@ def test_batches(collection: SceneCollection, num_scenes: int | None, device: to
         yield collection.batch([collection.load_scene(i) for i in ids[first : first + 2]]).to(device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score(
     model: SceneAutoencoder, collection: SceneCollection, num_scenes: int | None, perceptual: PerceptualNetwork
 ) -> SceneScores:
@@ -175,7 +175,7 @@ def score(
     return scores
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_baselines(
     collection: SceneCollection, num_scenes: int | None, perceptual: PerceptualNetwork
 ) -> dict[str, dict[str, float]]:

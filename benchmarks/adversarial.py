@@ -115,7 +115,7 @@ def batches(collection: SceneCollection, scene_ids: list[str]) -> Iterator[Scene
         yield collection.batch([collection.load_scene(scene_id)])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def judge(
     autoencoder: SceneAutoencoder, collection: SceneCollection, scene_ids: list[str], lpips: nn.Module
 ) -> tuple[dict[str, float], Tensor]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from shared.running import run
 from torch import Tensor
 
 from nfldm_ns.demo.console import StageConsole
@@ -32,6 +31,7 @@ from nfldm_ns.pretrained.weights import fetch_weights
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views
 from nfldm_ns.scenes.writing import write_json
+from shared.running import run
 
 TRAINED = ("collect", "stage1", "encode", "stage2", "stage3")
 SCENES = 12

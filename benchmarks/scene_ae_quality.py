@@ -154,7 +154,7 @@ def prepare(options: Options) -> Trial:
 # Numbers
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def score_inputs(trial: Trial) -> tuple[dict[str, SceneScores], dict[tuple[str, int], SceneScores]]:
     """Scores by input, with the baselines, and those of the curves by input and number of source views."""
     inputs: dict[str, SceneScores] = {}
@@ -336,7 +336,7 @@ def chosen_scenes(scores: SceneScores) -> list[tuple[str, str]]:
     return [(ranked[rank], f"{group}: {rank + 1} of {len(ranked)}") for rank, group in zip(ranks, groups, strict=True)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def draw_page(trial: Trial, scores: SceneScores, path: Path) -> None:
     """One view of each chosen scene, a row each."""
     low, high = trial.collection.aabb

@@ -30,7 +30,7 @@ def main(
     scene = collection.load_scene(scene_id or collection.split("test")[0])
     batch = collection.batch([scene])
     autoencoder = load_scene_autoencoder(resolve_model(scene_autoencoder))
-    with torch.inference_mode():
+    with torch.no_grad():  # the refinement of voxels looks at gradients
         voxels = autoencoder.encode(batch.source, refinement_steps)
         rendered = autoencoder.render(voxels, batch.target.cameras)
     print(f"{scene.scene_id}: V {tuple(voxels.features.shape)} of {batch.source.shape[1]} views")
