@@ -317,6 +317,14 @@ def test_flows_refuse_other_schedulers(name):
         pipeline(1, num_inference_steps=2)
 
 
+@pytest.mark.parametrize("name", ["invert_sigmas", "use_dynamic_shifting"])
+def test_flows_refuse_the_times_of_other_models(name):
+    pipeline = lively_pipeline()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**{name: True})
+    with pytest.raises(ValueError, match=f"has {name}, so its times are not those"):
+        pipeline(1, num_inference_steps=2)
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_diffusions_refuse_schedulers_of_flows(sampler):
     pipeline = small_pipeline()

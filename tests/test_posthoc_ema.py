@@ -92,7 +92,7 @@ def test_inner_products_are_the_integrals():
 
     for (t_a, gamma_a), (t_b, gamma_b) in (((40, 3.0), (100, 8.0)), ((100, 3.0), (40, 8.0)), ((70, 5.0), (70, 5.0))):
         numeric = float((density(t_a, gamma_a) * density(t_b, gamma_b)).sum() * (time[1] - time[0]))
-        assert inner_product(np.float64(t_a), gamma_a, np.float64(t_b), gamma_b) == pytest.approx(numeric, rel=1e-3)
+        assert inner_product(*map(np.float64, (t_a, gamma_a, t_b, gamma_b))) == pytest.approx(numeric, rel=1e-3)
 
 
 def test_a_profile_that_was_kept_comes_back(tmp_path):

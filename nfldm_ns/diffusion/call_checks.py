@@ -16,6 +16,7 @@ from nfldm_ns.diffusion.flow import FLOW_SCHEDULERS, initial_scale, samples_flow
 LATENTS = ("g", "c", "f")
 SPREAD_LIMIT = 5.0  # of sampled latents, whose standard deviation is about 1 in the units that are diffused
 OWN_SCHEDULERS = (DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler)  # that generators come with
+OTHER_FLOWS = ("invert_sigmas", "use_dynamic_shifting")  # what flows of other models ask of their schedulers
 SCHEDULER_PARTS = ("set_timesteps", "step", "scale_model_input", "add_noise", "init_noise_sigma")
 
 
@@ -99,6 +100,12 @@ def check_scheduler(scheduler: Any, flow: bool = False) -> None:
     if flow and not samples_flows(scheduler):
         raise ValueError(
             f"{type(scheduler).__name__} samples no flow, but the denoisers were trained for flows: {_FLOW_REMEDY}"
+        )
+    other = next((name for name in OTHER_FLOWS if flow and scheduler.config.get(name)), None)
+    if other is not None:
+        raise ValueError(
+            f"{type(scheduler).__name__} has {other}, so its times are not those that the denoisers learned: make it "
+            "from_config of the scheduler that the pipeline was saved with"
         )
     if not flow and (missing or of_sigmas):
         why = f"has no {missing[0]}" if missing else "has noise levels instead of timesteps"

@@ -17,6 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.writing import atomic_path
 
+Numbers: TypeAlias = np.ndarray | np.float64
 LONGEST = 12**-0.5  # the relative length of a plain mean, gamma = 0
 
 
@@ -160,7 +162,7 @@ def solve_weights(
     return np.linalg.lstsq(products, wanted, rcond=None)[0]
 
 
-def inner_product(t_a, gamma_a, t_b, gamma_b):
+def inner_product(t_a: Numbers, gamma_a: Numbers, t_b: Numbers, gamma_b: Numbers) -> Numbers:
     """Inner product of two profiles' densities over the time of training; arrays that broadcast."""
     exponent = np.where(t_a < t_b, gamma_b, -gamma_a)
     numerator = (gamma_a + 1) * (gamma_b + 1) * (t_a / t_b) ** exponent
