@@ -2,10 +2,10 @@
 
     make gpu-check
 
-Trains all stages for a few steps on the GPU, the way `nfldm-demo --preset gpu` does, and runs the resulting generator on
-both devices in single precision: every network by itself on the same inputs, and one scene sampled from the same noise
-and rendered. Prints how far the results are apart, what is allowed, and how many times as long the CPU takes. Exit code
-1 if something is further apart; without a CUDA device there is nothing to check.
+Trains all stages for a few steps on the GPU, the way `nfldm-demo --preset gpu` does, and runs the resulting generator
+on both devices in single precision: every network by itself on the same inputs, and one scene sampled from the same
+noise and rendered. Prints how far the results are apart, what is allowed, and how many times as long the CPU takes.
+Exit code 1 if something is further apart; without a CUDA device there is nothing to check.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from shared.running import run
 from torch import Tensor
 
 from nfldm_ns.demo.console import StageConsole
@@ -32,6 +31,7 @@ from nfldm_ns.pretrained.weights import fetch_weights
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views
 from nfldm_ns.scenes.writing import write_json
+from shared.running import run
 
 TRAINED = ("collect", "stage1", "encode", "stage2", "stage3")
 SCENES = 12
@@ -228,7 +228,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def timed(work: Callable[[], Tensor], device: str, repeats: int) -> tuple[Tensor, float]:
-    """A result, and the seconds of the fastest of some runs; the first, in which a GPU picks its kernels, is not one."""
+    """A result, and the seconds of the fastest of some runs after a first, in which a GPU picks its kernels."""
     result, seconds = work(), float("inf")
     for _ in range(repeats):
         _wait(device)
