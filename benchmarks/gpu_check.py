@@ -2,10 +2,10 @@
 
     make gpu-check
 
-Trains all stages for a few steps on the GPU, the way `nfldm-demo --preset gpu` does, and runs the resulting generator on
-both devices in single precision: every network by itself on the same inputs, and one scene sampled from the same noise
-and rendered. Prints how far the results are apart, what is allowed, and how many times as long the CPU takes. Exit code
-1 if something is further apart; without a CUDA device there is nothing to check.
+Trains all stages for a few steps on the GPU, the way `nfldm-demo --preset gpu` does, and runs the resulting generator
+on both devices in single precision: every network by itself on the same inputs, and one scene sampled from the same
+noise and rendered. Prints how far the results are apart, what is allowed, and how many times as long the CPU takes.
+Exit code 1 if something is further apart; without a CUDA device there is nothing to check.
 """
 
 from __future__ import annotations
@@ -228,7 +228,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def timed(work: Callable[[], Tensor], device: str, repeats: int) -> tuple[Tensor, float]:
-    """A result, and the seconds of the fastest of some runs; the first, in which a GPU picks its kernels, is not one."""
+    """A result, and the seconds of the fastest of some runs after a first, in which a GPU picks its kernels."""
     result, seconds = work(), float("inf")
     for _ in range(repeats):
         _wait(device)

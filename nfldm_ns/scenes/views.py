@@ -258,17 +258,18 @@ def camera_rays(
     Returns:
         origins `[*B, 3]` and directions `[*B, height, width, 3]`, in world space.
     """
-    scaled = resize_cameras(cameras, height, width)
-    device = scaled.device
+    device = cameras.device
+    # By tensors, because a GPU would have to be waited for to know the sizes.
+    scale_y, scale_x = height / cameras.height.float(), width / cameras.width.float()
     rows = torch.arange(height, device=device, dtype=torch.float32) + 0.5
     columns = torch.arange(width, device=device, dtype=torch.float32) + 0.5
-    x = (columns - scaled.cx) / scaled.fx
-    y = (rows - scaled.cy) / scaled.fy
-    shape = (*scaled.shape, height, width)
+    x = (columns - cameras.cx * scale_x) / (cameras.fx * scale_x)
+    y = (rows - cameras.cy * scale_y) / (cameras.fy * scale_y)
+    shape = (*cameras.shape, height, width)
     local = torch.stack(
         [x[..., None, :].expand(shape), -y[..., :, None].expand(shape), -torch.ones(shape, device=device)], dim=-1
     )
-    rotation = scaled.camera_to_worlds[..., :3, :3]
+    rotation = cameras.camera_to_worlds[..., :3, :3]
     with torch.autocast(device.type, enabled=False):  # half precision is off by centimetres at ten metres
         directions = torch.einsum("...ij,...hwj->...hwi", rotation, local)
-    return scaled.camera_to_worlds[..., :3, 3], directions
+    return cameras.camera_to_worlds[..., :3, 3], directions
