@@ -1,8 +1,8 @@
 """The isosurface of a grid's density as triangles: multi-resolution extraction and marching cubes.
 
-As MISE of Occupancy Networks (Mescheder et al., CVPR 2019, section 3.3) cells that the surface crosses are halved again
-and again, and density is read in them alone. V is trilinear between the centres of voxels, so that its extremes in a cell
-are at the cell's corners: no cell that the surface crosses is missed.
+As MISE of Occupancy Networks (Mescheder et al., CVPR 2019, section 3.3) cells that the surface crosses are halved
+again and again, and density is read in them alone. V is trilinear between the centres of voxels, so that its extremes
+in a cell are at the cell's corners: no cell that the surface crosses is missed.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def extract_isosurface(grid: VoxelGrid, level: float, resolution_factor: int = 2
 def refined_density(grid: VoxelGrid, level: float, resolution_factor: int) -> Float[Tensor, "z y x"]:
     """Density at the corners of the finest cells, from the centres of an empty layer of voxels to those opposite.
 
-    Exact where the surface passes; in other cells a corner has the density of another corner on its side of the surface.
+    Exact where the surface passes; elsewhere a corner has the density of another one on its side of the surface.
     """
     values = torch.nn.functional.pad(grid.density[0, 0].detach().cpu().float(), (1,) * 6)
     factor = 1

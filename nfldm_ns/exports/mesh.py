@@ -97,10 +97,10 @@ def color_mesh(triangles: Triangles, views: list[SurfaceViews], grid: VoxelGrid)
         raise UserInputError(
             "No camera sees the mesh, its surfaces lie too far from where rays end: raise --opacity or lower --level."
         )
-    colors = (total / weight.clamp(min=1e-9)[:, None]).numpy()
+    mean = (total / weight.clamp(min=1e-9)[:, None]).numpy()
     _, nearest = cKDTree(triangles.vertices[seen]).query(triangles.vertices[~seen])
-    colors[~seen] = colors[seen][nearest]
-    return ColoredMesh(triangles, colors, seen)
+    mean[~seen] = mean[seen][nearest]
+    return ColoredMesh(triangles, mean, seen)
 
 
 def _colors_in_view(
@@ -131,7 +131,7 @@ def _look_up(
 def project(
     camera: Cameras, points: Float[Tensor, "points 3"]
 ) -> tuple[Float[Tensor, "points 2"], Float[Tensor, " points"]]:
-    """Where a camera of batch shape `[]` sees points, its image being [-1, 1]^2 (x right, y down), and planar depths."""
+    """Where a camera of batch shape `[]` sees points, in an image of [-1, 1]^2 (x right, y down), and planar depths."""
     pose = camera.camera_to_worlds
     local = (points - pose[:, 3]) @ pose[:, :3]
     depth = -local[:, 2]
@@ -156,10 +156,8 @@ def write_mesh(path: Path, mesh: ColoredMesh) -> None:
     colors = (mesh.colors.clip(0, 1) * 255).round().astype(np.uint8)
     file_type = path.suffix[1:].lower()
     solid = trimesh.Trimesh(mesh.triangles.vertices, mesh.triangles.faces, vertex_colors=colors, process=False)
-    exported = solid
-    if file_type == "glb":
-        exported = trimesh.Scene()
-        exported.add_geometry(solid, node_name="scene", transform=Y_UP)
-    content = exported.export(file_type=file_type)
+    shown = trimesh.Scene()
+    shown.add_geometry(solid, node_name="scene", transform=Y_UP)
+    content = (shown if file_type == "glb" else solid).export(file_type=file_type)
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.write_bytes(content.encode() if isinstance(content, str) else bytes(content))

@@ -1,7 +1,7 @@
 """Images of Gaussian splats: a small differentiable renderer for the CPU, and gsplat where there is CUDA.
 
-As in Kerbl et al. (2023): Gaussians are projected by the linearised camera (EWA), sorted by depth, and composed front to
-back, tile by tile.
+As in Kerbl et al. (2023): Gaussians are projected by the linearised camera (EWA), sorted by depth, and composed front
+to back, tile by tile.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ class SurfaceViews:
     Attributes:
         cameras: batch shape `[N]`.
         images: `[N, 3, H, W]` in [0, 1].
-        depth: `[N, 1, H, W]`, planar depth in metres at which half of a ray's light is stopped; where the ray meets less
-            than that, where it leaves the box.
+        depth: `[N, 1, H, W]`, planar depth in metres at which half of a ray's light is stopped; where less is,
+            that at which it leaves the box.
         seen: `[N, 1, H, W]`, true where there is such a surface: accumulation is at least 0.5.
     """
 
@@ -119,7 +119,7 @@ def _samples_across(grid: VoxelGrid) -> int:
 def further_cameras(scene: GeneratedScene, places: int) -> Cameras | None:
     """A ring of places around the centre of the scene's cameras, each with views to all sides, up and down.
 
-    A place lies half-way to the surface in its direction, at most `LARGEST_STEP_ASIDE` away, so that it is in free space.
+    A place lies half-way to the surface in its direction, at most `LARGEST_STEP_ASIDE` away: in free space.
 
     Returns:
         cameras of batch shape `[places * 12]`; None without places.
@@ -179,7 +179,7 @@ def unproject(views: SurfaceViews, grid: VoxelGrid, *, beyond: bool = False) -> 
 def surface_normals(
     grid: VoxelGrid, points: Float[Tensor, "points 3"], toward: Float[Tensor, "points 3"]
 ) -> Float[Tensor, "points 3"]:
-    """Where density falls fastest, by differences over a voxel, turned to the side of `toward`; that itself where flat."""
+    """Where density falls fastest (differences over a voxel), turned to the side of `toward`; that itself where flat."""
     offsets = torch.diag(grid.voxel_size / 2)
     differences = [
         (grid.sample((points - offset)[None])[0] - grid.sample((points + offset)[None])[0])[0] / (2 * offset.sum())

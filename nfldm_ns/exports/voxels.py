@@ -21,8 +21,8 @@ FORMATS = ("npz", "safetensors")
 def write_voxels(path: Path, grid: VoxelGrid) -> None:
     """Writes npz or safetensors, by the file's extension, whole or not at all.
 
-    Single precision, without batch axis: `density [1, Z, Y, X]` in 1/m, `features [C, Z, Y, X]`, `aabb [2, 3]` in metres,
-    and `background [K, 4]` if it is known.
+    Single precision, without batch axis: `density [1, Z, Y, X]` in 1/m, `features [C, Z, Y, X]`, `aabb [2, 3]` in
+    metres, and `background [K, 4]` if it is known.
     """
     tensors = {"density": grid.density[0], "features": grid.features[0], "aabb": grid.aabb}
     if grid.background is not None:
