@@ -73,7 +73,7 @@ def extract_isosurface(grid: VoxelGrid, level: float, resolution_factor: int = 2
     low, voxel = grid.aabb[0].double().numpy(), grid.voxel_size.double().numpy()
     # The lattice begins at the centre of the voxel before the first.
     positions = low + (vertices[:, ::-1].astype(np.float64) / resolution_factor - 0.5) * voxel
-    return Triangles(positions.clip(low, grid.aabb[1].double().numpy()), faces[:, ::-1].astype(np.int64))
+    return Triangles(positions.clip(low, grid.aabb[1].double().numpy()), faces.astype(np.int64))
 
 
 def refined_density(grid: VoxelGrid, level: float, resolution_factor: int) -> Float[Tensor, "z y x"]:

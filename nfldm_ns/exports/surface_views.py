@@ -179,7 +179,7 @@ def unproject(views: SurfaceViews, grid: VoxelGrid, *, beyond: bool = False) -> 
 def surface_normals(
     grid: VoxelGrid, points: Float[Tensor, "points 3"], toward: Float[Tensor, "points 3"]
 ) -> Float[Tensor, "points 3"]:
-    """Where density falls fastest (differences over a voxel), turned to the side of `toward`; that itself where flat."""
+    """Where density falls fastest (differences over a voxel), on the side of `toward`; that itself where it is flat."""
     offsets = torch.diag(grid.voxel_size / 2)
     differences = [
         (grid.sample((points - offset)[None])[0] - grid.sample((points + offset)[None])[0])[0] / (2 * offset.sum())
