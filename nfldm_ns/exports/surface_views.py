@@ -200,12 +200,14 @@ def join_points(parts: list[SurfacePoints]) -> SurfacePoints:
 def thin(points: SurfacePoints, spacing: float) -> SurfacePoints:
     """One point, the mean, for every cell of `spacing` metres and side that its points face; 0 keeps all.
 
-    Points whose normals lie in opposite octants are of two sides of a wall, which are not mixed.
+    The side is the axis, with its sign, that a normal is nearest to: the two sides of a wall are not mixed.
     """
     if spacing == 0 or len(points.positions) == 0:
         return points
     cells = (points.positions / spacing).floor().long()
-    keys = torch.cat([cells, (points.normals > 0).long()], dim=-1)
+    axis = points.normals.abs().argmax(-1, keepdim=True)
+    side = 2 * axis + (points.normals.gather(-1, axis) > 0)
+    keys = torch.cat([cells, side], dim=-1)
     _, index, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
 
     def mean(values: Tensor) -> Tensor:
