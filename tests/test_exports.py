@@ -30,7 +30,7 @@ from nfldm_ns.exports.isosurface import (
 from nfldm_ns.exports.mesh import project, scene_mesh, without_unseen
 from nfldm_ns.exports.points import scene_points
 from nfldm_ns.exports.splat_fitting import fit_splats, scene_splats, splat_psnr
-from nfldm_ns.exports.splat_renderer import render_splats, render_with_gsplat
+from nfldm_ns.exports.splat_renderer import gsplat_works, render_splats, render_with_gsplat
 from nfldm_ns.exports.splats import SH_DC, Splats, read_splats, rotation_matrices, rotations_to, write_splats
 from nfldm_ns.exports.surface_views import further_cameras, scene_cameras, surface_views
 from nfldm_ns.exports.voxels import read_voxels, write_voxels
@@ -372,7 +372,7 @@ def test_fitting_is_the_same_for_the_same_seed():
     scene = plain_scene(room())
     views = [surface_views(scene, scene_cameras(scene))]
     first = scene_splats(scene, spacing=0.3)
-    results = [fit_splats(first, views, 3, seed).sh_dc for seed in (0, 0, 1)]
+    results = [fit_splats(first, views, 3, seed, "cpu").sh_dc for seed in (0, 0, 1)]
     assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
     assert torch.equal(fit_splats(first, views, 0).sh_dc, first.sh_dc)
 
@@ -386,6 +386,8 @@ def test_what_lies_beyond_an_opening_is_on_the_border_of_the_box():
 
 @pytest.mark.gpu
 def test_gsplat_draws_what_the_cpu_draws():
+    if not gsplat_works():
+        pytest.skip("needs gsplat and nvcc")
     splats, camera = few_splats(), outside_cameras()[1]
     moved = Splats(*(value.cuda() for value in vars(splats).values()))
     image = render_with_gsplat(moved, camera.to("cuda")).cpu()
@@ -453,6 +455,10 @@ def refused(capfd, *arguments: str | Path) -> str:
         ("points", ["--output", "room.ply", "--spacing", "-1"], "--spacing is -1"),
         ("splats", ["--output", "room.ply", "--fit-steps", "-1"], "--fit-steps is -1"),
         ("points", ["--output", "folder.ply"], "is a folder"),
+        pytest.param(
+            *("splats", ["--output", "s.ply", "--device", "cuda"], "give cpu"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is CUDA"),
+        ),
         ("voxels", ["--output", "file/room.npz"], "is in the way"),
     ],
 )

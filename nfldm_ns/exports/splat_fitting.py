@@ -25,6 +25,7 @@ def scene_splats(
     fit_steps: int = 0,
     ring_places: int = 0,
     seed: int = 0,
+    device: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Splats:
     """Splats on the surfaces that a scene's cameras see, and on the border of the box where they see the background.
@@ -33,6 +34,7 @@ def scene_splats(
         spacing: edge in metres of cells that get one splat each; 0 makes one of every pixel.
         fit_steps: steps of `fit_splats`, on the same views.
         ring_places: places of further cameras (`further_cameras`).
+        device: of the fitting, see `fit_splats`.
         progress: called with the number of steps done.
 
     Raises:
@@ -40,7 +42,7 @@ def scene_splats(
     """
     views = views_of(scene, ring_places)
     points = thin(join_points([unproject(part, scene.grid, beyond=True) for part in views]), spacing)
-    return fit_splats(splats_from_points(points, spacing), views, fit_steps, seed, progress)
+    return fit_splats(splats_from_points(points, spacing), views, fit_steps, seed, device, progress)
 
 
 def fit_splats(
@@ -48,16 +50,20 @@ def fit_splats(
     views: list[SurfaceViews],
     steps: int,
     seed: int = 0,
+    device: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Splats:
     """Colours, sizes and opacities changed so that the splats look like the views; positions and rotations stay.
 
-    Each step draws one view at random and takes the absolute difference; Adam. Runs on CUDA with gsplat if both are
-    there, else on the CPU.
+    Each step draws one view at random and takes the absolute difference; Adam.
+
+    Args:
+        device: "cuda", by gsplat, or "cpu", by `render_splats`; by default cuda if `gsplat_works`.
     """
     if steps == 0:
         return splats
-    device, render = ("cuda", render_with_gsplat) if gsplat_works() else ("cpu", render_splats)
+    device = device or ("cuda" if gsplat_works() else "cpu")
+    render = render_splats if device == "cpu" else render_with_gsplat
     images = [
         (part.cameras[i].to(device), part.images[i].to(device)) for part in views for i in range(len(part.images))
     ]

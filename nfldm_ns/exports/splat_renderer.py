@@ -6,8 +6,6 @@ to back, tile by tile.
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
@@ -104,8 +102,14 @@ def _world_to_camera(camera: Cameras) -> tuple[Float[Tensor, "3 3"], Float[Tenso
 
 
 def gsplat_works() -> bool:
-    """Whether gsplat is installed and there is a CUDA device for it."""
-    return torch.cuda.is_available() and importlib.util.find_spec("gsplat") is not None
+    """Whether there is a CUDA device, and gsplat with its kernels, which it compiles when it is first asked."""
+    if not torch.cuda.is_available():
+        return False
+    try:
+        from gsplat.cuda._backend import _C
+    except ImportError:
+        return False
+    return _C is not None  # as it is without nvcc
 
 
 def render_with_gsplat(splats: Splats, camera: Cameras) -> Float[Tensor, "3 height width"]:
