@@ -25,7 +25,7 @@ from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_scheduler
 from nfldm_ns.editing.region import box_region
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.generated.cameras import look_along
+from nfldm_ns.generated.cameras import look_along, surround_cameras
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.training import LatentTrainingConfig
 from nfldm_ns.latents.voxel_store import encode_collection
@@ -34,13 +34,16 @@ from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.refine import refine_trainer_config
 from nfldm_ns.metrics.images import kernel_distance
 from nfldm_ns.metrics.layout import LayoutSettings, map_layout
+from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.views import make_cameras
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.schedule import Schedule
 from tests.pretrained import require_weights
 from tests.small_models import (
+    BACKGROUND_CHANNELS,
     DENOISER_SIZES,
     LATENT_SIZES,
     MeanColor,
@@ -694,6 +697,24 @@ def test_sharpness_compares_encoders_with_refined_and_optimised_voxels(box_room_
         assert np.isfinite([*values.values()]).all(), name
     assert rows["refining, 1 steps"]["seconds"] > rows["refining, encoder"]["seconds"]
     assert "12 views" in capsys.readouterr().out and (tmp_path / "out" / "sharpness.png").is_file()
+
+
+def test_exports_are_measured(tmp_path, capsys):
+    """A room that is closed all around: rays meet its mesh, and splats show it."""
+    density = torch.full((1, 1, 4, 16, 16), 20.0)
+    density[:, :, 1:-1, 2:-2, 2:-2] = 0.0
+    features = random_grid(1).features
+    room = VoxelGrid(density, features, torch.tensor(AABB), torch.zeros(1, BACKGROUND_CHANNELS, 4))
+    write_generated_scene(tmp_path / "room", room, small_scene_autoencoder(), surround_cameras(4, (32, 32), 16.0))
+    exports = script("exports")
+    options = exports.Options((tmp_path / "room",), tmp_path / "out", (0.4,), 1, (0, 2), 0)
+    exports.main(options)
+    means = json.loads((tmp_path / "out" / "exports.json").read_text())["means"]
+    assert [*means] == ["mesh, opacity 0.4", "splats, 0 steps", "splats, 2 steps"]
+    mesh = means["mesh, opacity 0.4"]
+    assert mesh["met"] == pytest.approx(1.0, abs=0.01) and 0 < mesh["points_to_mesh"] < 0.4
+    assert all(np.isfinite([*row.values()]).all() for row in means.values())
+    assert "Means of 1 scenes." in capsys.readouterr().out and (tmp_path / "out" / "exports.png").is_file()
 
 
 def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,167 @@
+"""How well exported meshes and splats show a generated scene.
+
+    python benchmarks/exports.py --scenes outputs/generated/scene_000000 --output-dir OUT
+
+Meshes, at several opacities of a voxel: median distances between the mesh (its part that views see) and the points of
+the renderer's expected depth, both ways; share of rays of the scene's cameras that meet it; PSNR of its colours.
+Splats, unfitted and fitted: PSNR. PSNR is against the renderer, from the scene's cameras and from a fly-through that
+nothing was fitted to; pixels that no mesh meets are black. Times are of one core.
+
+Writes `exports.json`, `exports.md` and, of the first scene, `exports.png`.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import trimesh
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from scipy.spatial import cKDTree
+from torch import Tensor
+
+from nfldm_ns.exports.mesh import ColoredMesh, scene_mesh
+from nfldm_ns.exports.splat_fitting import scene_splats, splat_psnr
+from nfldm_ns.exports.splat_renderer import render_splats
+from nfldm_ns.exports.splats import Splats
+from nfldm_ns.exports.surface_views import scene_cameras, surface_views
+from nfldm_ns.generated.cameras import fly_through
+from nfldm_ns.generated.scene_files import GeneratedScene, load_generated_scene
+from nfldm_ns.reports.galleries import image_grid, write_png
+from nfldm_ns.reports.report import Table
+from nfldm_ns.scenes.views import camera_rays
+from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
+from shared.running import run
+
+SAMPLES = 100_000
+KEYS = ("count", "points_to_mesh", "mesh_to_points", "met", "psnr", "psnr_flight", "seconds")
+COLUMNS = ("faces, splats", "points to mesh (m)", "mesh to points (m)", "rays met", "PSNR (dB)", "in flight (dB)", "s")
+
+
+@dataclass
+class Options:
+    """Measure exports."""
+
+    scenes: tuple[Path, ...]
+    """folders of generated scenes"""
+    output_dir: Path
+    """folder for the results"""
+    opacities: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5)
+    """of one voxel, where the surface of a mesh lies"""
+    resolution_factor: int = 2
+    """of meshes"""
+    fit_steps: tuple[int, ...] = (0, 400)
+    """of splats"""
+    ring_places: int = 2
+    """places of further views for splats; meshes have their default"""
+    threads: int = 1
+    """CPU threads"""
+    seed: int = 0
+    """of fitting, and of the points drawn on meshes"""
+
+
+def flight_of(scene: GeneratedScene) -> Cameras:
+    """Views that nothing was fitted to."""
+    return fly_through(scene_cameras(scene), 8, radius=0.5)
+
+
+@torch.no_grad()
+def rendered_points(scene: GeneratedScene) -> Float[np.ndarray, "points 3"]:
+    """Points at the renderer's own expected depth, where accumulation is at least 0.5."""
+    cameras = scene_cameras(scene)
+    maps = scene.renderer.render(scene.grid, cameras[None, ...]).maps
+    origins, directions = camera_rays(cameras, *maps.depth.shape[-2:])
+    points = origins[:, None, None] + directions * maps.depth[0, :, 0, ..., None]
+    return points[maps.accumulation[0, :, 0] >= 0.5].numpy()
+
+
+def mesh_images(mesh: ColoredMesh, cameras: Cameras) -> tuple[Float[Tensor, "views 3 height width"], float]:
+    """The mesh as cameras see it, black where there is none, and the share of rays that meet it."""
+    solid = trimesh.Trimesh(mesh.triangles.vertices, mesh.triangles.faces, process=False)
+    height, width = int(cameras.height[0]), int(cameras.width[0])
+    origins, directions = camera_rays(cameras, height, width)
+    starts = origins[:, None, None].expand_as(directions).reshape(-1, 3).double().numpy()
+    places, rays, faces = solid.ray.intersects_location(
+        starts, directions.reshape(-1, 3).double().numpy(), multiple_hits=False
+    )
+    shares = trimesh.triangles.points_to_barycentric(solid.triangles[faces], places)
+    colors = np.zeros((len(starts), 3), dtype=np.float32)
+    colors[rays] = (mesh.colors[mesh.triangles.faces[faces]] * shares[..., None]).sum(1)
+    images = torch.from_numpy(colors).reshape(-1, height, width, 3).movedim(-1, 1)
+    return images.clamp(0, 1), len(rays) / len(starts)
+
+
+def psnr(images: Tensor, truth: Tensor) -> float:
+    """Over all pixels, in dB."""
+    return float(-10 * (images - truth).square().mean().log10())
+
+
+def measure_mesh(scene: GeneratedScene, opacity: float, options: Options) -> tuple[dict[str, float], ColoredMesh]:
+    """A mesh with all of its surface for what it shows, and the part that is seen for distances."""
+    begun = time.process_time()
+    mesh = scene_mesh(scene, opacity=opacity, resolution_factor=options.resolution_factor, min_component=0.1)
+    seconds = time.process_time() - begun
+    solid = trimesh.Trimesh(mesh.triangles.vertices, mesh.triangles.faces, process=False)
+    seen = mesh.seen[mesh.triangles.faces].all(-1)
+    areas = np.where(seen, solid.area_faces, 0)
+    drawn = trimesh.sample.sample_surface(solid, SAMPLES, face_weight=areas, seed=options.seed)[0]
+    points = rendered_points(scene)
+    row = {
+        "count": len(mesh.triangles.faces),
+        "points_to_mesh": float(np.median(cKDTree(drawn).query(points)[0])),
+        "mesh_to_points": float(np.median(cKDTree(points).query(drawn)[0])),
+        "seconds": seconds,
+    }
+    for key, cameras in {"psnr": scene_cameras(scene), "psnr_flight": flight_of(scene)}.items():
+        images, met = mesh_images(mesh, cameras)
+        row[key] = psnr(images, surface_views(scene, cameras).images)
+        row.setdefault("met", met)
+    return row, mesh
+
+
+def measure_splats(scene: GeneratedScene, steps: int, options: Options) -> tuple[dict[str, float], Splats]:
+    """Splats, fitted for some steps."""
+    begun = time.process_time()
+    splats = scene_splats(scene, fit_steps=steps, ring_places=options.ring_places, seed=options.seed)
+    row = {"count": len(splats.positions), "seconds": time.process_time() - begun}
+    for key, cameras in {"psnr": scene_cameras(scene), "psnr_flight": flight_of(scene)}.items():
+        row[key] = splat_psnr(splats, cameras, surface_views(scene, cameras).images)
+    return row, splats
+
+
+def main(options: Options) -> None:
+    torch.set_num_threads(options.threads)
+    require_writable(options.output_dir)
+    rows: dict[str, list[dict[str, float]]] = {}
+    for number, folder in enumerate(options.scenes):
+        scene = load_generated_scene(folder)
+        flight = flight_of(scene)
+        shown = {"rendered": surface_views(scene, flight).images}
+        for opacity in options.opacities:
+            name = f"mesh, opacity {opacity:g}"
+            row, mesh = measure_mesh(scene, opacity, options)
+            rows.setdefault(name, []).append(row)
+            shown[name] = mesh_images(mesh, flight)[0]
+        for steps in options.fit_steps:
+            name = f"splats, {steps} steps"
+            row, splats = measure_splats(scene, steps, options)
+            rows.setdefault(name, []).append(row)
+            with torch.no_grad():
+                shown[name] = torch.stack([render_splats(splats, flight[i]).clamp(0, 1) for i in range(8)])
+        if number == 0:
+            write_png(options.output_dir / "exports.png", image_grid(shown))
+    means = {name: {key: float(np.mean([r[key] for r in found])) for key in found[0]} for name, found in rows.items()}
+    write_json(options.output_dir / "exports.json", {"means": means, "rows": rows})
+    cells = [[name, int(row["count"]), *(row.get(key) for key in KEYS[1:])] for name, row in means.items()]
+    table = Table(["", *COLUMNS], cells, f"Means of {len(options.scenes)} scenes.", digits=[0, 0, 3, 3, 3, 2, 2, 1])
+    with atomic_path(options.output_dir / "exports.md") as temporary:
+        temporary.write_text(table.markdown(), encoding="utf-8")
+    print(table.markdown())
+
+
+if __name__ == "__main__":
+    run(main, Options, __doc__)
