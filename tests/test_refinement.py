@@ -9,6 +9,7 @@ import torch
 
 from nfldm_ns.autoencoder.checkpoints import load_initial_weights, load_scene_autoencoder
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
+from nfldm_ns.autoencoder.novel_views import evaluate_novel_views, reconstruct
 from nfldm_ns.autoencoder.refinement import GridRefiner, density_logits, edge_error, refine_grid, unit_gradients
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.commands.encode import main as encode
@@ -231,3 +232,10 @@ def test_options_that_do_not_fit_are_refused(options, message, tmp_path, capsys)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_novel_views_of_refined_voxels_are_judged(batch: SceneBatch) -> None:
+    """Refinement takes gradients, which inference mode does not have."""
+    model = refining_autoencoder()
+    found = evaluate_novel_views(lambda seen: reconstruct(model, seen), [batch], torch.full((3, 32, 32), 0.5), None)
+    assert found["psnr"] > 0
