@@ -44,6 +44,7 @@ from tests.synthetic import AABB
 
 SHAPE = (20, 24, 24)  # voxels of 0.2, 0.25 and 0.25 m
 VOXEL = 0.25
+OPACITY = 0.5  # of a voxel on the surfaces of these scenes
 ROOM = ((-2.1, -1.9, -1.3), (2.2, 1.8, 1.4))
 COLORS = torch.tensor(
     [[[0.9, 0.2, 0.2], [0.2, 0.9, 0.2], [0.3, 0.3, 0.3]], [[0.2, 0.2, 0.9], [0.9, 0.9, 0.2], [0.8] * 3]]
@@ -59,11 +60,11 @@ def grid_of(inside: Float[Tensor, "z y x"], colors: Float[Tensor, "z y x 3"], st
 
 def surface_density() -> float:
     empty = torch.zeros(1, 1, *SHAPE)
-    return surface_level(VoxelGrid(empty, empty, torch.tensor(AABB)))
+    return surface_level(VoxelGrid(empty, empty, torch.tensor(AABB)), OPACITY)
 
 
 def ball(radius: float = 1.2, centre: tuple[float, float, float] = (0.3, -0.2, 0.1)) -> VoxelGrid:
-    """A red ball whose isosurface, at the default level, is a sphere."""
+    """A red ball whose isosurface, at `OPACITY`, is a sphere."""
     distance = (voxel_centres(SHAPE, torch.tensor(AABB)) - torch.tensor(centre)).norm(dim=-1)
     return grid_of(radius - distance, torch.tensor([0.8, 0.2, 0.2]).expand(*SHAPE, 3), steepness=4.0)
 
@@ -183,14 +184,14 @@ def test_projection_is_that_of_the_rays():
 
 
 def test_a_red_ball_is_red_where_it_is_seen_and_where_not():
-    mesh = scene_mesh(plain_scene(ball(), outside_cameras()), ring_places=0)
+    mesh = scene_mesh(plain_scene(ball(), outside_cameras()), opacity=OPACITY, ring_places=0)
     assert 0.3 < mesh.seen.mean() < 1.0  # level cameras see neither pole
     assert np.abs(mesh.colors - [0.8, 0.2, 0.2]).max() < 0.25  # a pixel of the rim is half background
     assert np.abs(mesh.colors - [0.8, 0.2, 0.2]).mean() < 0.05
 
 
 def test_faces_of_a_room_have_their_colours():
-    mesh = without_unseen(scene_mesh(plain_scene(room()), ring_places=2))
+    mesh = without_unseen(scene_mesh(plain_scene(room()), opacity=OPACITY, ring_places=2))
     vertices = mesh.triangles.vertices
     assert np.median(distance_to_room(vertices)) < 0.1 * VOXEL
     for side in range(2):
@@ -207,7 +208,7 @@ def test_the_mesh_agrees_with_rendered_depth():
     grid = room()
     grid.density *= 0.5 + torch.rand(grid.density.shape, generator=torch.Generator().manual_seed(0))
     scene = plain_scene(grid)
-    mesh = scene_mesh(scene, ring_places=2, only_seen=True)
+    mesh = scene_mesh(scene, opacity=OPACITY, ring_places=2, only_seen=True)
     with torch.no_grad():
         rendered = scene.renderer.render(grid, scene.cameras[None, ...])
     origins, directions = camera_rays(scene.cameras, 32, 32)

@@ -25,7 +25,7 @@ class Mesh:
     """A .ply, .obj or .glb; replaced if it is there."""
     resolution_factor: int = 2
     """Cells of the mesh per voxel and axis: 1, 2, 4 or 8."""
-    opacity: float = 0.4
+    opacity: float = 0.3
     """Share of light that one voxel stops at the surface; it gives the level, -ln(1 - opacity) / edge of a voxel."""
     level: float | None = None
     """The level itself: density in 1/m."""

@@ -38,7 +38,7 @@ class Triangles:
     faces: Int[np.ndarray, "faces 3"]
 
 
-def surface_level(grid: VoxelGrid, opacity: float = 0.4) -> float:
+def surface_level(grid: VoxelGrid, opacity: float = 0.3) -> float:
     """The density, in 1/m, of which one voxel stops the share `opacity` of light: `-ln(1 - opacity) / edge`.
 
     `edge` is the geometric mean of a voxel's edges.

@@ -51,7 +51,7 @@ def scene_mesh(
     scene: GeneratedScene,
     *,
     resolution_factor: int = 2,
-    opacity: float = 0.4,
+    opacity: float = 0.3,
     level: float | None = None,
     min_component: float = 0.0,
     ring_places: int = 4,
