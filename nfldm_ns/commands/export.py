@@ -109,7 +109,7 @@ class SplatFile:
     """Edge in metres of cells that get one splat each; 0 makes one of every pixel."""
     fit_steps: int = 0
     """Steps that fit colours, sizes and opacities to the renderings: some hundred sharpen them."""
-    ring_places: int = 0
+    ring_places: int = 2
     """Places around the scene's cameras from where 12 further views each give splats, too."""
     seed: int = 0
     """Of the order in which fitting takes the views."""

@@ -23,7 +23,7 @@ def scene_splats(
     *,
     spacing: float = 0.1,
     fit_steps: int = 0,
-    ring_places: int = 0,
+    ring_places: int = 2,
     seed: int = 0,
     device: str | None = None,
     progress: Callable[[int], None] | None = None,
