@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import EDMEulerScheduler, FlowMatchEulerDiscreteScheduler
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
 from safetensors import safe_open
@@ -240,12 +240,21 @@ def test_sample_refuses_what_the_pipeline_refuses(options: list, sentence: str, 
     assert not (tmp_path / "generated").exists()
 
 
-def test_sample_tells_that_a_scheduler_does_not_fit(stages: Path, tmp_path: Path, refused: Refused) -> None:
+@pytest.mark.parametrize(
+    ("scheduler", "sentence"),
+    [
+        (FlowMatchEulerDiscreteScheduler, "the flag flow of scheduler is True, but that of global_denoiser is False"),
+        (EDMEulerScheduler, "scheduler_config.json does not describe a EDMEulerScheduler"),
+    ],
+)
+def test_sample_tells_that_a_scheduler_does_not_fit(
+    scheduler: type, sentence: str, stages: Path, tmp_path: Path, refused: Refused
+) -> None:
     pipeline = NFLDMPipeline.from_pretrained(stages / "pipeline")
-    pipeline.scheduler = FlowMatchEulerDiscreteScheduler()
+    pipeline.scheduler = scheduler()
     pipeline.save_pretrained(tmp_path / "pipeline")
     error = refused(sample.main, tmp_path / "pipeline", "--num-scenes", 1, *to(tmp_path / "generated"))
-    assert str(tmp_path / "pipeline") in error and "FlowMatchEulerDiscreteScheduler" in error
+    assert str(tmp_path / "pipeline") in error and sentence in error
     assert not list((tmp_path / "generated").glob("*"))
 
 

@@ -14,6 +14,7 @@ from nfldm_ns.diffusion.call_checks import check_sampled
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, save_in_half_precision, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.models import resolve_model
+from nfldm_ns.sampling.scenes import sample_scenes
 from tests.small_models import small_pipeline
 
 STEPS = {"num_inference_steps": 2}
@@ -71,6 +72,16 @@ def test_schedulers_of_another_diffusion_are_refused(pipeline, name):
     other.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config)
     with pytest.raises(ValueError, match=f"{name} has .* another kind of diffusion"):
         other(1, **STEPS)
+
+
+def test_sampling_into_folders_tells_what_the_pipeline_refuses(tmp_path):
+    refusing = NFLDMPipeline(**small_pipeline().components)
+    refusing.scheduler = diffusers.EDMEulerScheduler()
+    with pytest.raises(
+        UserInputError, match=r"^mine samples no scenes from seed 4 on: EDMEulerScheduler has noise levels"
+    ):
+        next(sample_scenes(refusing, tmp_path, 2, seed=4, source="mine"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_schedulers_that_sample_noise_are_refused_and_others_work():
