@@ -241,7 +241,7 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
         torch.from_numpy(np.stack(depths)).float()[:, None] if depths else None,
         None if all(mask.all() for mask in masks) else torch.from_numpy(np.stack(masks))[:, None],
     )
-    _check_depth_unit(capture.folder, views, options)
+    _check_depth_unit(capture.folder, views, options, sparse=frames[0].points is not None)
     return views
 
 
@@ -335,14 +335,15 @@ def _resize_mask(
     return valid
 
 
-def _check_depth_unit(folder: Path, views: Views, options: ImportOptions) -> None:
+def _check_depth_unit(folder: Path, views: Views, options: ImportOptions, sparse: bool) -> None:
     if views.depths is None or not bool((views.depths > 0).any()):
         return
     median = float(views.depths[views.depths > 0].median())
     if not options.near < median < options.far:
+        remedy = "--metres-per-unit" if sparse else "--depth-unit-scale to metres per unit of its depth files"
         raise UserInputError(
             f"The depths of {folder} have a median of {median:.4g} m, not between {options.near:g} and "
-            f"{options.far:g} m: set --depth-unit-scale to metres per unit of its depth files."
+            f"{options.far:g} m: set {remedy}."
         )
 
 

@@ -83,12 +83,8 @@ def read_depth_file(path: Path, eight_bits: bool = False) -> Float[np.ndarray, "
     depth = _read_array(path) if path.suffix.lower() in DEPTH_ARRAYS else _read_depth_picture(path, eight_bits)
     if depth.ndim == 3 and depth.shape[-1] == 1:
         depth = depth[..., 0]
-    if (
-        depth.ndim != 2
-        or (depth.dtype == np.uint8 and not eight_bits)
-        or depth.dtype.kind not in "uif"
-        or 0 in depth.shape
-    ):
+    usable = depth.dtype.kind in "uif" and (eight_bits or depth.dtype != np.uint8)
+    if depth.ndim != 2 or not usable or 0 in depth.shape:
         raise UserInputError(
             f"{path} is no depth of one channel with 16 bits or more ({depth.dtype}, {list(depth.shape)}): convert it."
         )

@@ -121,7 +121,7 @@ class _SceneFrame(_Intrinsics):
 
 
 class SceneFile(_Intrinsics):
-    """`transforms.json` of a collection's scene; that of a capture may say more (`nfldm_ns.collect.formats.nerfstudio`)."""
+    """`transforms.json` of a collection's scene; a capture's may say more (`nfldm_ns.collect.formats.nerfstudio`)."""
 
     frames: list[_SceneFrame]
     train_filenames: list[str] | None = None

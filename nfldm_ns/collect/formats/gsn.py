@@ -1,6 +1,6 @@
 """Trajectories as GSN (DeVries et al., ICCV 2021) released them of VizDoom and Replica: `cameras.json` and pictures.
 
-What its numbers mean is not written down with the data; here they mean what GSN's own loaders and renderer take them for.
+What its numbers mean is not written down with the data; here they mean what GSN's own code takes them for.
 """
 
 from __future__ import annotations
