@@ -174,6 +174,22 @@ def test_colmap_in_text_is_the_same_as_in_binary(tmp_path: Path) -> None:
         np.testing.assert_allclose(a.points, b.points, atol=1e-12)
 
 
+def test_colmap_without_points_has_no_depth_and_with_them_a_unit(tmp_path: Path, capsys) -> None:
+    formats.write_colmap(tmp_path / "hall", *room_and_cameras(), num_points=0)
+    assert run("colmap", tmp_path / "none", [tmp_path / "hall"]) == 0
+    assert "points3D.bin has no points: there is no depth." in " ".join(capsys.readouterr().out.split())
+    assert SceneCollection.open(tmp_path / "none").load_scene("hall").source.depths is None
+    formats.write_colmap(tmp_path / "house", *room_and_cameras())
+    assert run("colmap", tmp_path / "wrong", [tmp_path / "house"], "--metres-per-unit", "100") == 2
+    assert "and 30 m: set --metres-per-unit." in " ".join(capsys.readouterr().err.split())
+    box = [str(2 * float(value)) for value in BOX]
+    assert run("colmap", tmp_path / "twice", [tmp_path / "house"], "--metres-per-unit", "2", box=box) == 0
+    found, (true, _) = SceneCollection.open(tmp_path / "twice").load_scene("house").source, truth(1)
+    true.cameras.camera_to_worlds[:, :, 3] *= 2
+    true.depths = true.depths * 2
+    assert_same(found, true)
+
+
 @pytest.mark.parametrize(
     ("line", "focal", "centre", "distortion", "fisheye"),
     [

@@ -57,7 +57,7 @@ def _frame(
     folder: Path, image: Any, lens: Lens, positions: dict[int, Float[np.ndarray, " 3"]], where: str
 ) -> CapturedFrame:
     if not image.name or "\0" in image.name:
-        raise UserInputError(f"{where[0].upper()}{where[1:]} has no name that a file can have: restore it.")
+        raise UserInputError(f"The name of {where} is none that a file can have: restore it.")
     world_to_camera = np.concatenate([rotation_of(image.qvec, where), np.reshape(image.tvec, (-1, 1))], axis=1)
     pose = opengl_pose(inverse_pose(world_to_camera, where), where)
     seen = [positions[key] for key in image.point3D_ids.tolist() if key in positions]

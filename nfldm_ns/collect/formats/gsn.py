@@ -72,21 +72,21 @@ def read_gsn(folder: Path, axes: Axes = "opengl") -> Capture:
         raise UserInputError(
             f"{path} has {len(cameras)} cameras, but {pictures[last].name} needs one more: restore it."
         )
-    frames = [_frame(folder, path, i, cameras[i], axes) for i in sorted(pictures)]
+    frames = [_frame(path, i, pictures[i], cameras[i], axes) for i in sorted(pictures)]
     of_a_game = any(frame.coarse_depth for frame in frames)
     notes = _notes(folder, len(cameras) - len(frames), frames)
     return Capture(folder, frames, path, units=METRES_PER_GAME_UNIT if of_a_game else 1.0, notes=notes)
 
 
-def _frame(folder: Path, path: Path, index: int, camera: _Camera, axes: Axes) -> CapturedFrame:
+def _frame(path: Path, index: int, image: Path, camera: _Camera, axes: Axes) -> CapturedFrame:
     where = f"camera {index} of {path}"
     pose = inverse_pose(np.array(camera.Rt), where)
-    stem = f"{index:03d}"
-    depth = next((file for end in ("png", "tiff") if (file := folder / f"{stem}_depth.{end}").is_file()), None)
+    stem = image.name.removesuffix("_rgb.png")
+    depth = next((file for end in ("png", "tiff") if (file := image.with_name(f"{stem}_depth.{end}")).is_file()), None)
     of_a_game = depth is not None and depth.suffix == ".png"
     return CapturedFrame(
         name=stem,
-        image=folder / f"{stem}_rgb.png",
+        image=image,
         depth=depth,
         mask=None,
         pose=opengl_pose(pose, where) if axes == "opencv" else pose,
