@@ -113,6 +113,7 @@ def test_gsn_frames_may_be_of_opencv_have_centres_and_no_depth(tmp_path: Path) -
     assert capture.frames[0].lens.intrinsics((SIZE, SIZE), "x").tolist() == [24, 24, 23, 25]
     assert [note.split(" ")[0] for note in capture.notes] == ["1", str(tmp_path / "00")]
     assert run("gsn", tmp_path / "out", [tmp_path / "00"], "--camera-axes", "opencv") == 0
+    assert json.loads((tmp_path / "out/collection.json").read_text())["made_by"]["camera_axes"] == "opencv"
     views = SceneCollection.open(tmp_path / "out").load_scene("00").source
     torch.testing.assert_close(views.cameras.camera_to_worlds, truth(1)[0].cameras.camera_to_worlds, atol=1e-4, rtol=0)
     assert views.depths is None

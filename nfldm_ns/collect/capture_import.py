@@ -65,7 +65,7 @@ def import_captures(
     captures: Sequence[Path],
     options: ImportOptions,
     read: ReadCapture,
-    command: str = "import",
+    made_by: dict[str, Any],
     on_scene: Callable[[Capture], None] = lambda capture: None,
 ) -> dict[str, list[str]]:
     """Writes a collection of one scene per capture, whole or not at all.
@@ -74,7 +74,7 @@ def import_captures(
         root: the new collection; must not exist or be empty.
         captures: folders of the format that `read` reads.
         read: a reader of `nfldm_ns.collect.formats`.
-        command: name of the sub-command, for the record.
+        made_by: command and options of the reader, for the record.
         on_scene: told of each capture once its scene is written.
 
     Returns:
@@ -109,7 +109,7 @@ def import_captures(
             places=places,
             bev_classes=(),
             made_by={
-                "command": f"nfldm-collect {command}",
+                **made_by,
                 "scenes": [path.name for path in captures],
                 **asdict(options),
             },

@@ -196,6 +196,7 @@ class _Captures:
         values = {field.name: getattr(self, field.name) for field in fields(_Captures)}
         out, scenes, box = (values.pop(key) for key in ("out", "scenes", "box"))
         options = ImportOptions(**values, aabb=(box[:3], box[3:]))
+        made_by = {"command": f"nfldm-collect {command}", **{k: v for k, v in vars(self).items() if k in _own(self)}}
         captures: list[Capture] = []
         with _progress() as progress:
             task = progress.add_task("scenes", total=len(scenes))
@@ -204,7 +205,7 @@ class _Captures:
                 captures.append(capture)
                 progress.advance(task)
 
-            splits = import_captures(out, scenes, options, read, command, tell)
+            splits = import_captures(out, scenes, options, read, made_by, tell)
         counts = ", ".join(f"{len(ids)} {name}" for name, ids in splits.items() if ids)
         print(f"{out}: {counts} scenes; 'nfldm-collect check {out}' judges them")
         _tell_of_what_was_left_out(captures)
@@ -290,6 +291,11 @@ class Colmap(_Captures):
         from nfldm_ns.collect.formats.colmap import read_colmap
 
         return self._import("colmap", lambda folder: read_colmap(folder, self.model, self.images))
+
+
+def _own(command: _Captures) -> set[str]:
+    """Options that a format has beside those of all."""
+    return {field.name for field in fields(command)} - {field.name for field in fields(_Captures)}
 
 
 def _tell_of_what_was_left_out(captures: "list[Capture]") -> None:
