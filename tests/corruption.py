@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,24 @@ NO_JSON = [
     *(b"[" * 100_000, b"1" * 5000, b'{"version": ' + b"1" * 5000 + b"}", '{"name": "\xe9"}'.encode("latin-1")),
 ]
 MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK")
-PICTURES = (".png", ".jpg")
+PICTURES = (".png", ".jpg", ".tiff")
+WORDS = (
+    "",
+    "x",
+    "0",
+    "-1",
+    "7",
+    "1e30",
+    "1e400",
+    "nan",
+    "inf",
+    "-inf",
+    "1 2",
+    "#",
+    "\0",
+    "99999999999999999999",
+    "../..",
+)
 
 
 def corrupt(folder: Path, draw: Draw) -> str:
@@ -34,6 +52,8 @@ def corrupt(folder: Path, draw: Draw) -> str:
         ways = [remove, make_a_file]
     elif path.suffix == ".json":
         ways = [*[change_value] * 8, *[change_keys] * 4, *[no_json] * 2, *ANY_FILE]
+    elif path.suffix == ".txt":
+        ways = [*[change_word] * 8, *ANY_FILE]
     elif path.suffix in PICTURES:
         ways = [*[other_picture] * 4, *ANY_FILE]
     else:
@@ -102,6 +122,14 @@ def other_picture(path: Path, draw: Draw) -> str:
     images[0].save(buffer, format="TIFF", save_all=True, append_images=images[1:])
     replace(path, buffer.getvalue())
     return f"{pages} x {mode} {size}"
+
+
+def change_word(path: Path, draw: Draw) -> str:
+    """Of a text."""
+    words = re.split(r"(\s+)", path.read_bytes().decode(errors="replace"))
+    place, word = draw(st.integers(0, len(words) - 1)), draw(st.sampled_from(WORDS))
+    replace(path, "".join([*words[:place], word, *words[place + 1 :]]).encode())
+    return f"{words[place]!r} = {word!r}"
 
 
 def change_value(path: Path, draw: Draw) -> str:

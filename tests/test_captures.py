@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from nfldm_ns.collect.capture_schema import read_capture
 from nfldm_ns.collect.checking import check_collection, turned_images
+from nfldm_ns.collect.formats.nerfstudio import read_capture
 from nfldm_ns.collect.undistortion import undistort, undistorted_mask
 from nfldm_ns.commands.collect import main
 from nfldm_ns.errors import UserInputError

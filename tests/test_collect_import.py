@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
+from nfldm_ns.collect.capture_import import choose_views
 from nfldm_ns.collect.checking import check_collection
-from nfldm_ns.collect.nerfstudio_import import choose_views
 from nfldm_ns.commands.collect import main
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import write_depth, write_scene

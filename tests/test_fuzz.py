@@ -31,6 +31,7 @@ from nfldm_ns.refine.seen_maps import MapDescription
 from nfldm_ns.refine.spaces import PixelSpace
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import write_scene
+from tests import rgbd_formats
 from tests.corruption import corrupt
 from tests.pretrained import require_weights
 from tests.small_models import random_grid, small_pipeline, small_scene_autoencoder
@@ -128,6 +129,43 @@ def test_captures(captures: list[Path], data: st.DataObject) -> None:
             scene = SceneCollection.open(root).load_scene(folder.name)
             assert scene.source.shape == (2,) and scene.target.shape == (1,)
             assert not refusal(lambda: collect.main(["check", str(root)]), root)
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small capture of each published format, by its sub-command."""
+    root = tmp_path_factory.mktemp("published")
+    generator = torch.Generator().manual_seed(0)
+    room, cameras = BoxRoom.random(generator), surround_cameras(4, 16, generator)
+    for kind, write in rgbd_formats.WRITERS.items():
+        write(root / kind, room, cameras)
+    rgbd_formats.write_gsn_vizdoom(root / "gsn-vizdoom", room, cameras)
+    rgbd_formats.write_colmap(root / "colmap-text", room, cameras, binary=False, num_points=8)
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+def import_published(root: Path, name: str, folder: Path) -> None:
+    kind = name.split("-")[0]
+    collect.main([kind, str(root), "--scenes", str(folder), *IMPORT, *rgbd_formats.options_of(kind, 16, 8.0)])
+
+
+@pytest.mark.parametrize("name", [*rgbd_formats.WRITERS, "gsn-vizdoom", "colmap-text"])
+@examples(20)
+@given(st.data())
+def test_published_formats(name: str, published: dict[str, Path], data: st.DataObject) -> None:
+    with corrupted(published[name], data) as folder:
+        root = folder.parent.parent / "out"
+        if refusal(lambda: import_published(root, name, folder), folder):
+            assert [path.name for path in root.parent.iterdir()] == ["in"]
+        else:
+            scene = SceneCollection.open(root).load_scene(folder.name)
+            assert scene.source.shape == (2,) and scene.target.shape == (1,)
+            assert not refusal(lambda: collect.main(["check", str(root)]), root)
+
+
+def test_whole_published_captures_are_used(published: dict[str, Path], tmp_path: Path) -> None:
+    for name, folder in published.items():
+        assert not refusal(lambda name=name, folder=folder: import_published(tmp_path / name, name, folder), folder)
 
 
 @pytest.fixture(scope="module")

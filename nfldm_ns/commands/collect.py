@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -15,9 +15,12 @@ from rich.table import Column, Table
 from nfldm_ns.errors import exit_on_bad_input
 
 if TYPE_CHECKING:
+    from nfldm_ns.collect.capture_import import ReadCapture
+    from nfldm_ns.collect.captures import Capture
     from nfldm_ns.collect.checking import CollectionCheck, SceneCheck
 
 _MAX_PROBLEMS = 20
+Up = Literal["z", "y", "-y"]
 Box = tuple[float, float, float, float, float, float]
 """Minimum x, y, z, then maximum x, y, z, in metres."""
 
@@ -155,8 +158,8 @@ class Check:
 
 
 @dataclass
-class Import:
-    """Turns one's own captures, folders with nerfstudio's transforms.json, into a collection of one scene each."""
+class _Captures:
+    """What all that makes scenes of captures has in common."""
 
     out: tyro.conf.Positional[Path]
     """Folder of the new collection."""
@@ -171,8 +174,8 @@ class Import:
     metres_per_unit: float = 1.0
     """Scale of the captures' poses."""
     depth_unit_scale: float | None = None
-    """Metres per unit of the depth files; by default what the capture's depth_unit_scale_factor says, else 0.001."""
-    up: Literal["z", "y", "-y"] = "z"
+    """Metres per unit of the depth files; by default what the format or the capture says."""
+    up: Up = "z"
     """The captures' axis that points up."""
     box: Box = (-10, -10, -2.5, 10, 10, 4)
     """The box around each place: minimum x, y, z, then maximum x, y, z, in metres."""
@@ -187,28 +190,122 @@ class Import:
     name: str = "imported captures"
     licence: str = "unknown"
 
-    def run(self) -> int:
-        from nfldm_ns.collect.nerfstudio_import import ImportOptions, import_captures
+    def _import(self, command: str, read: "ReadCapture") -> int:
+        from nfldm_ns.collect.capture_import import ImportOptions, import_captures
 
-        values = {k: v for k, v in vars(self).items() if k not in ("out", "scenes", "box")}
-        options = ImportOptions(**values, aabb=(self.box[:3], self.box[3:]))
-        unread: dict[str, Path] = {}
+        values = {field.name: getattr(self, field.name) for field in fields(_Captures)}
+        out, scenes, box = (values.pop(key) for key in ("out", "scenes", "box"))
+        options = ImportOptions(**values, aabb=(box[:3], box[3:]))
+        made_by = {"command": f"nfldm-collect {command}", **{k: v for k, v in vars(self).items() if k in _own(self)}}
+        captures: list[Capture] = []
         with _progress() as progress:
-            task = progress.add_task("scenes", total=len(self.scenes))
-            splits = import_captures(
-                self.out,
-                self.scenes,
-                options,
-                lambda _: progress.advance(task),
-                lambda folder, keys: unread.update({key: folder for key in keys if key not in unread}),
-            )
+            task = progress.add_task("scenes", total=len(scenes))
+
+            def tell(capture: "Capture") -> None:
+                captures.append(capture)
+                progress.advance(task)
+
+            splits = import_captures(out, scenes, options, read, made_by, tell)
         counts = ", ".join(f"{len(ids)} {name}" for name, ids in splits.items() if ids)
-        print(f"{self.out}: {counts} scenes; 'nfldm-collect check {self.out}' judges them")
-        if unread:
-            keys, folder = ", ".join(map(repr, unread)), next(iter(unread.values()))
-            print(f"Not read, for nothing is known of such keys: {keys} (in {folder / 'transforms.json'}).")
-        _write_sheet(self.out)
+        print(f"{out}: {counts} scenes; 'nfldm-collect check {out}' judges them")
+        _tell_of_what_was_left_out(captures)
+        _write_sheet(out)
         return 0
+
+
+@dataclass
+class Import(_Captures):
+    """Turns one's own captures, folders with nerfstudio's transforms.json, into a collection of one scene each."""
+
+    depth_unit_scale: float | None = None
+    """Metres per unit of the depth files; by default what the capture's depth_unit_scale_factor says, else 0.001."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.nerfstudio import read_capture
+
+        return self._import("import", read_capture)
+
+
+@dataclass
+class Gsn(_Captures):
+    """Makes a collection of the trajectories that GSN published, of VizDoom or Replica (cameras.json, 000_rgb.png)."""
+
+    up: Up = "y"
+    """The trajectories' axis that points up; y in GSN's."""
+    camera_axes: Literal["opengl", "opencv"] = "opengl"
+    """The cameras' axes: GSN's look along -z (opengl)."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.gsn import read_gsn
+
+        return self._import("gsn", lambda folder: read_gsn(folder, self.camera_axes))
+
+
+@dataclass
+class Tum(_Captures):
+    """Makes a collection of sequences of the RGB-D benchmark of TUM (rgb.txt, depth.txt, groundtruth.txt)."""
+
+    camera: Literal["auto", "freiburg1", "freiburg2", "freiburg3"] = "auto"
+    """Whose published intrinsics count; auto looks for the name in that of the folder."""
+    intrinsics: tuple[float, float, float, float] | None = None
+    """fx, fy, cx and cy in pixels from the middle of the first one, without distortion, instead of the published."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.tum import read_tum
+
+        return self._import("tum", lambda folder: read_tum(folder, self.camera, self.intrinsics))
+
+
+@dataclass
+class Replica(_Captures):
+    """Makes a collection of Replica's rooms in NICE-SLAM's layout (results/, traj.txt, cam_params.json)."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.replica import read_replica
+
+        return self._import("replica", read_replica)
+
+
+@dataclass
+class Scannet(_Captures):
+    """Makes a collection of ScanNet's scans, exported from their .sens files (color/, depth/, pose/, intrinsic/)."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.scannet import read_scannet
+
+        return self._import("scannet", read_scannet)
+
+
+@dataclass
+class Colmap(_Captures):
+    """Makes a collection of COLMAP's reconstructions, with depth where the points that an image observes are."""
+
+    up: Up = "-y"
+    """The reconstructions' axis that points up; -y where the first camera, and so the world, was level."""
+    model: str = "sparse/0"
+    """Folder of cameras, images and points3D (.bin or .txt) in each capture."""
+    images: str = "images"
+    """Folder of the images in each capture."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.colmap import read_colmap
+
+        return self._import("colmap", lambda folder: read_colmap(folder, self.model, self.images))
+
+
+def _own(command: _Captures) -> set[str]:
+    """Options that a format has beside those of all."""
+    return {field.name for field in fields(command)} - {field.name for field in fields(_Captures)}
+
+
+def _tell_of_what_was_left_out(captures: "list[Capture]") -> None:
+    for note in (note for capture in captures for note in capture.notes):
+        print(f"{note}.")
+    unread = {key: capture.file for capture in reversed(captures) for key in capture.unread}
+    if unread:
+        keys = dict.fromkeys(key for capture in captures for key in capture.unread)
+        first = unread[next(iter(keys))]
+        print(f"Not read, for nothing is known of such keys: {', '.join(map(repr, keys))} (in {first}).")
 
 
 def _progress() -> Progress:
@@ -275,7 +372,19 @@ def _numbers(scenes: "list[SceneCheck]") -> list[str]:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point of `nfldm-collect`."""
-    command = tyro.extras.subcommand_cli_from_dict({"vizdoom": Vizdoom, "check": Check, "import": Import}, args=args)
+    command = tyro.extras.subcommand_cli_from_dict(
+        {
+            "vizdoom": Vizdoom,
+            "check": Check,
+            "import": Import,
+            "gsn": Gsn,
+            "tum": Tum,
+            "replica": Replica,
+            "scannet": Scannet,
+            "colmap": Colmap,
+        },
+        args=args,
+    )
     try:
         with exit_on_bad_input():
             raise SystemExit(command.run())

@@ -68,19 +68,23 @@ def read_rgb(path: Path, remedy: str, missing: str | None = None) -> UInt8[np.nd
     return np.asarray(rgb_image(open_image(path, remedy, missing), path))
 
 
-def read_depth_file(path: Path) -> Float[np.ndarray, "height width"]:
+def read_depth_file(path: Path, eight_bits: bool = False) -> Float[np.ndarray, "height width"]:
     """Depth in the units of its file; 0 is unknown, and so is what is not finite or negative.
 
     Files are npy, npz with one array, or pictures of one channel with 16 bits or floating point numbers (PNG, TIFF,
     OpenEXR); `[H, W, 1]` will do, and colours that are all equal.
 
+    Args:
+        eight_bits: whether 8 bits will do, as of a game's depth buffer.
+
     Raises:
         UserInputError: if it is missing, damaged, or of another shape or type.
     """
-    depth = _read_array(path) if path.suffix.lower() in DEPTH_ARRAYS else _read_depth_picture(path)
+    depth = _read_array(path) if path.suffix.lower() in DEPTH_ARRAYS else _read_depth_picture(path, eight_bits)
     if depth.ndim == 3 and depth.shape[-1] == 1:
         depth = depth[..., 0]
-    if depth.ndim != 2 or depth.dtype == np.uint8 or depth.dtype.kind not in "uif" or 0 in depth.shape:
+    usable = depth.dtype.kind in "uif" and (eight_bits or depth.dtype != np.uint8)
+    if depth.ndim != 2 or not usable or 0 in depth.shape:
         raise UserInputError(
             f"{path} is no depth of one channel with 16 bits or more ({depth.dtype}, {list(depth.shape)}): convert it."
         )
@@ -118,11 +122,11 @@ def _read_array(path: Path) -> np.ndarray:
     raise UserInputError(f"{path} holds {len(names)} arrays ({', '.join(names)}): keep the depth alone.")
 
 
-def _read_depth_picture(path: Path) -> np.ndarray:
+def _read_depth_picture(path: Path, eight_bits: bool) -> np.ndarray:
     if path.suffix.lower() == ".exr":
         return _read_exr(path)
     image = open_image(path, "restore it", "restore it or remove depth_file_path from all frames")
-    if image.mode not in (*SIXTEEN_BITS, "I", "F"):
+    if image.mode not in (*SIXTEEN_BITS, "I", "F", *(["L"] if eight_bits else [])):
         raise UserInputError(
             f"{path} has mode {image.mode}, but depth must be a single-channel 16-bit depth image: convert it."
         )

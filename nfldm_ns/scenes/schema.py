@@ -22,7 +22,12 @@ from nfldm_ns.errors import UserInputError
 INTRINSICS = ("fl_x", "fl_y", "cx", "cy")
 LONGEST_NAME = 255  # bytes of one part of a path
 # What stands in lists and objects of its own, and the key that tells which one it is, where the file's key does not.
-_MEMBERS = {"frames": ("frame", "file_path"), "scenes": ("scene", ""), "bev_classes": ("class", "name")}
+_MEMBERS = {
+    "frames": ("frame", "file_path"),
+    "scenes": ("scene", ""),
+    "bev_classes": ("class", "name"),
+    "cameras": ("camera", ""),
+}
 
 
 def _can_be_a_file(name: str) -> str:
@@ -116,7 +121,7 @@ class _SceneFrame(_Intrinsics):
 
 
 class SceneFile(_Intrinsics):
-    """`transforms.json` of a collection's scene; that of a capture may say more (`nfldm_ns.collect.capture_schema`)."""
+    """`transforms.json` of a collection's scene; a capture's may say more (`nfldm_ns.collect.formats.nerfstudio`)."""
 
     frames: list[_SceneFrame]
     train_filenames: list[str] | None = None

@@ -1,4 +1,4 @@
-"""Turns posed captures in nerfstudio's format into a scene collection."""
+"""Turns posed captures into a scene collection, whatever reader they come from."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from nfldm_ns.collect.capture_schema import FILE, Capture, CapturedFrame, read_capture
+from nfldm_ns.collect.captures import Capture, CapturedFrame
 from nfldm_ns.collect.undistortion import undistort
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, SPLITS
@@ -20,7 +20,7 @@ from nfldm_ns.scenes.image_files import read_depth_file, read_mask_file, read_rg
 from nfldm_ns.scenes.views import Views, make_cameras
 from nfldm_ns.scenes.writing import atomic_path, write_collection, write_scene
 
-OnUnread = Callable[[Path, Sequence[str]], None]
+ReadCapture = Callable[[Path], Capture]
 _UP = {
     "z": np.eye(3),
     "y": np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
@@ -64,15 +64,18 @@ def import_captures(
     root: Path,
     captures: Sequence[Path],
     options: ImportOptions,
-    on_scene: Callable[[str], None] = lambda scene: None,
-    on_unread: OnUnread = lambda folder, keys: None,
+    read: ReadCapture,
+    made_by: dict[str, Any],
+    on_scene: Callable[[Capture], None] = lambda capture: None,
 ) -> dict[str, list[str]]:
     """Writes a collection of one scene per capture, whole or not at all.
 
     Args:
         root: the new collection; must not exist or be empty.
-        captures: folders with a `transforms.json`; poses are OpenGL camera-to-world, depth is planar.
-        on_unread: told of captures with keys that are not known.
+        captures: folders of the format that `read` reads.
+        read: a reader of `nfldm_ns.collect.formats`.
+        made_by: command and options of the reader, for the record.
+        on_scene: told of each capture once its scene is written.
 
     Returns:
         Scene ids by split.
@@ -86,11 +89,14 @@ def import_captures(
     splits = _split(ids, options)
     places = {}
     with atomic_path(root) as temporary:
-        for scene_id, capture in zip(ids, captures, strict=True):
-            source, target, place = load_capture(capture, options, on_unread)
+        for scene_id, folder in zip(ids, captures, strict=True):
+            if not folder.is_dir():
+                raise UserInputError(f"There is no capture folder {folder}: give the folders of captures.")
+            capture = read(folder)
+            source, target, place = load_capture(capture, options)
             places[scene_id] = {"map": scene_id, **place}
             write_scene(temporary / "scenes" / scene_id, source, target, extra={"place": places[scene_id]})
-            on_scene(scene_id)
+            on_scene(capture)
         write_collection(
             temporary,
             name=options.name,
@@ -102,7 +108,11 @@ def import_captures(
             splits=splits,
             places=places,
             bev_classes=(),
-            made_by={"command": "nfldm-collect import", "scenes": [path.name for path in captures], **asdict(options)},
+            made_by={
+                **made_by,
+                "scenes": [path.name for path in captures],
+                **asdict(options),
+            },
         )
     return splits
 
@@ -133,27 +143,20 @@ def _split(ids: Sequence[str], options: ImportOptions) -> dict[str, list[str]]:
     return {name: train if name == "train" else sorted(held_out[name]) for name in SPLITS}
 
 
-def load_capture(
-    folder: Path, options: ImportOptions, on_unread: OnUnread = lambda folder, keys: None
-) -> tuple[Views, Views, dict[str, Any]]:
+def load_capture(capture: Capture, options: ImportOptions) -> tuple[Views, Views, dict[str, Any]]:
     """Source views, target views and place of one capture, recentred on the mean of its source cameras.
 
     Raises:
         UserInputError: if files are missing, broken or contradictory, or there are too few frames.
     """
-    if not folder.is_dir():
-        raise UserInputError(f"There is no capture folder {folder}: give folders that hold a transforms.json.")
-    capture = read_capture(folder)
-    if capture.unread:
-        on_unread(folder, capture.unread)
     sources, targets = _chosen_frames(capture, options)
     poses = np.stack([_metric_pose(frame, capture, options) for frame in capture.frames])
     origin = poses[sources][:, :, 3].mean(axis=0)
     poses[:, :, 3] -= origin
-    with_depth = {capture.frames[i].depth is not None for i in (*sources, *targets)}
+    with_depth = {capture.frames[i].has_depth for i in (*sources, *targets)}
     if len(with_depth) > 1:
         raise UserInputError(
-            f"Some frames of {folder} have a depth file and others have none: give all of them one, or none."
+            f"Some frames of {capture.folder} have a depth file and others have none: give all of them one, or none."
         )
     views = [
         _load_views(capture, [capture.frames[i] for i in chosen], poses[chosen], options)
@@ -170,7 +173,7 @@ def _chosen_frames(capture: Capture, options: ImportOptions) -> tuple[list[int],
     shared = set(capture.splits["train"]) & set(held_out)
     if shared:
         raise UserInputError(
-            f"{capture.folder / FILE} lists {capture.frames[min(shared)].name} for training and for testing: drop one."
+            f"{capture.file} lists {capture.frames[min(shared)].name} for training and for testing: drop one."
         )
     chosen = []
     wanted = (options.num_source_views, options.num_target_views)
@@ -216,8 +219,8 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
     for frame in frames:
         pixels = read_rgb(frame.image, "restore it or remove its frame")
         size = (pixels.shape[1], pixels.shape[0])
-        depth = None if frame.depth is None else _read_depth(frame.depth, size[::-1], frame.depth_unit, options)
         lens = frame.lens.intrinsics(size, str(frame.image))
+        depth = None if frame.depth is None else _read_depth(frame, size[::-1], lens, options)
         pixels, depth, mask, lens = undistort(
             pixels, depth, _read_mask(frame, size), lens, frame.lens.distortion, frame.lens.fisheye, str(frame.image)
         )
@@ -226,6 +229,9 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
         intrinsics.append(_fit_intrinsics(lens, box, options.image_size))
         if depth is not None:
             depths.append(_resize_depth(depth, box, size, options.image_size))
+        elif frame.points is not None:
+            scale = capture.units * options.metres_per_unit
+            depths.append(_sparse_depth(frame.points * scale, intrinsics[-1], options.image_size))
         masks.append(_resize_mask(mask, box, options.image_size, frame))
     width, height = options.image_size
     fx, fy, cx, cy = torch.tensor(np.stack(intrinsics), dtype=torch.float32).unbind(-1)
@@ -235,19 +241,54 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
         torch.from_numpy(np.stack(depths)).float()[:, None] if depths else None,
         None if all(mask.all() for mask in masks) else torch.from_numpy(np.stack(masks))[:, None],
     )
-    _check_depth_unit(capture.folder, views, options)
+    _check_depth_unit(capture.folder, views, options, sparse=frames[0].points is not None)
     return views
 
 
-def _read_depth(path: Path, size: tuple[int, int], unit: float | None, options: ImportOptions) -> np.ndarray:
-    """Depth in metres at the pixels of its image, `[H, W]`; files of another size are of the same view."""
-    depth = read_depth_file(path)
-    _check_aspect(path, depth, size, "depth")
+def _read_depth(
+    frame: CapturedFrame, size: tuple[int, int], intrinsics: Float[np.ndarray, " 4"], options: ImportOptions
+) -> Float[np.ndarray, "height width"]:
+    """Depth in metres at the pixels of its image; files of another size are of the same view."""
+    path, unit = frame.depth, frame.depth_unit
+    assert path is not None
+    depth = read_depth_file(path, eight_bits=frame.coarse_depth)
+    if frame.depth_lens is not None:
+        own = frame.depth_lens.intrinsics((depth.shape[1], depth.shape[0]), str(path))
+        depth = _seen_by(depth, own, intrinsics, size)
+    else:
+        _check_aspect(path, depth, size, "depth")
+        depth = _of_size(depth, size)
     if options.depth_unit_scale is not None:
         unit = options.depth_unit_scale
     else:
         unit = DEPTH_UNIT_M if unit is None else unit * options.metres_per_unit
-    return _of_size(depth, size) * unit
+    return depth * unit
+
+
+def _seen_by(
+    depth: Float[np.ndarray, "own_height own_width"],
+    own: Float[np.ndarray, " 4"],
+    intrinsics: Float[np.ndarray, " 4"],
+    size: tuple[int, int],
+) -> Float[np.ndarray, "height width"]:
+    """The nearest values of one camera's depth at the pixels of another one in its place, unknown outside."""
+    at = []
+    for axis, (length, limit) in enumerate(zip(size[::-1], depth.shape[::-1], strict=True)):
+        rays = (np.arange(length) + 0.5 - intrinsics[2 + axis]) / intrinsics[axis]
+        at.append(np.floor(rays * own[axis] + own[2 + axis]).clip(-1, limit).astype(int) + 1)
+    return np.pad(depth, 1)[np.ix_(at[1], at[0])]
+
+
+def _sparse_depth(
+    points: Float[np.ndarray, "points 3"], intrinsics: Float[np.ndarray, " 4"], wanted: tuple[int, int]
+) -> Float[np.ndarray, "height width"]:
+    """Depth of the pixels that points fall on, of the nearest one where there are several; all others unknown."""
+    x, y, z = points[points[:, 2] > 0].T
+    column, row = np.floor(intrinsics[0] * x / z + intrinsics[2]), np.floor(intrinsics[1] * y / z + intrinsics[3])
+    inside = (column >= 0) & (column < wanted[0]) & (row >= 0) & (row < wanted[1])
+    depth = np.full(wanted[::-1], np.inf)
+    np.minimum.at(depth, (row[inside].astype(int), column[inside].astype(int)), z[inside])
+    return np.where(np.isfinite(depth), depth, 0)
 
 
 def _of_size(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -294,14 +335,15 @@ def _resize_mask(
     return valid
 
 
-def _check_depth_unit(folder: Path, views: Views, options: ImportOptions) -> None:
+def _check_depth_unit(folder: Path, views: Views, options: ImportOptions, sparse: bool) -> None:
     if views.depths is None or not bool((views.depths > 0).any()):
         return
     median = float(views.depths[views.depths > 0].median())
     if not options.near < median < options.far:
+        remedy = "--metres-per-unit" if sparse else "--depth-unit-scale to metres per unit of its depth files"
         raise UserInputError(
             f"The depths of {folder} have a median of {median:.4g} m, not between {options.near:g} and "
-            f"{options.far:g} m: set --depth-unit-scale to metres per unit of its depth files."
+            f"{options.far:g} m: set {remedy}."
         )
 
 

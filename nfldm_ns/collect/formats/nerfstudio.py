@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Bool, Float
 from pydantic import AfterValidator, Field
 
+from nfldm_ns.collect.captures import Capture, CapturedFrame, Lens
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import check_rotation, read_json
 from nfldm_ns.scenes.schema import Checked, FileName, Finite, Pixels, Positive, validated
@@ -93,107 +92,6 @@ class _Capture(_Lens):
     applied_scale: Positive | None = None
 
 
-@dataclass(frozen=True)
-class Lens:
-    """How a frame's pixels look into the world.
-
-    Attributes:
-        fisheye: of OpenCV's fisheye model, else of its perspective one.
-        distortion: k1, k2, k3, k4, p1, p2, as nerfstudio orders them.
-        size: (width, height) in pixels that the others are for; None: of the image.
-        focal: (fx, fy) in pixels; None where only angles are known.
-        centre: (cx, cy) in pixels; None: the middle of the image.
-        angles: fields of view (x, y) in radians, for where there is no focal length.
-        radius: pixels from the centre beyond which the lens shows nothing; None: it fills the image.
-    """
-
-    fisheye: bool
-    distortion: tuple[float, ...]
-    size: tuple[float, float] | None
-    focal: tuple[float, float] | None
-    centre: tuple[float, float] | None
-    angles: tuple[float | None, float | None]
-    radius: float | None = None
-
-    def intrinsics(self, size: tuple[int, int], where: str) -> Float[np.ndarray, " 4"]:
-        """fx, fy, cx, cy in pixels of an image of this (width, height).
-
-        Raises:
-            UserInputError: if the image is not the one that the numbers are for, made smaller or larger as a whole.
-        """
-        scale = self._scale(size)
-        if self.size is not None:
-            error = max(abs(given * scale - found) for given, found in zip(self.size, size, strict=True))
-            if error > 1:
-                raise UserInputError(
-                    f"{where} is {size[0]} x {size[1]} pixels, but its intrinsics are for {self.size[0]:g} x "
-                    f"{self.size[1]:g}, another aspect: is it turned or cropped? Give w, h and intrinsics that fit it."
-                )
-        if self.focal is not None:
-            fx, fy = (value * scale for value in self.focal)
-        else:
-            fx, fy = self._focal_from_angles(size)
-        return np.array([fx, fy, *self._centre(size)])
-
-    def seen(self, size: tuple[int, int]) -> Bool[np.ndarray, "height width"] | None:
-        """Which pixels of an image of this (width, height) lie within `radius`; None for all."""
-        if self.radius is None:
-            return None
-        cx, cy = self._centre(size)
-        rows, columns = np.mgrid[: size[1], : size[0]] + 0.5
-        return np.hypot(columns - cx, rows - cy) <= self.radius * self._scale(size)
-
-    def _scale(self, size: tuple[int, int]) -> float:
-        return 1.0 if self.size is None else max(size) / max(self.size)
-
-    def _centre(self, size: tuple[int, int]) -> tuple[float, float]:
-        if self.centre is None:
-            return size[0] / 2, size[1] / 2
-        return self.centre[0] * self._scale(size), self.centre[1] * self._scale(size)
-
-    def _focal_from_angles(self, size: tuple[int, int]) -> tuple[float, float]:
-        """Square pixels where one angle is given."""
-        found = [n / 2 / math.tan(angle / 2) for n, angle in zip(size, self.angles, strict=True) if angle is not None]
-        return found[0], found[-1]
-
-
-@dataclass(frozen=True)
-class CapturedFrame:
-    """One frame.
-
-    Attributes:
-        name: `file_path` as it is written.
-        image, depth, mask: files; no depth or mask is None.
-        depth_unit: units per unit of the depth file, where the capture says so.
-        pose: camera-to-world of OpenGL, `[3, 4]`, in the file's units.
-    """
-
-    name: str
-    image: Path
-    depth: Path | None
-    mask: Path | None
-    pose: Float[np.ndarray, "3 4"]
-    lens: Lens
-    depth_unit: float | None = None
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A checked `transforms.json`.
-
-    Attributes:
-        splits: frames by `train`, `val` and `test`, as indices; empty where the file does not say.
-        units: the capture's own units per unit of its poses (1 / `applied_scale`).
-        unread: keys that are not known, which somebody may have meant.
-    """
-
-    folder: Path
-    frames: list[CapturedFrame]
-    splits: dict[str, list[int]]
-    units: float
-    unread: tuple[str, ...] = ()
-
-
 def read_capture(folder: Path) -> Capture:
     """Reads a capture's description; which keys count for what is in docs/data.md.
 
@@ -211,7 +109,7 @@ def read_capture(folder: Path) -> Capture:
     if shared:
         raise UserInputError(f"Two frames of {path} have the file_path {shared[0]}: keep the one with its pose.")
     splits = _splits(path, capture, files, folder)
-    return Capture(folder, frames, splits, 1 / (capture.applied_scale or 1.0), _unread(content))
+    return Capture(folder, frames, path, splits, 1 / (capture.applied_scale or 1.0), _unread(content))
 
 
 def _unread(content: dict[str, Any]) -> tuple[str, ...]:
