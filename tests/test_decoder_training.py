@@ -114,6 +114,9 @@ def test_finished_examples_are_not_made_again(store, tmp_path, monkeypatch):
     examples = make_examples(store, tmp_path, small_pipeline())
     monkeypatch.setattr(decoder_examples, "encode_latents", None)
     examples.make(small_pipeline(), on_progress=lambda share: None)
+    examples.path(0).unlink()
+    examples.make(small_pipeline(), [], on_progress=lambda share: None)  # a process without a share in them
+    assert not examples.path(0).exists()
 
 
 @pytest.mark.parametrize("flow", [False, True])

@@ -1,4 +1,4 @@
-"""Rendered feature maps of generated voxels, which the image decoder of stage 1 is tuned on; made once, kept on disk."""
+"""Rendered feature maps of generated voxels, on which the image decoder of stage 1 is tuned; made once and kept."""
 
 from __future__ import annotations
 
@@ -147,7 +147,8 @@ class DecoderExamples:
             places: of these; by default all.
             on_progress: called with the share that is done, instead of a progress bar.
         """
-        missing = [place for place in places or range(len(self)) if not _is_whole(self.path(place))]
+        places = range(len(self)) if places is None else places
+        missing = [place for place in places if not _is_whole(self.path(place))]
         pipeline.set_progress_bar_config(disable=True)
         for done, place in enumerate(track(missing, "Generating voxels", disable=on_progress is not None)):
             self._make(pipeline, place).save(self.path(place))
@@ -156,7 +157,7 @@ class DecoderExamples:
 
     @torch.no_grad()
     def _make(self, pipeline: NFLDMPipeline, place: int) -> DecoderExample:
-        device = pipeline._execution_device
+        device = next(pipeline.scene_autoencoder.parameters()).device
         draws = ItemDraws(self.config.seed, [place], device)
         share = quantised_share(pipeline, float(draws.uniform()) * self.config.max_noise, self.config)
         real = self.real_views(place)
@@ -198,15 +199,14 @@ class DecoderExamples:
         draws: ItemDraws,
     ) -> VoxelGrid:
         """V of c and f noised to a share of the schedule and denoised (SDEdit, Meng et al. 2022)."""
-        everywhere = (torch.ones(part.shape[-2:], dtype=torch.bool) for part in (latents.coarse, latents.fine))
+        coarse, fine = (torch.ones(part.shape[-2:], dtype=torch.bool) for part in (latents.coarse, latents.fine))
         steps = self.config.num_inference_steps
-        whole = Inpainting(
-            latents, *everywhere, strength=share, resamplings=1, jump_length=pipeline_steps(pipeline, steps)
-        )
+        groups = pipeline_steps(pipeline, steps)
+        everywhere = Inpainting(latents, coarse, fine, strength=share, resamplings=1, jump_length=groups)
         bev = None
         if pipeline.bev_size is not None:
             bev = torch.from_numpy(self.cache.collection.load_bev(self.scene_id(place)).astype("int64"))
-        output = pipeline(1, draws.generators, num_inference_steps=steps, scene_code=code, inpainting=whole, bev=bev)
+        output = pipeline(1, draws.generators, steps, scene_code=code, inpainting=everywhere, bev=bev)
         assert output.grids is not None
         return output.grids
 

@@ -161,34 +161,36 @@ class DecoderLosses:
         """What a pass looks at."""
         draws = self.share.draws(number)
         places = self.share.items(len(self.examples), number)
-        chosen = [
-            lambda count, item=item: draws.permutation(item, count)[: self.config.num_views]
-            for item in range(len(places))
-        ]
-        return load_batch(self.examples, places, chosen, self.device)
+
+        def choose(item: int, count: int) -> Tensor:
+            return draws.permutation(item, count)[: self.config.num_views]
+
+        return load_batch(self.examples, places, choose, self.device)
 
 
 def load_batch(
-    examples: DecoderExamples, places: list[int], chosen: list[Callable[[int], Tensor]], device: torch.device | str
+    examples: DecoderExamples, places: list[int], choose: Callable[[int, int], Tensor], device: torch.device | str
 ) -> DecoderBatch:
     """Views of examples.
 
     Args:
-        chosen: of each example, given the number of its views, which of them.
+        choose: given the place of an example in the batch and the number of its views, which of them.
     """
     features: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     accumulation: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     real, shares = [], []
-    for place, choose in zip(places, chosen, strict=True):
+    for item, place in enumerate(places):
         example = examples.load(place)
-        views = choose(len(example.views))
+        views = choose(item, len(example.views))
         for kind in KINDS:
             features[kind].append(example.features[kind][views])
             accumulation[kind].append(example.accumulation[kind][views])
         real.append(examples.real_views(place)[example.views[views]])
         shares.append(example.share.expand(len(views)))
-    maps = ({kind: torch.cat(parts).to(device) for kind, parts in group.items()} for group in (features, accumulation))
-    return DecoderBatch(*maps, Views.cat(real).to(device), torch.cat(shares).to(device))
+    joined, opacity = (
+        {kind: torch.cat(parts).to(device) for kind, parts in group.items()} for group in (features, accumulation)
+    )
+    return DecoderBatch(joined, opacity, Views.cat(real).to(device), torch.cat(shares).to(device))
 
 
 def train_decoder(
@@ -262,7 +264,7 @@ class DecoderPictures:
     def __init__(self, model: DecoderTuning, examples: DecoderExamples, device: torch.device) -> None:
         self.model = model
         self.places = list(range(min(NUM_PICTURES, len(examples))))
-        self.batch = load_batch(examples, self.places, [lambda count: torch.zeros(1).long()] * len(self.places), device)
+        self.batch = load_batch(examples, self.places, lambda item, count: torch.zeros(1).long(), device)
 
     @torch.no_grad()
     def __call__(self) -> Pictures:
