@@ -25,7 +25,7 @@ from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.reports.galleries import image_grid
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.writing import clear_unfinished
-from nfldm_ns.training.identity import model_hash
+from nfldm_ns.training.identity import model_hash, public_config
 from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
 from nfldm_ns.training.run import RunFolder
 from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
@@ -291,12 +291,11 @@ def _identity(
     pipeline: NFLDMPipeline, store: VoxelStore, config: DecoderTrainingConfig, accelerator: Accelerator
 ) -> dict[str, Any]:
     components = {name: getattr(pipeline, name) for name in COMPONENTS}
-    examples = asdict(config.examples)
     return {
         "kind": "image decoder",
         "pipeline": {name: model_hash(model) for name, model in components.items() if model is not None},
         "temperatures": pipeline.config.temperatures,
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": {"class": type(pipeline.scheduler).__name__, **public_config(pipeline.scheduler)},
         "voxels": {
             "scenes": store.splits["train"],
             "optimised": store.description.get("optimised"),
@@ -306,6 +305,6 @@ def _identity(
         "batch_size": joint_batch_size(config.schedule, accelerator),
         "num_views": config.num_views,
         "discriminator_rate": config.discriminator_rate,
-        "examples": examples,
+        "examples": asdict(config.examples),
         "losses": asdict(config.losses),
     }
