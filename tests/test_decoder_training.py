@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
+import os
+import signal
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.multiprocessing import start_processes
 
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
@@ -35,6 +41,7 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS, DIFFUSION_PRESETS
 from nfldm_ns.scenes.views import Views
+from nfldm_ns.training import loop
 from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
@@ -49,6 +56,10 @@ PLAIN = replace(CONFIG, losses=DecoderLossConfig(lpips_mult=0, denoised_lpips_mu
 
 @pytest.fixture(scope="module")
 def perceptual() -> PerceptualNetwork:
+    return new_perceptual()
+
+
+def new_perceptual() -> PerceptualNetwork:
     from lpips import LPIPS
 
     torch.manual_seed(0)
@@ -281,6 +292,65 @@ def test_another_run_in_the_folder_is_refused(store, pipeline_folder, tmp_path):
     other = replace(PLAIN, examples=replace(EXAMPLES, max_noise=0.5))
     with pytest.raises(UserInputError, match="max_noise 0.8 there, max_noise 0.5 here"):
         train_decoder(load_pipeline(pipeline_folder), store, tmp_path, other, on_progress=silent)
+
+
+def _tune(folder: Path, pipeline_folder: Path, root: Path, schedule: Schedule) -> dict[str, Tensor]:
+    pipeline, store = load_pipeline(pipeline_folder), VoxelStore.open(root)
+    config = replace(CONFIG, schedule=schedule)
+    return weights(train_decoder(pipeline, store, folder, config, perceptual=new_perceptual(), on_progress=silent))
+
+
+def _work(rank: int, folder: Path, pipeline_folder: Path, root: Path) -> None:
+    """One of two processes, as `accelerate launch --cpu` starts them."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", world_size=2, rank=rank)
+    found = _tune(folder / "joint", pipeline_folder, root, replace(SCHEDULE, batch_size=1))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_do_what_one_does(store, pipeline_folder, tmp_path):
+    start_processes(_work, (tmp_path, pipeline_folder, store.root), nprocs=2, start_method="forkserver")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert_equal(first, second)
+    alone = _tune(tmp_path / "alone", pipeline_folder, store.root, SCHEDULE)
+    for place in range(EXAMPLES.num_scenes):
+        name = f"examples/{place:06d}.safetensors"
+        assert_equal(load_file(tmp_path / "joint" / name), load_file(tmp_path / "alone" / name))
+    difference = torch.cat([(first[name] - value).flatten().float() for name, value in alone.items()])
+    assert float(difference.abs().mean()) < 0.01 * SCHEDULE.learning_rate * SCHEDULE.max_steps
+
+
+def _killed(what: str, folder: Path, pipeline_folder: Path, root: Path) -> None:
+    """A process that is killed in its third example, or its fourth step."""
+    calls = iter(range(100))
+    owner, name, last = (DecoderExamples, "_make", 2) if what == "examples" else (loop, "_step", 3)
+    before = getattr(owner, name)
+
+    def die(*args: Any) -> Any:
+        return os.kill(os.getpid(), signal.SIGKILL) if next(calls) == last else before(*args)
+
+    setattr(owner, name, die)
+    _tune(folder, pipeline_folder, root, SCHEDULE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_run_gives_equal_weights(store, pipeline_folder, tmp_path):
+    whole = _tune(tmp_path / "whole", pipeline_folder, store.root, SCHEDULE)
+    for what in ("examples", "steps"):
+        folder = tmp_path / what
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_killed, args=(what, folder, pipeline_folder, store.root)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert len(list((folder / "examples").glob("*.safetensors"))) == (2 if what == "examples" else 4)
+        assert_equal(_tune(folder, pipeline_folder, store.root, SCHEDULE), whole)
 
 
 # Bad input
