@@ -1,4 +1,4 @@
-"""Sizes and trainings of stages 2 and 3, by preset.
+"""Sizes and trainings of stages 2 and 3, and of the last one of the image decoder, by preset.
 
 | preset | for | latents |
 |---|---|---|
@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from nfldm_ns.diffusion.decoder_examples import ExampleConfig
+from nfldm_ns.diffusion.decoder_training import DecoderTrainingConfig
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig
 from nfldm_ns.training.schedule import Schedule
@@ -225,3 +227,29 @@ DIFFUSION_PRESETS: dict[str, DiffusionPreset] = {
     ),
 }
 DIFFUSION_PRESETS["rooms128"] = DIFFUSION_PRESETS["rooms"]
+
+
+def _decoder(
+    max_steps: int, batch_size: int, num_scenes: int, learning_rate: float, *, on_gpu: bool = False
+) -> DecoderTrainingConfig:
+    """Without weight decay, which would pull a trained decoder towards zero."""
+    schedule = Schedule(
+        max_steps=max_steps,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        weight_decay=0.0,
+        mixed_precision="bf16" if on_gpu else None,
+        log_every=50 if on_gpu else 10,
+        checkpoint_every=1000 if on_gpu else 100,
+        validation_steps=1000 if on_gpu else 0,
+    )
+    return DecoderTrainingConfig(schedule=schedule, examples=ExampleConfig(num_scenes=num_scenes))
+
+
+DECODER_PRESETS: dict[str, DecoderTrainingConfig] = {
+    "tiny": _decoder(300, 2, 64, 2e-4),
+    "rooms": _decoder(1000, 2, 256, 2e-4),
+    "rooms128": _decoder(1000, 2, 256, 2e-4),
+    "base": _decoder(10_000, 8, 2000, 1e-4, on_gpu=True),
+    "paper": _decoder(20_000, 8, 4000, 1e-4, on_gpu=True),
+}

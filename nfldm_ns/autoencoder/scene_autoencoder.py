@@ -304,13 +304,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
     def decode(self, maps: FeatureMaps, height: int, width: int) -> RenderedViews:
         """Feature maps to images of `height` x `width` pixels."""
         batch, num_views = maps.features.shape[:2]
-        image = self.decoder(
-            maps.features.flatten(0, 1).contiguous(memory_format=torch.channels_last), maps.accumulation.flatten(0, 1)
-        )
-        image = (image.float() + 1) / 2
-        if image.shape[-2:] != (height, width):
-            smaller = height < image.shape[-2]
-            image = F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False, antialias=smaller)
+        image = decode_images(self.decoder, maps.features.flatten(0, 1), maps.accumulation.flatten(0, 1), height, width)
         rgb = image.unflatten(0, (batch, num_views))
 
         def resize(values: Tensor) -> Tensor:
@@ -319,6 +313,22 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             )
 
         return RenderedViews(rgb, resize(maps.depth), resize(maps.accumulation), maps)
+
+
+def decode_images(
+    decoder: nn.Module,
+    features: Float[Tensor, "batch channels h w"],
+    accumulation: Float[Tensor, "batch 1 h w"],
+    height: int,
+    width: int,
+) -> Float[Tensor, "batch 3 height width"]:
+    """What an image decoder makes of rendered features, in [0, 1] but not clamped, at the size that was asked for."""
+    image = decoder(features.contiguous(memory_format=torch.channels_last), accumulation)
+    image = (image.float() + 1) / 2
+    if image.shape[-2:] == (height, width):
+        return image
+    smaller = height < image.shape[-2]
+    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False, antialias=smaller)
 
 
 def depth_errors(

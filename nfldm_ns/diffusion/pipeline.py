@@ -549,9 +549,14 @@ def save_in_half_precision(pipeline: Path | str, folder: Path | str) -> None:
         for parameter in () if getattr(smaller, name) is None else getattr(smaller, name).parameters():
             parameter.data = parameter.data.half()
     with atomic_path(Path(folder)) as temporary:
-        smaller.save_pretrained(temporary)
-        index = temporary / smaller.config_name
-        write_json(index, {k: v for k, v in read_json(index).items() if k != "_name_or_path"})  # where it was made
+        save_without_origin(smaller, temporary)
+
+
+def save_without_origin(pipeline: NFLDMPipeline, folder: Path) -> None:
+    """`save_pretrained` without the path that the pipeline was read from."""
+    pipeline.save_pretrained(folder)
+    index = folder / pipeline.config_name
+    write_json(index, {k: v for k, v in read_json(index).items() if k != "_name_or_path"})
 
 
 def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline") -> None:

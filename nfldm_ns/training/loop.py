@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -26,6 +27,7 @@ ProgressCallback = Callable[[float, dict[str, float]], None]
 LossFunction = Callable[[int], dict[str, Tensor]]
 Render = Callable[[], Pictures]
 EMA_POWER = 0.75  # of their warm-up: the decay rises as 1 - (1 + step)^-0.75
+RATE = "rate_multiple"  # of a group of parameters
 HELD_OUT_SPLITS = ("val", "test", "train")
 
 
@@ -36,6 +38,7 @@ def train(
     schedule: Schedule,
     accelerator: Accelerator,
     *,
+    rates: Mapping[str, float] | None = None,
     ema: EMAModel | None = None,
     render: Render | None = None,
     description: str = "Training",
@@ -50,12 +53,15 @@ def train(
         make_losses: given the (wrapped) model, returns a function from the number of a pass to weighted losses by name,
             all means over its items; their sum is minimised, and names that start with `_` are logged only. A step
             takes the mean over all passes and processes.
+        rates: learning rates of the model's parts (by name, together the whole model) as multiples of the schedule's.
         ema: moving averages of the model's parameters.
         render: makes pictures of what the model can do by now, every `validation_steps`; called with the averaged
             weights, in evaluation mode, and with a random state of its own.
         on_progress: called with the share done and the last losses, instead of a progress bar.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.learning_rate, weight_decay=schedule.weight_decay)
+    optimizer = torch.optim.AdamW(
+        _parameter_groups(model, rates or {}), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
+    )
     profiles = PowerAverages(model, schedule.ema_profiles) if schedule.ema_profiles else None
     step, spent = folder.load(model, optimizer, ema, accelerator.scaler, profiles)
     wrapped, prepared = accelerator.prepare(model, optimizer)
@@ -77,7 +83,7 @@ def train(
             while (progress := schedule.progress(step, seconds := _seconds(start, schedule, accelerator))) < 1:
                 rate = schedule.rate(step, seconds)
                 for group in prepared.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group[RATE]
                 window += _step(step, wrapped, compute_losses, prepared, schedule, accelerator)
                 if ema is not None:
                     ema.step(model.parameters())
@@ -106,6 +112,13 @@ def train(
             folder.close()
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False).eval()
+
+
+def _parameter_groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The parts that `rates` names, or the whole model."""
+    if not rates:
+        return [{"params": list(model.parameters()), RATE: 1.0}]
+    return [{"params": list(model.get_submodule(name).parameters()), RATE: rate} for name, rate in rates.items()]
 
 
 def moving_averages(model: nn.Module, decay: float) -> EMAModel:

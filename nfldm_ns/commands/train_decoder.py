@@ -1,0 +1,79 @@
+"""`nfldm-train-decoder`: the image decoder, tuned on generated voxels."""
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
+from nfldm_ns.models import GENERATOR
+from nfldm_ns.training.options import ScheduleOptions, is_first_process
+
+
+@dataclass
+class TrainDecoder:
+    """Tune the image decoder of a trained generator on voxels as it generates them; all else stays as it is.
+
+    First the feature maps of such voxels are made and kept in the output folder, then the decoder is trained on them
+    and on the real views of the same cameras. An interrupted run continues where it stopped. On several GPUs or
+    machines start it with `accelerate launch -m nfldm_ns.commands.train_decoder`.
+    """
+
+    voxels: Path
+    """Encoded scenes, from nfldm-encode, by the stage 1 of the generator."""
+    output_dir: Path
+    """The run folder; the generator with the tuned decoder goes to pipeline/ in it."""
+    pipeline: Path = Path(GENERATOR)
+    """A trained generator: the pipeline folder of nfldm-train-diffusion, or the model that comes with this package."""
+    preset: Literal["tiny", "rooms", "rooms128", "base", "paper"] = "tiny"
+    num_scenes: int | None = None
+    """Scenes to make feature maps of: training scenes, each after its latents, and with c and f noised and denoised."""
+    num_views: int | None = None
+    """Views of each."""
+    max_noise: float | None = None
+    """Largest share of the noise schedule that c and f are noised to, above 0 and at most 1 (0.4 by default)."""
+    num_inference_steps: int | None = None
+    """Denoising steps of the whole schedule, of which an example walks its share."""
+    adversarial_mult: float | None = None
+    """Weight of the loss by the discriminator; 0 for none."""
+    schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
+
+    def run(self) -> None:
+        from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+        from nfldm_ns.diffusion.decoder_training import PIPELINE_FOLDER, train_decoder
+        from nfldm_ns.diffusion.pipeline import load_pipeline
+        from nfldm_ns.latents.voxel_store import VoxelStore
+        from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS
+        from nfldm_ns.pretrained.weights import load_lpips
+
+        saved = self.output_dir / PIPELINE_FOLDER
+        if saved.resolve() == self.pipeline.resolve():
+            raise UserInputError(f"{saved} is the generator to begin from: choose another output folder.")
+        config = DECODER_PRESETS[self.preset]
+        names = ("num_scenes", "num_views", "max_noise", "num_inference_steps")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        examples = replace(config.examples, **given, seed=self.schedule.seed)
+        examples.check()
+        losses = config.losses
+        if self.adversarial_mult is not None:
+            losses = replace(losses, adversarial_mult=self.adversarial_mult)
+        schedule = replace(config.schedule, **self.schedule.given())
+        config = replace(config, examples=examples, losses=losses, schedule=schedule)
+        store = VoxelStore.open(self.voxels)
+        pipeline = load_pipeline(self.pipeline)
+        perceptual = PerceptualNetwork(load_lpips("vgg")) if losses.needs_perceptual_network else None
+        train_decoder(pipeline, store, self.output_dir, config, perceptual=perceptual)
+        if is_first_process():
+            print(f"The pipeline is in {saved}")
+
+
+def main(args: list[str] | None = None) -> None:
+    """Entry point."""
+    command = tyro.cli(TrainDecoder, prog="nfldm-train-decoder", args=args)
+    with exit_on_bad_input():
+        command.run()
+
+
+if __name__ == "__main__":
+    main()

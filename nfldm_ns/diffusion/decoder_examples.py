@@ -1,0 +1,256 @@
+"""Rendered feature maps of generated voxels, on which the image decoder of stage 1 is tuned; made once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from nerfstudio.cameras.cameras import Cameras
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nfldm_ns.autoencoder.checkpoints import read_safetensors
+from nfldm_ns.autoencoder.renderer import FeatureMaps
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.autoencoder.scene_sampler import SceneCache
+from nfldm_ns.diffusion.inpainting import Inpainting
+from nfldm_ns.diffusion.latent_memory import encode_latents
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.scene_latents import SceneLatents
+from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.scenes.views import Views, index_cameras
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.scenes.writing import atomic_path
+from nfldm_ns.training.draws import ItemDraws, batch_indices
+from nfldm_ns.training.identity import public_config
+
+KINDS = ("round_trip", "denoised")
+DECODER = "decoder."  # begins the names of the weights that are tuned
+
+
+@dataclass(frozen=True)
+class ExampleConfig:
+    """Which examples a decoder is tuned on.
+
+    Attributes:
+        num_scenes: examples, each of one training scene; all scenes come once before any comes again.
+        num_views: views of each, or all that a scene has.
+        max_noise: largest share of the schedule that latents are noised to, in (0, 1].
+        num_inference_steps: of the whole schedule; an example walks its share of them.
+        seed: of scenes, views and noise.
+    """
+
+    num_scenes: int = 256
+    num_views: int = 4
+    max_noise: float = 0.4
+    num_inference_steps: int = 20
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raises `UserInputError` for settings that make no sense."""
+        if not 0 < self.max_noise <= 1:
+            raise UserInputError(
+                f"--max-noise is {self.max_noise}, but must be above 0 and at most 1: it is a share of the schedule."
+            )
+        for name in ("num_scenes", "num_views", "num_inference_steps"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise UserInputError(f"--{option} is {getattr(self, name)}: give at least 1.")
+
+
+@dataclass
+class DecoderExample:
+    """One scene as its views see it after its latents, N views.
+
+    Attributes:
+        views: indices into the source views and then the target views of the scene.
+        share: of the schedule, that the latents of the denoised V were noised to.
+        features: by kind, `[N, C, h, w]`: `round_trip` of V after its own latents, `denoised` of V of latents that were
+            noised and denoised.
+        accumulation: likewise, `[N, 1, h, w]`.
+    """
+
+    views: Int[Tensor, " views"]
+    share: Float[Tensor, ""]
+    features: dict[str, Float[Tensor, "views channels h w"]]
+    accumulation: dict[str, Float[Tensor, "views 1 h w"]]
+
+    def save(self, path: Path) -> None:
+        """Writes it whole or not at all, in half precision."""
+        tensors = {"views": self.views.cpu(), "share": self.share.cpu()}
+        for kind in KINDS:
+            tensors |= {f"{kind}.features": _half(self.features[kind])}
+            tensors |= {f"{kind}.accumulation": _half(self.accumulation[kind])}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary)
+
+    @staticmethod
+    def load(path: Path) -> DecoderExample:
+        """Reads what `save` wrote, in single precision; `UserInputError` if it is damaged."""
+        tensors = read_safetensors(path)
+        if not set(_names()) <= set(tensors):
+            raise UserInputError(f"{path} is no example for a decoder: delete it to have it made again.")
+        parts = ({kind: tensors[f"{kind}.{part}"].float() for kind in KINDS} for part in ("features", "accumulation"))
+        return DecoderExample(tensors["views"], tensors["share"], *parts)
+
+
+class DecoderExamples:
+    """All examples of a tuning, each a function of the seed and of its place.
+
+    Args:
+        folder: of the files, `<place>.safetensors`.
+        store: encoded scenes, of which those for training are taken.
+        cache: views of their collection.
+    """
+
+    def __init__(self, folder: Path, store: VoxelStore, cache: SceneCache, config: ExampleConfig) -> None:
+        config.check()
+        if not store.splits["train"]:
+            raise UserInputError(f"{store.root} has no training scenes: encode a collection that has some.")
+        self.folder, self.store, self.cache, self.config = folder, store, cache, config
+
+    def __len__(self) -> int:
+        return self.config.num_scenes
+
+    def path(self, place: int) -> Path:
+        return self.folder / f"{place:06d}.safetensors"
+
+    def scene_id(self, place: int) -> str:
+        """The scene of an example."""
+        scenes = self.store.splits["train"]
+        return scenes[batch_indices(len(scenes), 1, place, self.config.seed)[0]]
+
+    def load(self, place: int) -> DecoderExample:
+        return DecoderExample.load(self.path(place))
+
+    def real_views(self, place: int) -> Views:
+        """All views of its scene, first the source views."""
+        scene = self.cache.load(self.scene_id(place))
+        return Views.cat([scene.source, scene.target])
+
+    def make(
+        self,
+        pipeline: NFLDMPipeline,
+        places: Iterable[int] | None = None,
+        on_progress: Callable[[float], None] | None = None,
+    ) -> None:
+        """Makes those that are not there yet.
+
+        Args:
+            pipeline: on the device that is worked on.
+            places: of these; by default all.
+            on_progress: called with the share that is done, instead of a progress bar.
+        """
+        places = range(len(self)) if places is None else places
+        missing = [place for place in places if not _is_whole(self.path(place))]
+        pipeline.set_progress_bar_config(disable=True)
+        for done, place in enumerate(track(missing, "Generating voxels", disable=on_progress is not None)):
+            self._make(pipeline, place).save(self.path(place))
+            if on_progress is not None:
+                on_progress((done + 1) / len(missing))
+
+    @torch.no_grad()
+    def _make(self, pipeline: NFLDMPipeline, place: int) -> DecoderExample:
+        device = next(pipeline.scene_autoencoder.parameters()).device
+        draws = ItemDraws(self.config.seed, [place], device)
+        share = quantised_share(pipeline, float(draws.uniform()) * self.config.max_noise, self.config)
+        real = self.real_views(place)
+        views = draws.permutation(0, real.shape[0])[: self.config.num_views].sort().values
+        cameras = index_cameras(real.cameras, views[None]).to(device)
+        code, latents = self._encode(pipeline, place, device)
+        grids = {"round_trip": pipeline.latent_autoencoder.decode(latents)}
+        grids["denoised"] = grids["round_trip"]
+        if share > 0:
+            grids["denoised"] = self._denoise(pipeline, place, code, latents, share, draws)
+        maps = {kind: _feature_maps(pipeline.scene_autoencoder, grid, cameras) for kind, grid in grids.items()}
+        features = {kind: found.features[0] for kind, found in maps.items()}
+        accumulation = {kind: found.accumulation[0] for kind, found in maps.items()}
+        return DecoderExample(views, torch.tensor(share), features, accumulation)
+
+    def _encode(
+        self, pipeline: NFLDMPipeline, place: int, device: torch.device
+    ) -> tuple[Float[Tensor, "1 code"], SceneLatents]:
+        """The scene code and the latents of the true V, as denoisers are trained on them."""
+        memory = encode_latents(
+            self.store,
+            pipeline.latent_autoencoder,
+            [self.scene_id(place)],
+            quarter_turns=False,
+            num_cameras=pipeline.global_denoiser.config.num_cameras,
+            on_progress=lambda share: None,
+        )
+        turns = torch.zeros(1, dtype=torch.long)
+        code, coarse, fine = (memory.pick(name, [0], turns, device) for name in ("scene_code", "coarse", "fine"))
+        return code, SceneLatents(pipeline.global_denoiser.split(code)[0], coarse, fine)
+
+    def _denoise(
+        self,
+        pipeline: NFLDMPipeline,
+        place: int,
+        code: Float[Tensor, "1 code"],
+        latents: SceneLatents,
+        share: float,
+        draws: ItemDraws,
+    ) -> VoxelGrid:
+        """V of c and f noised to a share of the schedule and denoised (SDEdit, Meng et al. 2022)."""
+        coarse, fine = (torch.ones(part.shape[-2:], dtype=torch.bool) for part in (latents.coarse, latents.fine))
+        steps = self.config.num_inference_steps
+        groups = pipeline_steps(pipeline, steps)
+        everywhere = Inpainting(latents, coarse, fine, strength=share, resamplings=1, jump_length=groups)
+        bev = None
+        if pipeline.bev_size is not None:
+            bev = torch.from_numpy(self.cache.collection.load_bev(self.scene_id(place)).astype("int64"))
+        output = pipeline(1, draws.generators, steps, scene_code=code, inpainting=everywhere, bev=bev)
+        assert output.grids is not None
+        return output.grids
+
+
+def pipeline_steps(pipeline: NFLDMPipeline, num_inference_steps: int) -> int:
+    """Groups of steps that the scheduler takes for the whole schedule."""
+    pipeline.scheduler.set_timesteps(num_inference_steps)
+    return -(-len(pipeline.scheduler.timesteps) // pipeline.scheduler.order)
+
+
+def quantised_share(pipeline: NFLDMPipeline, share: float, config: ExampleConfig) -> float:
+    """The share of the schedule that whole steps of the scheduler come nearest to; 0 where that is none."""
+    groups = pipeline_steps(pipeline, config.num_inference_steps)
+    return round(share * groups) / groups
+
+
+def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder) -> None:
+    """Raises `UserInputError` unless the scenes were encoded by this stage 1; another image decoder does not matter."""
+    theirs, ours = store.load_autoencoder(), scene_autoencoder
+    same = public_config(theirs) == public_config(ours)
+    weights = [{k: v for k, v in m.state_dict().items() if not k.startswith(DECODER)} for m in (theirs, ours)]
+    if not same or not all(torch.equal(value, weights[1][name].cpu()) for name, value in weights[0].items()):
+        raise UserInputError(
+            f"The scenes in {store.root} were encoded by another scene auto-encoder than the pipeline's: give the "
+            "voxels that it was trained on."
+        )
+
+
+def _feature_maps(scene_autoencoder: SceneAutoencoder, grid: VoxelGrid, cameras: Cameras) -> FeatureMaps:
+    return scene_autoencoder.render(grid, cameras).maps
+
+
+def _names() -> list[str]:
+    return ["views", "share", *(f"{kind}.{part}" for kind in KINDS for part in ("features", "accumulation"))]
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(_names()) <= set(file.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
+def _half(values: Tensor) -> Tensor:
+    largest = torch.finfo(torch.float16).max
+    return values.clamp(-largest, largest).half().cpu().contiguous()

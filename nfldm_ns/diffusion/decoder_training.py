@@ -1,0 +1,310 @@
+"""Tunes the image decoder of stage 1 on voxels as stages 2 and 3 give them; all else is frozen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from nfldm_ns.autoencoder.decoder import ImageDecoder
+from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator, discriminator_loss, generator_loss
+from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
+from nfldm_ns.autoencoder.scene_autoencoder import decode_images
+from nfldm_ns.autoencoder.scene_sampler import SceneCache
+from nfldm_ns.diffusion.decoder_examples import KINDS, DecoderExamples, ExampleConfig, require_same_voxels
+from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, save_without_origin
+from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.reports.galleries import image_grid
+from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.writing import clear_unfinished
+from nfldm_ns.training.identity import model_hash, public_config
+from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
+from nfldm_ns.training.run import RunFolder
+from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
+from nfldm_ns.training.trackers import Pictures
+
+EXAMPLES_FOLDER = "examples"
+PIPELINE_FOLDER = "pipeline"
+NUM_PICTURES = 4
+
+
+@dataclass
+class DecoderLossConfig:
+    """Weights of the losses."""
+
+    rgb_mult: float = 1.0
+    """|i - i_hat| of images of V after its own latents."""
+    lpips_mult: float = 1.0
+    """Their perceptual distance."""
+    denoised_lpips_mult: float = 0.3
+    """Perceptual distance of images of denoised V, times 1 - t at the share t of the schedule: the noisier the latents
+    were, the less is the scene still the real one."""
+    adversarial_mult: float = 0.1
+    """Of the loss that the projected discriminator gives all of them; 0 trains without one."""
+    adversarial_levels: tuple[int, ...] = (1, 2)
+    """Levels of the perceptual network that it looks at, 0 the finest."""
+
+    @property
+    def needs_perceptual_network(self) -> bool:
+        """Whether a loss looks at its features."""
+        return bool(self.lpips_mult or self.denoised_lpips_mult or self.adversarial_mult)
+
+
+@dataclass
+class DecoderTrainingConfig:
+    """Tuning of the image decoder."""
+
+    schedule: Schedule = field(default_factory=Schedule)
+    losses: DecoderLossConfig = field(default_factory=DecoderLossConfig)
+    examples: ExampleConfig = field(default_factory=ExampleConfig)
+    num_views: int = 2
+    """Views of an example that a step looks at."""
+    discriminator_rate: float = 2.0
+    """Learning rate of the discriminator, as a multiple of the decoder's."""
+    ema_decay: float = 0.999
+    """Of the moving averages of the weights, which are what is kept."""
+
+
+@dataclass
+class DecoderBatch:
+    """Views of some examples, B of them in all, each after the round trip and denoised.
+
+    Attributes:
+        features, accumulation: by kind, at the resolution of the rays.
+        real: `[B]`, the real views of the same cameras.
+        share: of the schedule, of each view.
+    """
+
+    features: dict[str, Float[Tensor, "batch channels h w"]]
+    accumulation: dict[str, Float[Tensor, "batch 1 h w"]]
+    real: Views
+    share: Float[Tensor, " batch"]
+
+
+class DecoderTuning(nn.Module):
+    """The image decoder and the discriminator beside it, and the losses of both.
+
+    One backward pass of their sum trains the two: their gradients do not mix.
+
+    Args:
+        perceptual: frozen; not a part of this module's parameters.
+    """
+
+    def __init__(self, decoder: ImageDecoder, config: DecoderLossConfig, perceptual: PerceptualNetwork | None) -> None:
+        super().__init__()
+        if config.needs_perceptual_network and perceptual is None:
+            raise ValueError("lpips_mult, denoised_lpips_mult or adversarial_mult is set, but no perceptual network")
+        self.decoder = decoder
+        self.discriminator: ProjectedDiscriminator | None = None
+        if config.adversarial_mult:
+            self.discriminator = ProjectedDiscriminator([PERCEPTUAL_CHANNELS[i] for i in config.adversarial_levels])
+        self.config = config
+        self._perceptual = (perceptual,)  # a tuple keeps its weights out of checkpoints
+
+    def decode(self, batch: DecoderBatch, kind: str) -> Float[Tensor, "batch 3 height width"]:
+        """Images of one kind, in [0, 1] but not clamped."""
+        return decode_images(self.decoder, batch.features[kind], batch.accumulation[kind], *batch.real.image_size)
+
+    def forward(self, batch: DecoderBatch) -> dict[str, Float[Tensor, ""]]:
+        """Weighted losses by name, all means over the views."""
+        images = {kind: batch.real.covered(self.decode(batch, kind)) for kind in KINDS}
+        losses = {"rgb_loss": self.config.rgb_mult * F.l1_loss(images["round_trip"], batch.real.images)}
+        (perceptual,) = self._perceptual
+        if perceptual is None:
+            return losses
+        real = perceptual.features(batch.real.images * 2 - 1)
+        seen = {kind: perceptual.features(image * 2 - 1) for kind, image in images.items()}
+        distance = {kind: perceptual.distance(levels, real) for kind, levels in seen.items()}
+        losses["lpips_loss"] = self.config.lpips_mult * distance["round_trip"].mean()
+        weight = self.config.denoised_lpips_mult * (1 - batch.share)
+        losses["denoised_lpips_loss"] = (weight * distance["denoised"]).mean()
+        if self.discriminator is not None:
+            losses |= self._adversarial_losses([seen[kind] for kind in KINDS], real)
+        return losses
+
+    def _adversarial_losses(self, rendered: list[list[Tensor]], real: list[Tensor]) -> dict[str, Float[Tensor, ""]]:
+        assert self.discriminator is not None
+        levels = self.config.adversarial_levels
+        fake = [torch.cat([kind[level] for kind in rendered]) for level in levels]
+        return {
+            "adversarial_loss": self.config.adversarial_mult * generator_loss(self.discriminator, fake),
+            "discriminator_loss": discriminator_loss(self.discriminator, fake, [real[level] for level in levels]),
+        }
+
+
+class DecoderLosses:
+    """Losses of one pass; which examples and views it sees depends on the seed and their places.
+
+    Args:
+        wrapped: the `DecoderTuning`, possibly wrapped for several processes.
+    """
+
+    def __init__(
+        self, wrapped: nn.Module, examples: DecoderExamples, config: DecoderTrainingConfig, accelerator: Accelerator
+    ) -> None:
+        self.wrapped, self.examples, self.config = wrapped, examples, config
+        self.device = accelerator.device
+        self.share = batch_share(config.schedule, accelerator)
+
+    def __call__(self, number: int) -> dict[str, Tensor]:
+        return self.wrapped(self.batch(number))
+
+    def batch(self, number: int) -> DecoderBatch:
+        """What a pass looks at."""
+        draws = self.share.draws(number)
+        places = self.share.items(len(self.examples), number)
+
+        def choose(item: int, count: int) -> Tensor:
+            return draws.permutation(item, count)[: self.config.num_views]
+
+        return load_batch(self.examples, places, choose, self.device)
+
+
+def load_batch(
+    examples: DecoderExamples, places: list[int], choose: Callable[[int, int], Tensor], device: torch.device | str
+) -> DecoderBatch:
+    """Views of examples.
+
+    Args:
+        choose: given the place of an example in the batch and the number of its views, which of them.
+    """
+    features: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    accumulation: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    real, shares = [], []
+    for item, place in enumerate(places):
+        example = examples.load(place)
+        views = choose(item, len(example.views))
+        for kind in KINDS:
+            features[kind].append(example.features[kind][views])
+            accumulation[kind].append(example.accumulation[kind][views])
+        real.append(examples.real_views(place)[example.views[views]])
+        shares.append(example.share.expand(len(views)))
+    joined, opacity = (
+        {kind: torch.cat(parts).to(device) for kind, parts in group.items()} for group in (features, accumulation)
+    )
+    return DecoderBatch(joined, opacity, Views.cat(real).to(device), torch.cat(shares).to(device))
+
+
+def train_decoder(
+    pipeline: NFLDMPipeline,
+    store: VoxelStore,
+    output_dir: Path | str,
+    config: DecoderTrainingConfig,
+    *,
+    perceptual: PerceptualNetwork | None = None,
+    cache_gib: float = 2.0,
+    on_progress: ProgressCallback | None = None,
+) -> NFLDMPipeline:
+    """Tunes the image decoder of a pipeline, continuing an interrupted run.
+
+    Args:
+        pipeline: its decoder is changed in place, all else stays to the bit.
+        store: scenes encoded by its stage 1; their collection must be where it was when they were encoded.
+        output_dir: becomes a run folder (see `RunFolder`) with the examples in `examples/` and the result in
+            `pipeline/`.
+        perceptual: needed if the losses look at its features; moved to where it trains.
+
+    Returns:
+        the pipeline with the averaged weights of the tuned decoder, on the CPU.
+
+    Raises:
+        UserInputError: if the settings, the pipeline and the store do not fit together.
+    """
+    output_dir = Path(output_dir)
+    cache = SceneCache(store.load_collection(), cache_gib)
+    examples = DecoderExamples(output_dir / EXAMPLES_FOLDER, store, cache, config.examples)
+    require_same_voxels(store, pipeline.scene_autoencoder)
+    accelerator = new_accelerator(config.schedule, output_dir)
+    torch.manual_seed(config.schedule.seed)
+    decoder = copy.deepcopy(pipeline.scene_autoencoder.decoder).float().requires_grad_(True)
+    if perceptual is not None:
+        perceptual.to(accelerator.device)
+    model = DecoderTuning(decoder, config.losses, perceptual).to(accelerator.device)
+    folder = RunFolder(output_dir, _identity(pipeline, store, config, accelerator), accelerator)
+    _make_examples(examples, pipeline, accelerator, on_progress is not None)
+
+    def make_losses(wrapped: nn.Module) -> DecoderLosses:
+        return DecoderLosses(wrapped, examples, config, accelerator)
+
+    ema = moving_averages(model, config.ema_decay)
+    rates = {"decoder": 1.0} | ({} if model.discriminator is None else {"discriminator": config.discriminator_rate})
+    train(
+        folder,
+        model,
+        make_losses,
+        config.schedule,
+        accelerator,
+        rates=rates,
+        ema=ema,
+        render=DecoderPictures(model, examples, accelerator.device) if config.schedule.validation_steps else None,
+        description="Image decoder",
+        on_progress=on_progress,
+    )
+    ema.copy_to(model.parameters())
+    pipeline.scene_autoencoder.decoder.load_state_dict(decoder.state_dict())
+
+    def save(path: Path) -> None:
+        save_without_origin(pipeline, path)
+
+    keep_result(output_dir / PIPELINE_FOLDER, accelerator, save)
+    return pipeline
+
+
+class DecoderPictures:
+    """A view of each of the first examples: real, after the round trip, and denoised."""
+
+    def __init__(self, model: DecoderTuning, examples: DecoderExamples, device: torch.device) -> None:
+        self.model = model
+        self.places = list(range(min(NUM_PICTURES, len(examples))))
+        self.batch = load_batch(examples, self.places, lambda item, count: torch.zeros(1).long(), device)
+
+    @torch.no_grad()
+    def __call__(self) -> Pictures:
+        """One picture with a row per example."""
+        shown = {kind.replace("_", " "): self.model.decode(self.batch, kind).clamp(0, 1) for kind in KINDS}
+        names = [f"t = {share:.2f}" for share in self.batch.share.tolist()]
+        return {"decoder": image_grid({"real": self.batch.real.images, **shown}, names)}
+
+
+def _make_examples(examples: DecoderExamples, pipeline: NFLDMPipeline, accelerator: Accelerator, silent: bool) -> None:
+    """Each process makes a part of what is missing; afterwards the pipeline leaves the device."""
+    if accelerator.is_main_process:
+        clear_unfinished(examples.folder)
+    accelerator.wait_for_everyone()
+    pipeline.to(accelerator.device)
+    quiet = silent or not accelerator.is_main_process
+    places = range(accelerator.process_index, len(examples), accelerator.num_processes)
+    examples.make(pipeline, places, (lambda share: None) if quiet else None)
+    pipeline.to("cpu")
+    accelerator.wait_for_everyone()
+
+
+def _identity(
+    pipeline: NFLDMPipeline, store: VoxelStore, config: DecoderTrainingConfig, accelerator: Accelerator
+) -> dict[str, Any]:
+    components = {name: getattr(pipeline, name) for name in COMPONENTS}
+    return {
+        "kind": "image decoder",
+        "pipeline": {name: model_hash(model) for name, model in components.items() if model is not None},
+        "temperatures": pipeline.config.temperatures,
+        "scheduler": {"class": type(pipeline.scheduler).__name__, **public_config(pipeline.scheduler)},
+        "voxels": {
+            "scenes": store.splits["train"],
+            "optimised": store.description.get("optimised"),
+            "all_views": store.description.get("all_views", False),
+        },
+        "seed": config.schedule.seed,
+        "batch_size": joint_batch_size(config.schedule, accelerator),
+        "num_views": config.num_views,
+        "discriminator_rate": config.discriminator_rate,
+        "examples": asdict(config.examples),
+        "losses": asdict(config.losses),
+    }

@@ -1,0 +1,427 @@
+"""The last stage of training: an image decoder that knows generated voxels."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import os
+import signal
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.multiprocessing import start_processes
+
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.autoencoder.scene_sampler import SceneCache
+from nfldm_ns.commands import train_decoder as command
+from nfldm_ns.diffusion import decoder_examples
+from nfldm_ns.diffusion.decoder_examples import (
+    KINDS,
+    DecoderExamples,
+    ExampleConfig,
+    quantised_share,
+    require_same_voxels,
+)
+from nfldm_ns.diffusion.decoder_training import (
+    DecoderBatch,
+    DecoderLossConfig,
+    DecoderTrainingConfig,
+    DecoderTuning,
+    train_decoder,
+)
+from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
+from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS, DIFFUSION_PRESETS
+from nfldm_ns.scenes.views import Views
+from nfldm_ns.training import loop
+from nfldm_ns.training.run import read_metrics
+from nfldm_ns.training.schedule import Schedule
+from tests.interruption import Interrupted, interrupt
+from tests.small_models import small_pipeline, small_scene_autoencoder
+from tests.synthetic import make_box_room_collection, surround_cameras
+
+EXAMPLES = ExampleConfig(num_scenes=4, num_views=3, num_inference_steps=4, max_noise=0.8)
+SCHEDULE = Schedule(max_steps=6, batch_size=2, warmup_steps=1, log_every=2, checkpoint_every=2, report_to="none")
+CONFIG = DecoderTrainingConfig(SCHEDULE, DecoderLossConfig(adversarial_levels=(0, 1)), EXAMPLES, num_views=1)
+PLAIN = replace(CONFIG, losses=DecoderLossConfig(lpips_mult=0, denoised_lpips_mult=0, adversarial_mult=0))
+
+
+@pytest.fixture(scope="module")
+def perceptual() -> PerceptualNetwork:
+    return new_perceptual()
+
+
+def new_perceptual() -> PerceptualNetwork:
+    from lpips import LPIPS
+
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        metric = LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
+    return PerceptualNetwork(metric.eval().requires_grad_(False))
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> VoxelStore:
+    root = tmp_path_factory.mktemp("scenes")
+    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
+    return encode_collection(collection, small_scene_autoencoder(), root / "voxels")
+
+
+@pytest.fixture(scope="module")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generator") / "pipeline"
+    small_pipeline().save_pretrained(folder)
+    return folder
+
+
+def make_examples(store: VoxelStore, folder: Path, pipeline: NFLDMPipeline, **changes) -> DecoderExamples:
+    examples = DecoderExamples(folder, store, SceneCache(store.load_collection(), 1.0), replace(EXAMPLES, **changes))
+    examples.make(pipeline, on_progress=lambda share: None)
+    return examples
+
+
+def weights(pipeline: NFLDMPipeline) -> dict[str, Tensor]:
+    found = {}
+    for name in COMPONENTS:
+        model = getattr(pipeline, name)
+        if model is not None:
+            found |= {f"{name}.{key}": value.clone() for key, value in model.state_dict().items()}
+    return found
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert not [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
+
+
+def silent(share: float, losses: dict[str, float]) -> None:
+    pass
+
+
+# Examples
+
+
+def test_examples_made_twice_or_in_two_parts_are_equal(store, tmp_path):
+    first = make_examples(store, tmp_path / "a", small_pipeline())
+    again = DecoderExamples(tmp_path / "b", store, first.cache, EXAMPLES)
+    again.make(small_pipeline(), [3, 1], on_progress=lambda share: None)
+    again.path(1).write_bytes(b"cut off")
+    again.make(small_pipeline(), on_progress=lambda share: None)
+    for place in range(len(first)):
+        assert_equal(load_file(first.path(place)), load_file(again.path(place)))
+    assert {first.scene_id(place) for place in range(3)} == set(store.splits["train"]), "each comes once"
+
+
+def test_finished_examples_are_not_made_again(store, tmp_path, monkeypatch):
+    examples = make_examples(store, tmp_path, small_pipeline())
+    monkeypatch.setattr(decoder_examples, "encode_latents", None)
+    examples.make(small_pipeline(), on_progress=lambda share: None)
+    examples.path(0).unlink()
+    examples.make(small_pipeline(), [], on_progress=lambda share: None)  # a process without a share in them
+    assert not examples.path(0).exists()
+
+
+@pytest.mark.parametrize("flow", [False, True])
+def test_little_noise_gives_the_round_trip_and_more_does_not(store, tmp_path, flow):
+    little = make_examples(store, tmp_path / "little", small_pipeline(flow=flow), max_noise=1e-4)
+    much = make_examples(store, tmp_path / "much", small_pipeline(flow=flow), max_noise=1.0)
+    for place in range(len(little)):
+        example = little.load(place)
+        assert float(example.share) == 0
+        for part in (example.features, example.accumulation):
+            assert torch.equal(part["round_trip"], part["denoised"])
+    noisy = [much.load(place) for place in range(len(much))]
+    shares = [float(example.share) for example in noisy]
+    assert len(set(shares)) > 1 and max(shares) > 0
+    for example in noisy:
+        same = torch.equal(example.features["round_trip"], example.features["denoised"])
+        assert same == (float(example.share) == 0)
+
+
+def test_examples_see_what_rendering_the_round_trip_sees(store, tmp_path):
+    pipeline = small_pipeline()
+    examples = make_examples(store, tmp_path, pipeline)
+    example, real = examples.load(0), examples.real_views(0)
+    grid = store.grid([examples.scene_id(0)])
+    stage2 = pipeline.latent_autoencoder
+    with torch.no_grad():
+        shown = pipeline.scene_autoencoder.render(
+            stage2.decode(stage2.encode(grid)), Views.stack([real[example.views]]).cameras
+        )
+    torch.testing.assert_close(example.features["round_trip"], shown.maps.features[0], atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(example.accumulation["round_trip"], shown.maps.accumulation[0], atol=1e-2, rtol=1e-2)
+
+
+def test_shares_are_whole_steps_of_the_schedule():
+    pipeline, config = small_pipeline(), replace(EXAMPLES, num_inference_steps=10)
+    assert [quantised_share(pipeline, share, config) for share in (0.0, 0.04, 0.26, 1.0)] == [0, 0, 0.3, 1]
+
+
+def test_a_pipeline_without_f_and_one_with_maps_make_examples(store, tmp_path):
+    make_examples(store, tmp_path / "c", small_pipeline(use_fine=False), num_scenes=2)
+    maps = {"bev_classes": 2, "bev_size": (16, 16), "bev_dropout": 0.1}
+    make_examples(store, tmp_path / "bev", small_pipeline(maps=maps), num_scenes=2)
+
+
+# Losses
+
+
+def random_batch(masked: bool = False) -> DecoderBatch:
+    cameras = surround_cameras(2, 32, torch.Generator().manual_seed(0))
+    masks = None
+    if masked:
+        masks = torch.ones(2, 1, 32, 32, dtype=torch.bool)
+        masks[..., 8:20, 4:30] = False
+    maps = ({kind: torch.rand(2, c, 16, 16) for kind in KINDS} for c in (4, 1))
+    return DecoderBatch(*maps, Views(cameras, torch.rand(2, 3, 32, 32), masks=masks), torch.tensor([0.0, 0.5]))
+
+
+def new_model(perceptual: PerceptualNetwork, **changes) -> DecoderTuning:
+    return DecoderTuning(small_scene_autoencoder().decoder, replace(CONFIG.losses, **changes), perceptual)
+
+
+def test_gradients_of_decoder_and_discriminator_do_not_mix(perceptual):
+    model = new_model(perceptual)
+    losses = model(random_batch())
+    assert set(losses) == {
+        *("rgb_loss", "lpips_loss", "denoised_lpips_loss", "adversarial_loss", "discriminator_loss"),
+    }
+    for name, loss in losses.items():
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        moved = {
+            part: any(p.grad is not None and p.grad.any() for p in getattr(model, part).parameters())
+            for part in ("decoder", "discriminator")
+        }
+        of_discriminator = name == "discriminator_loss"
+        assert moved == {"decoder": not of_discriminator, "discriminator": of_discriminator}, name
+    assert not [name for name, _ in model.named_parameters() if "perceptual" in name]
+
+
+def test_nothing_pulls_at_masked_pixels(perceptual):
+    model, batch = new_model(perceptual), random_batch(masked=True)
+    shown = {}
+
+    def decode(batch: DecoderBatch, kind: str) -> Tensor:
+        shown[kind] = torch.rand(2, 3, 32, 32).requires_grad_()
+        return shown[kind]
+
+    model.decode = decode
+    sum(model(batch).values()).backward()
+    for images in shown.values():
+        assert float(torch.where(batch.real.masks, 0, images.grad).abs().max()) == 0
+        assert float(images.grad.abs().max()) > 0
+
+
+def test_the_noisier_the_latents_the_less_counts_the_distance(perceptual):
+    model, batch = new_model(perceptual, denoised_lpips_mult=1.0, lpips_mult=1.0), random_batch()
+    batch.features["denoised"], batch.accumulation["denoised"] = (
+        batch.features["round_trip"],
+        batch.accumulation["round_trip"],
+    )
+    for share in (0.0, 0.25, 1.0):
+        losses = model(replace(batch, share=torch.full((2,), share)))
+        torch.testing.assert_close(losses["denoised_lpips_loss"], (1 - share) * losses["lpips_loss"])
+
+
+# Training
+
+
+def test_only_the_decoder_changes_and_the_pipeline_samples(store, pipeline_folder, perceptual, tmp_path):
+    before = weights(load_pipeline(pipeline_folder))
+    tuned = train_decoder(
+        load_pipeline(pipeline_folder), store, tmp_path, CONFIG, perceptual=perceptual, on_progress=silent
+    )
+    saved = load_pipeline(tmp_path / "pipeline")
+    after = weights(saved)
+    assert_equal(weights(tuned), after)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {name for name in before if name.startswith("scene_autoencoder.decoder.")}
+    assert saved.config.temperatures == load_pipeline(pipeline_folder).config.temperatures
+    assert str(tmp_path) not in (tmp_path / "pipeline" / "model_index.json").read_text()
+    output = saved(1, torch.Generator().manual_seed(0), num_inference_steps=2)
+    assert bool(saved.scene_autoencoder.render(output.grids, output.cameras).rgb.isfinite().all())
+    assert read_metrics(tmp_path)[-1]["step"] == 6
+    # Tuned on the same voxels again: another decoder does not make them strange.
+    require_same_voxels(store, saved.scene_autoencoder)
+
+
+def test_a_resumed_run_gives_equal_weights(store, pipeline_folder, perceptual, tmp_path):
+    def run(folder: Path, on_progress=silent) -> dict[str, Tensor]:
+        pipeline = load_pipeline(pipeline_folder)
+        return weights(train_decoder(pipeline, store, folder, CONFIG, perceptual=perceptual, on_progress=on_progress))
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", interrupt)
+    assert not (tmp_path / "parts" / "pipeline").exists()
+    (tmp_path / "parts" / "examples" / "000002.safetensors").unlink()
+    assert_equal(run(tmp_path / "parts"), whole)
+
+
+def test_a_step_is_the_same_however_it_is_split(store, pipeline_folder, tmp_path):
+    parts = replace(SCHEDULE, batch_size=1, gradient_accumulation_steps=2)
+    runs = [
+        weights(train_decoder(load_pipeline(pipeline_folder), store, folder, config, on_progress=silent))
+        for folder, config in ((tmp_path / "joint", PLAIN), (tmp_path / "parts", replace(PLAIN, schedule=parts)))
+    ]
+    difference = [(runs[0][name] - value).abs().mean() for name, value in runs[1].items() if ".decoder." in name]
+    assert float(torch.stack(difference).max()) < 0.01 * SCHEDULE.learning_rate * SCHEDULE.max_steps
+
+
+def test_pictures_do_not_change_the_weights(store, pipeline_folder, tmp_path):
+    seen = replace(SCHEDULE, validation_steps=3, report_to="tensorboard")
+    runs = [
+        weights(train_decoder(load_pipeline(pipeline_folder), store, folder, config, on_progress=silent))
+        for folder, config in ((tmp_path / "blind", PLAIN), (tmp_path / "seen", replace(PLAIN, schedule=seen)))
+    ]
+    assert_equal(*runs)
+
+
+def test_another_run_in_the_folder_is_refused(store, pipeline_folder, tmp_path):
+    train_decoder(load_pipeline(pipeline_folder), store, tmp_path, PLAIN, on_progress=silent)
+    other = replace(PLAIN, examples=replace(EXAMPLES, max_noise=0.5))
+    with pytest.raises(UserInputError, match="max_noise 0.8 there, max_noise 0.5 here"):
+        train_decoder(load_pipeline(pipeline_folder), store, tmp_path, other, on_progress=silent)
+
+
+def _tune(folder: Path, pipeline_folder: Path, root: Path, schedule: Schedule) -> dict[str, Tensor]:
+    pipeline, store = load_pipeline(pipeline_folder), VoxelStore.open(root)
+    config = replace(CONFIG, schedule=schedule)
+    return weights(train_decoder(pipeline, store, folder, config, perceptual=new_perceptual(), on_progress=silent))
+
+
+def _work(rank: int, folder: Path, pipeline_folder: Path, root: Path) -> None:
+    """One of two processes, as `accelerate launch --cpu` starts them."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", world_size=2, rank=rank)
+    found = _tune(folder / "joint", pipeline_folder, root, replace(SCHEDULE, batch_size=1))
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_processes_do_what_one_does(store, pipeline_folder, tmp_path):
+    start_processes(_work, (tmp_path, pipeline_folder, store.root), nprocs=2, start_method="forkserver")
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert_equal(first, second)
+    alone = _tune(tmp_path / "alone", pipeline_folder, store.root, SCHEDULE)
+    for place in range(EXAMPLES.num_scenes):
+        name = f"examples/{place:06d}.safetensors"
+        assert_equal(load_file(tmp_path / "joint" / name), load_file(tmp_path / "alone" / name))
+    difference = torch.cat([(first[name] - value).flatten().float() for name, value in alone.items()])
+    assert float(difference.abs().mean()) < 0.01 * SCHEDULE.learning_rate * SCHEDULE.max_steps
+
+
+def _killed(what: str, folder: Path, pipeline_folder: Path, root: Path) -> None:
+    """A process that is killed in its third example, or its fourth step."""
+    calls = iter(range(100))
+    owner, name, last = (DecoderExamples, "_make", 2) if what == "examples" else (loop, "_step", 3)
+    before = getattr(owner, name)
+
+    def die(*args: Any) -> Any:
+        return os.kill(os.getpid(), signal.SIGKILL) if next(calls) == last else before(*args)
+
+    setattr(owner, name, die)
+    _tune(folder, pipeline_folder, root, SCHEDULE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_killed_run_gives_equal_weights(store, pipeline_folder, tmp_path):
+    whole = _tune(tmp_path / "whole", pipeline_folder, store.root, SCHEDULE)
+    for what in ("examples", "steps"):
+        folder = tmp_path / what
+        process = multiprocessing.get_context("forkserver").Process(
+            target=_killed, args=(what, folder, pipeline_folder, store.root)
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert len(list((folder / "examples").glob("*.safetensors"))) == (2 if what == "examples" else 4)
+        assert_equal(_tune(folder, pipeline_folder, store.root, SCHEDULE), whole)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("max_noise", [0.0, -0.1, 1.1, float("nan")])
+def test_shares_that_are_none_are_refused(store, max_noise, tmp_path):
+    with pytest.raises(UserInputError, match="--max-noise is .* above 0 and at most 1"):
+        make_examples(store, tmp_path, small_pipeline(), max_noise=max_noise)
+
+
+def test_voxels_of_another_stage_1_are_refused(store, tmp_path):
+    pipeline = small_pipeline()
+    with torch.no_grad():
+        pipeline.scene_autoencoder.density_bias += 1
+    with pytest.raises(UserInputError, match="another scene auto-encoder than the pipeline's"):
+        train_decoder(pipeline, store, tmp_path / "run", PLAIN, on_progress=silent)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_store_without_training_scenes_is_refused(store, tmp_path):
+    description = copy.deepcopy(store.description)
+    description["splits"]["train"] = []
+    with pytest.raises(UserInputError, match="has no training scenes"):
+        train_decoder(small_pipeline(), VoxelStore(store.root, description), tmp_path / "run", PLAIN)
+    assert not (tmp_path / "run").exists()
+
+
+# The command
+
+
+def test_presets_are_those_of_the_other_stages():
+    assert set(DECODER_PRESETS) == set(DIFFUSION_PRESETS)
+
+
+def options(store: VoxelStore, pipeline: Path, output: Path) -> list[str]:
+    return [
+        *("--voxels", str(store.root), "--pipeline", str(pipeline), "--output-dir", str(output)),
+        *("--num-scenes", "2", "--num-views", "2", "--num-inference-steps", "3", "--max-noise", "0.9"),
+        *("--max-steps", "2", "--batch-size", "1", "--report-to", "none"),
+    ]
+
+
+def test_command(store, pipeline_folder, perceptual, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nfldm_ns.pretrained.weights.load_lpips", lambda net: perceptual.metric)
+    command.main(options(store, pipeline_folder, tmp_path / "run"))
+    assert f"The pipeline is in {tmp_path / 'run' / 'pipeline'}" in capsys.readouterr().out
+    before, after = weights(load_pipeline(pipeline_folder)), weights(load_pipeline(tmp_path / "run" / "pipeline"))
+    assert any(not torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["--max-noise", "2"], "--max-noise is 2.0"),
+        (["--num-views", "0"], "--num-views is 0"),
+        (["--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_command_says_what_is_wrong(
+    store, pipeline_folder, perceptual, tmp_path, monkeypatch, capsys, changes, sentence
+):
+    monkeypatch.setattr("nfldm_ns.pretrained.weights.load_lpips", lambda net: perceptual.metric)
+    with pytest.raises(SystemExit) as exit_info:
+        command.main([*options(store, pipeline_folder, tmp_path / "run"), *changes])
+    assert exit_info.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_does_not_write_over_the_generator_it_began_from(store, pipeline_folder, capsys):
+    with pytest.raises(SystemExit):
+        command.main(options(store, pipeline_folder, pipeline_folder.parent))
+    assert "choose another output folder" in capsys.readouterr().err
