@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from nfldm_ns.collect.doom_collection import CollectionOptions
 from nfldm_ns.collect.doom_scenes import PlaceFilter, SceneOptions
 from nfldm_ns.demo.settings import DemoSettings
 from nfldm_ns.demo.shares import DENOISER_SHARES
-from nfldm_ns.diffusion.training import DiffusionTrainingConfig
+from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentTrainingConfig
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
@@ -140,6 +141,17 @@ def _until_time_is_over(schedule: Schedule) -> Schedule:
     return replace(schedule, max_steps=_NO_END, log_every=50, checkpoint_every=1000)
 
 
+def _with_maps_until_time_is_over(
+    trainings: Mapping[Stage, DiffusionTrainingConfig],
+) -> dict[Stage, DiffusionTrainingConfig]:
+    return {
+        stage: replace(
+            training, schedule=_until_time_is_over(training.schedule), condition="bev", bev_dropout=BEV_DROPOUT
+        )
+        for stage, training in trainings.items()
+    }
+
+
 # The kind of model that comes with the package, from nothing, with the refinement of voxels that vizdoom-stage1 has.
 DEMO_PRESETS["gpu"] = DemoSettings(
     collection=MAZE_ROOMS,
@@ -160,12 +172,7 @@ DEMO_PRESETS["gpu"] = DemoSettings(
         losses=replace(_ROOMS_LATENT.training.losses, lpips_mult=2.0),
     ),
     denoiser_models=_ROOMS_DIFFUSION.models,
-    denoiser_training={
-        stage: replace(
-            training, schedule=_until_time_is_over(training.schedule), condition="bev", bev_dropout=BEV_DROPOUT
-        )
-        for stage, training in _ROOMS_DIFFUSION.training.items()
-    },
+    denoiser_training=_with_maps_until_time_is_over(_ROOMS_DIFFUSION.training),
     denoiser_shares=DENOISER_SHARES,
     denoiser_processes=1,
     quarter_turns=_ROOMS_DIFFUSION.quarter_turns,
@@ -197,12 +204,7 @@ DEMO_PRESETS["gpu-smoke"] = replace(
     latent_model=_SMOKE.latent_model,
     latent_training=replace(_SMOKE.latent_training, schedule=_until_time_is_over(_SMOKE.latent_training.schedule)),
     denoiser_models=_SMOKE.denoiser_models,
-    denoiser_training={
-        stage: replace(
-            training, schedule=_until_time_is_over(training.schedule), condition="bev", bev_dropout=BEV_DROPOUT
-        )
-        for stage, training in _SMOKE.denoiser_training.items()
-    },
+    denoiser_training=_with_maps_until_time_is_over(_SMOKE.denoiser_training),
     all_cores=False,
     num_scenes=2,
     num_shipped_scenes=1,

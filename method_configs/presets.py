@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 
@@ -34,6 +34,29 @@ class SceneAutoencoderPreset:
     image_size: int = 64
     num_source_views: int = 8
 
+
+_ROOMS = SceneAutoencoderPreset(
+    network={
+        "grid_shape": (16, 48, 48),
+        "feature_channels": 16,
+        "num_depth_bins": 64,
+        "num_samples": 64,
+        "encoder_channels": (32, 64, 128),
+        "decoder_channels": (64, 32),
+    },
+    loss={
+        "lpips_views": 2,
+        "adversarial_mult": 0.05,
+        "adversarial_start": 400,
+        "depth_mult": 0.1,
+        "depth_norm": "l1",
+        "opacity_mult": 1.0,
+        "hidden_background_mult": 0.05,
+    },
+    sampling={"scenes_per_batch": 1, "num_target_views": 4},
+    max_num_iterations=2000,
+    learning_rate=1e-3,
+)
 
 SCENE_AUTOENCODER = {
     "tiny": SceneAutoencoderPreset(
@@ -84,50 +107,12 @@ SCENE_AUTOENCODER = {
         max_num_iterations=5000,
         learning_rate=1.5e-3,
     ),
-    "rooms": SceneAutoencoderPreset(
-        network={
-            "grid_shape": (16, 48, 48),
-            "feature_channels": 16,
-            "num_depth_bins": 64,
-            "num_samples": 64,
-            "encoder_channels": (32, 64, 128),
-            "decoder_channels": (64, 32),
-        },
-        loss={
-            "lpips_views": 2,
-            "adversarial_mult": 0.05,
-            "adversarial_start": 400,
-            "depth_mult": 0.1,
-            "depth_norm": "l1",
-            "opacity_mult": 1.0,
-            "hidden_background_mult": 0.05,
-        },
-        sampling={"scenes_per_batch": 1, "num_target_views": 4},
-        max_num_iterations=2000,
-        learning_rate=1e-3,
-    ),
-    "rooms128": SceneAutoencoderPreset(
-        network={
-            "grid_shape": (16, 48, 48),
-            "feature_channels": 16,
-            "feature_stride": 4,  # as many rays as for 64 pixels
-            "num_depth_bins": 64,
-            "num_samples": 64,
-            "encoder_channels": (32, 64, 128),
-            "decoder_channels": (64, 32, 24),
-        },
-        loss={
-            "lpips_views": 2,
-            "adversarial_mult": 0.05,
-            "adversarial_start": 400,
-            "depth_mult": 0.1,
-            "depth_norm": "l1",
-            "opacity_mult": 1.0,
-            "hidden_background_mult": 0.05,
-        },
-        sampling={"scenes_per_batch": 1, "num_target_views": 4},
+    "rooms": _ROOMS,
+    "rooms128": replace(
+        _ROOMS,
+        # A decoder one level deeper, so that there are as many rays as for 64 pixels.
+        network={**_ROOMS.network, "feature_stride": 4, "decoder_channels": (64, 32, 24)},
         max_num_iterations=4000,
-        learning_rate=1e-3,
         image_size=128,
     ),
     "base": SceneAutoencoderPreset(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +118,21 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserInputError(f"{path} is damaged ({reason(error)}): restore it or make it again.") from None
+
+
+def holds_tensors(path: Path, names: Iterable[str]) -> bool:
+    """Whether there is a whole safetensors file with tensors of these names."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(names) <= set(file.keys())
+    except (SafetensorError, OSError):
+        return False
+
+
+def stored_half(values: Tensor) -> Tensor:
+    """Values as files keep them in half precision, those beyond its range at its ends; on the CPU."""
+    largest = torch.finfo(torch.float16).max
+    return values.clamp(-largest, largest).half().cpu().contiguous()
 
 
 def weights_name(name: str, variant: str | None) -> str:

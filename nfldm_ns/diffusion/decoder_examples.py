@@ -10,11 +10,10 @@ import torch
 from jaxtyping import Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nfldm_ns.autoencoder.checkpoints import read_safetensors
+from nfldm_ns.autoencoder.checkpoints import holds_tensors, read_safetensors, stored_half
 from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
@@ -85,8 +84,8 @@ class DecoderExample:
         """Writes it whole or not at all, in half precision."""
         tensors = {"views": self.views.cpu(), "share": self.share.cpu()}
         for kind in KINDS:
-            tensors |= {f"{kind}.features": _half(self.features[kind])}
-            tensors |= {f"{kind}.accumulation": _half(self.accumulation[kind])}
+            tensors |= {f"{kind}.features": stored_half(self.features[kind])}
+            tensors |= {f"{kind}.accumulation": stored_half(self.accumulation[kind])}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)
 
@@ -148,7 +147,7 @@ class DecoderExamples:
             on_progress: called with the share that is done, instead of a progress bar.
         """
         places = range(len(self)) if places is None else places
-        missing = [place for place in places if not _is_whole(self.path(place))]
+        missing = [place for place in places if not holds_tensors(self.path(place), _names())]
         pipeline.set_progress_bar_config(disable=True)
         for done, place in enumerate(track(missing, "Generating voxels", disable=on_progress is not None)):
             self._make(pipeline, place).save(self.path(place))
@@ -241,16 +240,3 @@ def _feature_maps(scene_autoencoder: SceneAutoencoder, grid: VoxelGrid, cameras:
 
 def _names() -> list[str]:
     return ["views", "share", *(f"{kind}.{part}" for kind in KINDS for part in ("features", "accumulation"))]
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(_names()) <= set(file.keys())
-    except (SafetensorError, OSError):
-        return False
-
-
-def _half(values: Tensor) -> Tensor:
-    largest = torch.finfo(torch.float16).max
-    return values.clamp(-largest, largest).half().cpu().contiguous()

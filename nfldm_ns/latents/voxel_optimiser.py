@@ -57,7 +57,6 @@ class VoxelOptimiser:
         Args:
             views: of batch shape `[B, N]` each; all of them count.
         """
-        everything = Views.stack([Views.cat([part[i] for part in views]) for i in range(grid.density.shape[0])])
         config = GridOptimiserConfig(max_steps=self.num_steps, check_every=self.num_steps)
         near = self.latent_autoencoder
 
@@ -66,7 +65,7 @@ class VoxelOptimiser:
             return self.latent_mult * reconstruction_distance(near, shown)
 
         return optimise_grid(
-            autoencoder, grid, everything, self.loss, self.perceptual, config, None if near is None else anchor
+            autoencoder, grid, Views.join(views), self.loss, self.perceptual, config, None if near is None else anchor
         ).grid
 
 

@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS
-from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_safetensors
+from nfldm_ns.autoencoder.checkpoints import (
+    holds_tensors,
+    load_scene_autoencoder,
+    read_safetensors,
+    stored_half,
+)
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
@@ -239,10 +243,12 @@ def encode_collection(
     store = VoxelStore(root, description)
     batches = list(_batches_of_splits(store.splits, batch_size))
     for i, (split, scene_ids) in enumerate(track(batches, "Encoding scenes", disable=on_progress is not None)):
-        if not all(_is_whole(store.path(scene_id)) for scene_id in scene_ids):  # as a whole: scenes may share draws
+        if not all(
+            holds_tensors(store.path(scene_id), TENSORS) for scene_id in scene_ids
+        ):  # as a whole: scenes may share draws
             batch = collection.batch(_read(collection, scene_ids, num_threads)).to(device)
             views = [batch.source, batch.target] if split == "train" else [batch.source]
-            grid = scene_autoencoder.encode(_joined(views) if all_views else batch.source)
+            grid = scene_autoencoder.encode(Views.join(views) if all_views else batch.source)
             if optimiser is not None:
                 grid = optimiser(scene_autoencoder, grid, views)
             for scene_id, voxels in zip(scene_ids, _stored(grid), strict=True):
@@ -258,11 +264,6 @@ def _read(collection: SceneCollection, scene_ids: Sequence[str], num_threads: in
         return [collection.load_scene(scene_id) for scene_id in scene_ids]
     with ThreadPoolExecutor(num_threads) as pool:
         return list(pool.map(collection.load_scene, scene_ids))
-
-
-def _joined(parts: Sequence[Views]) -> Views:
-    """Views `[B, N]` and `[B, M]` as `[B, N + M]`."""
-    return Views.stack([Views.cat([part[i] for part in parts]) for i in range(parts[0].shape[0])])
 
 
 def _batches_of_splits(splits: Mapping[str, Sequence[str]], size: int) -> Iterator[tuple[str, Sequence[str]]]:
@@ -330,18 +331,8 @@ def _check_or_start(root: Path, description: dict[str, Any], scene_autoencoder: 
     write_json(path, description)
 
 
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(TENSORS) <= set(file.keys())
-    except (SafetensorError, OSError):
-        return False
-
-
 def _stored(grid: VoxelGrid) -> Iterator[dict[str, Tensor]]:
     """What is kept of each scene, in half precision."""
     assert grid.background is not None
-    largest = torch.finfo(torch.float16).max
     for tensors in zip(grid.density, grid.features, grid.background, strict=True):
-        halves = (tensor.clamp(-largest, largest).half().cpu().contiguous() for tensor in tensors)
-        yield dict(zip(TENSORS, halves, strict=True))
+        yield dict(zip(TENSORS, map(stored_half, tensors), strict=True))

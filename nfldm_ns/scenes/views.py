@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,11 @@ class Views:
         fields = {name: torch.cat([getattr(view.cameras, name) for view in views]) for name in _FIELDS}
         cameras = _rebuild(views[0].cameras, fields)
         return Views(cameras, torch.cat([view.images for view in views]), *_joined_maps(views, torch.cat))
+
+    @staticmethod
+    def join(parts: Sequence[Views]) -> Views:
+        """Views of the same B scenes, `[B, N]` and `[B, M]`, as `[B, N + M]`."""
+        return Views.stack([Views.cat([part[i] for part in parts]) for i in range(parts[0].shape[0])])
 
 
 @dataclass
