@@ -16,7 +16,8 @@ class Eval:
 
     Writes eval.json and index.html: FID, KID, precision, recall, density and coverage of images, the distribution of
     depth, density that floats, and the training scenes nearest to generated ones. The same command goes on after an
-    interruption. docs/evaluation.md says what the numbers mean.
+    interruption. docs/evaluation.md says what the numbers mean. Several processes share the scenes: start them with
+    `accelerate launch --num_processes 2 -m nfldm_ns.commands.eval`, torchrun or srun (docs/multi_process.md).
     """
 
     pipeline: tyro.conf.Positional[Path]
@@ -51,12 +52,12 @@ class Eval:
 
     def run(self) -> None:
         import diffusers
-        import torch
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
         from nfldm_ns.evaluation.evaluation import NUMBERS, PAGE, evaluate_pipeline
         from nfldm_ns.evaluation.settings import EvaluationSettings
         from nfldm_ns.pretrained.weights import fetch_weights, load_i3d, load_inception
+        from nfldm_ns.processes import join_processes
         from nfldm_ns.scenes.collection import SceneCollection
 
         settings = EvaluationSettings(
@@ -71,15 +72,19 @@ class Eval:
             self.density_k,
             self.measures_fvd(),
         )
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        processes, device = join_processes(self.device)
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         pipeline = load_pipeline(self.pipeline).to(device)
         collection = SceneCollection.open(self.data)
         fetch_weights("fid-inception")
         inception = load_inception().to(device)
         i3d = load_i3d().to(device) if settings.fvd else None
-        evaluate_pipeline(pipeline, collection, self.output_dir, settings, inception, str(self.pipeline), i3d)
-        print(f"The page: {self.output_dir / PAGE}   the numbers: {self.output_dir / NUMBERS}")
+        evaluate_pipeline(
+            pipeline, collection, self.output_dir, settings, inception, str(self.pipeline), i3d, processes
+        )
+        processes.leave()
+        if processes.is_first:
+            print(f"The page: {self.output_dir / PAGE}   the numbers: {self.output_dir / NUMBERS}")
 
     def measures_fvd(self) -> bool:
         """Whether FVD is asked for, or else possible; says so if it is left out."""
