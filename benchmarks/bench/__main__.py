@@ -4,7 +4,8 @@
     make bench ARGS="--only startup sample"     # some; results of the others stay
 
 A module has a `KEY`, the name of its result, and `measure() -> dict`. Each runs in a process of its own, so that none
-finds what another imported, and its peak memory is its own. A module that cannot measure here returns `{"absent": why}`.
+finds what another imported, and its peak memory is its own. A module that cannot measure here returns
+`{"absent": why}`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def measure(num_rooms: int = NUM_ROOMS, repeats: int = REPEATS, many_steps: int 
     """`seconds` of a room (g, c, f and V) by the command's default steps, and `kid_delta` of its views.
 
     `kid_delta` is the KID of views of rooms with the default steps to views of as many other rooms with many steps,
-    less that of rooms of the same noise with many steps: 0 where the fewer steps change nothing, whatever the rooms are.
+    less that of rooms of the same noise with many steps: 0 where the fewer steps change nothing.
     Without the weights of FID's Inception there is none. All on the CPU, with the threads that torch takes.
     """
     import torch

@@ -78,8 +78,8 @@ def fuse_frustums(
 ) -> VoxelGrid:
     """Places all frustums in the world and fuses them into one grid, at once for all views of all scenes.
 
-    One scatter adds up all entries. On the CPU those that count are selected first, as most are outside of the box, empty
-    or hidden; elsewhere all are added, the others with weight 0, as a selection would have to wait for the device.
+    One scatter adds up all entries. On the CPU those that count are selected first, as most are outside of the box,
+    empty or hidden; elsewhere all are added, the others with weight 0, as a selection would wait for the device.
 
     Every frustum entry is the paper's `F(h, w, d) = [O(h, w, d) phi(h, w), sigma(h, w, d)]`. `splatting` says which
     entries a voxel gets:

@@ -33,8 +33,8 @@ class Eval:
     """Images of each generated scene, by cameras of its own sampled trajectory."""
     seed: int = 0
     """Scene i has the seed `--seed` + i."""
-    num_inference_steps: int = 30
-    """Denoising steps of each of the three latents."""
+    num_inference_steps: int | None = None
+    """Denoising steps of each of the three latents; by default 30, or as many as a distilled generator was made for."""
     batch_size: int = 1
     """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
     with_source_views: bool = False
@@ -60,11 +60,14 @@ class Eval:
         from nfldm_ns.processes import join_processes
         from nfldm_ns.scenes.collection import SceneCollection
 
+        processes, device = join_processes(self.device)
+        diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
+        pipeline = load_pipeline(self.pipeline).to(device)
         settings = EvaluationSettings(
             self.num_images,
             self.views_per_scene,
             self.seed,
-            self.num_inference_steps,
+            pipeline.default_steps if self.num_inference_steps is None else self.num_inference_steps,
             self.batch_size,
             self.with_source_views,
             self.num_train_scenes,
@@ -72,9 +75,6 @@ class Eval:
             self.density_k,
             self.measures_fvd(),
         )
-        processes, device = join_processes(self.device)
-        diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
-        pipeline = load_pipeline(self.pipeline).to(device)
         collection = SceneCollection.open(self.data)
         fetch_weights("fid-inception")
         inception = load_inception().to(device)

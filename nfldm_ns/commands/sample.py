@@ -30,8 +30,8 @@ class Sample:
     seed: int = 0
     output_dir: Path = Path("outputs/generated")
     """Scenes go to scene_<seed>/ in here, and pictures of all of them to contact_sheet.png."""
-    num_inference_steps: int = 30
-    """Denoising steps of each of the three latents."""
+    num_inference_steps: int | None = None
+    """Denoising steps of each of the three latents; by default 30, or as many as a distilled generator was made for."""
     bev: tuple[Path, ...] = ()
     """A map of the scene from above, north up, or one per scene: images of the size and in the colours of the maps that
     the generator was trained with (bev.png in its collection's scenes). Without, scenes are sampled without a map."""
@@ -95,7 +95,8 @@ class Sample:
 
         try:
             for name in ("num_scenes", "batch_size", "num_inference_steps"):
-                check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+                if getattr(self, name) is not None:
+                    check_count(f"--{name.replace('_', '-')}", getattr(self, name))
             check_seed("--seed", self.seed, self.num_scenes)
         except ValueError as error:
             raise UserInputError(f"{error}: give another number.") from None

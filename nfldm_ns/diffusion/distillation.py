@@ -117,14 +117,11 @@ def two_steps(
         noisy: at the timesteps of the student's steps `index`, from 1.
         conditions: of the denoiser.
     """
-    levels = [
-        (timestep := step_timestep(2 * index - half, 2 * halving.steps), signal_and_noise(scheduler, timestep, noisy.ndim))
-        for half in range(3)
-    ]
-    sample = noisy
-    for (timestep, start), (_, end) in zip(levels[:-1], levels[1:], strict=True):
-        sample = ddim_step(sample, halving.teacher(sample, timestep, **conditions).float(), start, end)
-    return velocity_between(noisy, sample, levels[0][1], levels[2][1])
+    timesteps = [step_timestep(2 * index - half, 2 * halving.steps) for half in range(3)]
+    start, middle, end = (signal_and_noise(scheduler, timestep, noisy.ndim) for timestep in timesteps)
+    sample = ddim_step(noisy, halving.teacher(noisy, timesteps[0], **conditions).float(), start, middle)
+    sample = ddim_step(sample, halving.teacher(sample, timesteps[1], **conditions).float(), middle, end)
+    return velocity_between(noisy, sample, start, end)
 
 
 def distillation_loss(

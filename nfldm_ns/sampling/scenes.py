@@ -39,7 +39,7 @@ def sample_scenes(
     num_scenes: int,
     seed: int = 0,
     *,
-    num_inference_steps: int = 30,
+    num_inference_steps: int | None = None,
     batch_size: int = 1,
     source: str = "",
     guidance_scale: float = 1.0,
@@ -51,6 +51,7 @@ def sample_scenes(
     A scene's views are rendered and written by a second thread while the next scenes are sampled.
 
     Args:
+        num_inference_steps: of each latent; None for the pipeline's own number.
         source: where the pipeline is from, for the record.
         guidance_scale: of the pipeline's call.
         maps: semantic maps, north up: none, one for all scenes, or one per scene. A scene's folder gets its own as
@@ -64,6 +65,7 @@ def sample_scenes(
         UserInputError: if the pipeline refuses the call, or what it samples is not finite.
     """
     pipeline.set_progress_bar_config(disable=True)
+    num_inference_steps = pipeline.default_steps if num_inference_steps is None else num_inference_steps
     record = {"command": "nfldm-sample", **sampling_record(pipeline, num_inference_steps, source)}
     if guidance_scale != 1:
         record["guidance_scale"] = guidance_scale
