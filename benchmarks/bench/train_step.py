@@ -11,8 +11,9 @@ REPEATS = 5
 
 def measure(preset: str = PRESET, repeats: int = REPEATS) -> dict[str, Any]:
     """`ratio`, and the milliseconds of both; medians of steps in turns, as `benchmarks/stage1.py` takes them."""
-    from nfldm_ns.errors import UserInputError
     from stage1 import Step, alternating_medians
+
+    from nfldm_ns.errors import UserInputError
 
     try:
         step = Step(preset)
