@@ -71,6 +71,11 @@ class Processes:
 ALONE = Processes()
 
 
+def is_first_by_environment() -> bool:
+    """Whether this one prints, before it has joined the others."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
+
+
 def join_processes(device: str | None = None) -> tuple[Processes, str]:
     """Joins the other processes, if `accelerate launch`, `torchrun` or `srun` started several.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def free_port() -> int:
 
 def start(root: Path, data: Path, dies: bool = False) -> None:
     root.mkdir(exist_ok=True)
+    get_context("forkserver").set_forkserver_preload([__name__])  # imports once, for all processes
     start_processes(work, (root, data, free_port(), dies), nprocs=RANKS, start_method="forkserver")
 
 

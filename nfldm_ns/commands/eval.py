@@ -1,6 +1,6 @@
 """`nfldm-eval`: how good a trained generator is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -53,7 +53,7 @@ class Eval:
     def run(self) -> None:
         import diffusers
 
-        from nfldm_ns.diffusion.pipeline import load_pipeline
+        from nfldm_ns.diffusion.pipeline import NUM_STEPS, load_pipeline
         from nfldm_ns.evaluation.evaluation import NUMBERS, PAGE, evaluate_pipeline
         from nfldm_ns.evaluation.settings import EvaluationSettings
         from nfldm_ns.pretrained.weights import fetch_weights, load_i3d, load_inception
@@ -61,22 +61,26 @@ class Eval:
         from nfldm_ns.scenes.collection import SceneCollection
 
         processes, device = join_processes(self.device)
-        diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
-        pipeline = load_pipeline(self.pipeline).to(device)
         settings = EvaluationSettings(
             self.num_images,
             self.views_per_scene,
             self.seed,
-            pipeline.default_steps if self.num_inference_steps is None else self.num_inference_steps,
+            NUM_STEPS if self.num_inference_steps is None else self.num_inference_steps,
             self.batch_size,
             self.with_source_views,
             self.num_train_scenes,
             self.precision_k,
             self.density_k,
-            self.measures_fvd(),
+            self.measures_fvd(processes.is_first),
         )
+        diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
+        pipeline = load_pipeline(self.pipeline).to(device)
+        if self.num_inference_steps is None:
+            settings = replace(settings, num_inference_steps=pipeline.default_steps)
         collection = SceneCollection.open(self.data)
-        fetch_weights("fid-inception")
+        if processes.is_first:
+            fetch_weights("fid-inception")
+        processes.wait()
         inception = load_inception().to(device)
         i3d = load_i3d().to(device) if settings.fvd else None
         evaluate_pipeline(
@@ -86,8 +90,8 @@ class Eval:
         if processes.is_first:
             print(f"The page: {self.output_dir / PAGE}   the numbers: {self.output_dir / NUMBERS}")
 
-    def measures_fvd(self) -> bool:
-        """Whether FVD is asked for, or else possible; says so if it is left out."""
+    def measures_fvd(self, is_first: bool = True) -> bool:
+        """Whether FVD is asked for, or else possible; the first process says so if it is left out."""
         from nfldm_ns.pretrained.weights import fetch_weights, find_weights
 
         if self.fvd == "yes":
@@ -97,7 +101,8 @@ class Eval:
         try:
             find_weights("i3d-kinetics-400")
         except UserInputError as error:
-            print(f"FVD is left out: {error}")
+            if is_first:
+                print(f"FVD is left out: {error}")
             return False
         return True
 

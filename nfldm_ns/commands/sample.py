@@ -8,6 +8,7 @@ import tyro
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.models import GENERATOR
+from nfldm_ns.processes import is_first_by_environment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,6 +44,8 @@ class Sample:
     """cpu or cuda; by default what is there."""
 
     def run(self) -> None:
+        if is_first_by_environment():
+            print(f"Loading {self.pipeline}", flush=True)
         import diffusers
         from rich.progress import track
 
