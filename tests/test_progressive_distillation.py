@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import shutil
 from itertools import pairwise
 
 import pytest
@@ -15,6 +15,7 @@ from nfldm_ns.diffusion.distillation import (
     Halving,
     check_teacher,
     ddim_step,
+    distillation_loss,
     few_step_sampler,
     randomly_cooled,
     rounds,
@@ -121,7 +122,7 @@ def test_the_target_is_the_exact_solution_of_gaussian_data():
             sample = ddim_step(sample, two_steps(Halving(teacher, steps), NOISE, sample, i * index, {}), start, end)
         errors.append(float((sample - teacher.exact(noisy, *_ends())).abs().max()))
     assert all(after < 0.75 * before for before, after in pairwise(errors)), errors
-    assert errors[-1] < 0.02
+    assert errors[-1] < 0.04
 
 
 def _ends() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -151,7 +152,48 @@ def test_other_teachers_are_refused():
             check_teacher("mine", scheduler.config)
 
 
-# A training
+# Trainings
+
+
+class AffineStudent(nn.Module):
+    """`v = a z + b` with its own a and b at each of the timesteps of four steps, all 0 at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slope, self.shift = nn.Parameter(torch.zeros(5, 1)), nn.Parameter(torch.zeros(5, 3))
+
+    def forward(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+        row = (timestep + 1) // 250
+        return self.slope[row] * noisy + self.shift[row]
+
+
+def test_a_student_learns_to_do_in_four_steps_what_its_teacher_does_in_eight():
+    """For normal data both are affine, so that the student can be as exact as its teacher, which four steps are not."""
+    torch.manual_seed(0)
+    student, teacher = AffineStudent(), GaussianTeacher(0.5)
+    halving, optimizer = Halving(teacher, 4), torch.optim.Adam(student.parameters(), lr=0.03)
+    losses = []
+    for step in range(400):
+        clean, noise = MEAN + 0.5 * torch.randn(64, 3), torch.randn(64, 3)
+        index = step_indices(torch.rand(64), 4)
+        loss = distillation_loss(student, halving, NOISE, clean, noise, index, {}).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 1e-3 * losses[0]
+    noise = torch.randn(32, 3)
+    four, eight, learned = sampled(teacher, noise, 4), sampled(teacher, noise, 8), sampled(student, noise, 4)
+    assert float((learned - eight).abs().max()) < 0.2 * float((four - eight).abs().max())
+
+
+@torch.no_grad()
+def sampled(denoiser: nn.Module, noise: Tensor, steps: int) -> Tensor:
+    """Samples of DDIM."""
+    for i in range(steps, 0, -1):
+        index = torch.full((len(noise),), i)
+        noise = ddim_step(noise, denoiser(noise, step_timestep(index, steps)), *levels(index, steps))
+    return noise
 
 
 @pytest.fixture(scope="module")
@@ -163,43 +205,26 @@ def parts(tmp_path_factory):
     return latent_autoencoder, encode_latents(store, latent_autoencoder, store.splits["train"])
 
 
-def training(steps: int) -> DiffusionTrainingConfig:
-    schedule = Schedule(max_steps=steps, batch_size=4, log_every=10, checkpoint_every=1000, learning_rate=3e-3)
-    return DiffusionTrainingConfig(schedule=schedule, ema_decay=0.9)
-
-
-def error_of(student: nn.Module, halving: Halving) -> float:
-    """Mean squared error of a student's v of noise alone, against its teacher's two steps."""
-    noisy = torch.randn(64, *student.sample_shape, generator=torch.Generator().manual_seed(3))
-    index = torch.full((64,), halving.steps)
-    target = two_steps(halving, NOISE, noisy, index, {})
-    with torch.no_grad():
-        return float((student(noisy, step_timestep(index, halving.steps)) - target).square().mean())
-
-
-def test_a_round_lowers_the_error_and_the_pipeline_takes_few_steps(parts, tmp_path):
+def test_a_distilled_pipeline_takes_few_steps(parts, tmp_path):
     latent_autoencoder, memory = parts
-    sizes = {**DENOISER_SIZES["global"], "width": 32}
-    teacher = train_denoiser("global", memory, latent_autoencoder, tmp_path / "teacher", sizes, training(150))
-    common = (memory, latent_autoencoder)
-    student = distil_denoiser("global", teacher, *common, tmp_path / "out" / "global", sizes, training(120), 4)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["global", "global-16", "global-8"]
-    before = load_round(tmp_path / "out" / "global-8")
-    halving = Halving(before, 4)
-    assert error_of(student, halving) < 0.7 * error_of(before, halving)
-    for stage in ("coarse", "fine"):
-        short = replace(training(1), schedule=replace(training(1).schedule, max_steps=1))
-        of_stage = DENOISER_SIZES[stage]
-        known = train_denoiser(stage, *common, tmp_path / f"teacher_{stage}", of_stage, short)
+    common, out = (memory, latent_autoencoder), tmp_path / "out"
+    short = DiffusionTrainingConfig(schedule=Schedule(max_steps=2, batch_size=2, log_every=1, checkpoint_every=9))
+    for stage in ("global", "coarse", "fine"):
+        given = (DENOISER_SIZES[stage], short)
+        teacher = train_denoiser(stage, *common, tmp_path / "teachers" / stage, *given)
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
         if stage == "fine":
-            unfinished = train_denoiser(stage, *common, tmp_path / "out" / "fine", of_stage, short)
-            assert unfinished is not None
+            train_denoiser(stage, *common, out / stage, *given)
             with pytest.raises(UserInputError, match="distilled to other numbers of steps"):
-                save_pipeline(tmp_path / "out", small_scene_autoencoder(), latent_autoencoder)
-            for path in sorted((tmp_path / "out" / "fine").rglob("*"), reverse=True):
-                path.rmdir() if path.is_dir() else path.unlink()
-        distil_denoiser(stage, known, *common, tmp_path / "out" / stage, of_stage, short, 4)
-    saved = save_pipeline(tmp_path / "out", small_scene_autoencoder(), latent_autoencoder)
+                save_pipeline(out, small_scene_autoencoder(), latent_autoencoder)
+            shutil.rmtree(out / stage)
+        student = distil_denoiser(stage, teacher, *common, out / stage, *given, 4, temperature=0.5)
+        assert all(value.equal(before[name]) for name, value in teacher.state_dict().items())
+        assert any(not value.equal(before[name]) for name, value in student.state_dict().items())
+    assert {f"{stage}{steps}" for stage in ("global", "coarse", "fine") for steps in ("", "-16", "-8")} == {
+        path.name for path in out.iterdir()
+    }
+    saved = save_pipeline(out, small_scene_autoencoder(), latent_autoencoder)
     assert saved is not None
     pipeline = load_pipeline(saved)
     assert isinstance(pipeline.scheduler, DDIMScheduler)
@@ -208,9 +233,3 @@ def test_a_round_lowers_the_error_and_the_pipeline_takes_few_steps(parts, tmp_pa
     pipeline.set_progress_bar_config(disable=True)
     pipeline(1, torch.Generator().manual_seed(0), callback_on_step_end=lambda p, *_: calls.append(p.stage) or {})
     assert calls == ["global"] * 4 + ["coarse"] * 4 + ["fine"] * 4
-
-
-def load_round(folder):
-    from nfldm_ns.diffusion.training import load_denoiser
-
-    return load_denoiser(folder).requires_grad_(False)

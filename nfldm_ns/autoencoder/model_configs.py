@@ -75,9 +75,11 @@ class _WithoutValues(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        tensor = args[0] if args else kwargs.get("tensor")
-        gives_values = getattr(func, "__name__", "") in FIRST_VALUES or getattr(func, "__module__", "") == INITIALISERS
-        if gives_values and isinstance(tensor, Tensor) and tensor.is_meta:
+        if func in (torch.rand, torch.randn):
+            return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
+        tensor = kwargs.get("out", args[0] if args else kwargs.get("tensor"))
+        initialises = getattr(func, "__name__", "") in FIRST_VALUES or getattr(func, "__module__", "") == INITIALISERS
+        if (initialises or "out" in kwargs) and isinstance(tensor, Tensor) and tensor.is_meta:
             return tensor
         return func(*args, **kwargs)
 
