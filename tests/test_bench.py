@@ -8,10 +8,12 @@ from pathlib import Path
 
 import bench.__main__ as runner
 import pytest
+import sampler_steps
 import torch
 from bench import render_gpu, sample_gpu, startup, two_processes
 
 from nfldm_ns.errors import UserInputError
+from tests.small_models import small_pipeline
 
 
 @pytest.fixture
@@ -88,3 +90,17 @@ def test_processes_take_turns(monkeypatch):
     monkeypatch.setattr(two_processes, "_encode", encode)
     assert two_processes.measure(repeats=2)["speedup"] == 1.5
     assert order == [False, True, False, True]
+
+
+def test_samplers_take_turns_against_the_clock():
+    pipeline = small_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    trained = pipeline.scheduler
+    samplers = [sampler_steps.Sampler.parse(text) for text in ("ddim:4", "dpm++:2")]
+    seconds = sampler_steps.seconds_of_rooms(pipeline, samplers, repeats=1)
+    assert list(seconds) == ["ddim:4", "dpm++:2"] and all(value > 0 for value in seconds.values())
+    assert pipeline.scheduler is trained
+    found = {"ddim:4": {"fid": 90.0, "kid": 0.05}, "dpm++:2": {"fid": 91.0, "kid": 0.06, "kid_difference": 0.2}}
+    values = {name: {**scores, "seconds": seconds[name]} for name, scores in found.items()}
+    text = sampler_steps.table({"samplers": values}, "Few.").markdown()
+    assert "| dpm++:2 |" in text and "20.0" in text and "s per room" in text

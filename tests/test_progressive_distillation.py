@@ -173,7 +173,7 @@ def test_a_student_learns_to_do_in_four_steps_what_its_teacher_does_in_eight():
     student, teacher = AffineStudent(), GaussianTeacher(0.5)
     halving, optimizer = Halving(teacher, 4), torch.optim.Adam(student.parameters(), lr=0.03)
     losses = []
-    for step in range(400):
+    for _ in range(400):
         clean, noise = MEAN + 0.5 * torch.randn(64, 3), torch.randn(64, 3)
         index = step_indices(torch.rand(64), 4)
         loss = distillation_loss(student, halving, NOISE, clean, noise, index, {}).mean()

@@ -24,6 +24,8 @@ MOST_LAYERS = 1000
 COUNTS = ("layers", "blocks", "refinement_steps")  # what keys end with whose numbers are of layers
 FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
 INITIALISERS = "torch.nn.init"
+RANDOM = ("rand", "randn")
+SCALED = ("add", "div", "mul", "neg", "sub", "__mul__", "__radd__", "__rmul__", "rmul", "__truediv__")
 FIRST_VALUES = ("fill_", "normal_", "uniform_", "zero_")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 Model = TypeVar("Model", bound=nn.Module)
@@ -75,12 +77,16 @@ class _WithoutValues(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.rand, torch.randn):
-            return torch.empty(*args, **{name: value for name, value in kwargs.items() if name != "generator"})
+        name = getattr(func, "__name__", "")
+        if name in RANDOM:
+            return torch.empty(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
         tensor = kwargs.get("out", args[0] if args else kwargs.get("tensor"))
-        initialises = getattr(func, "__name__", "") in FIRST_VALUES or getattr(func, "__module__", "") == INITIALISERS
-        if (initialises or "out" in kwargs) and isinstance(tensor, Tensor) and tensor.is_meta:
+        if not (isinstance(tensor, Tensor) and tensor.is_meta):
+            return func(*args, **kwargs)
+        if name in FIRST_VALUES or getattr(func, "__module__", "") == INITIALISERS or "out" in kwargs:
             return tensor
+        if name in SCALED and not any(isinstance(value, Tensor) for value in args[1:]):
+            return torch.empty_like(tensor)
         return func(*args, **kwargs)
 
 
