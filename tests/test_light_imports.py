@@ -22,7 +22,6 @@ HEAVY = (
     "nerfstudio.engine.trainer",
     "nerfstudio.models.splatfacto",
     "scipy.stats",
-    "sympy",
     "tensorboard",
     "torch._dynamo",
     "torch._inductor",

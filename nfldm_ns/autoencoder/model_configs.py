@@ -86,7 +86,7 @@ class _WithoutValues(TorchFunctionMode):
         if name in FIRST_VALUES or getattr(func, "__module__", "") == INITIALISERS or "out" in kwargs:
             return tensor
         if name in SCALED and not any(isinstance(value, Tensor) for value in args[1:]):
-            return torch.empty_like(tensor)
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
         return func(*args, **kwargs)
 
 
