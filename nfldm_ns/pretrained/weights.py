@@ -37,6 +37,7 @@ from torch import Tensor, nn
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.pretrained.i3d import InceptionI3D
 from nfldm_ns.pretrained.inception import InceptionFeatures
+from nfldm_ns.pretrained.names import WeightsName
 from nfldm_ns.scenes.writing import atomic_path
 
 if TYPE_CHECKING:
@@ -47,7 +48,6 @@ FOLDER_VARIABLE = "NFLDM_WEIGHTS"
 COMMAND = "nfldm-weights get"
 COUNTER = "num_batches_tracked"
 
-WeightsName = Literal["lpips-vgg", "lpips-alex", "fid-inception", "i3d-kinetics-400"]
 Converter = Callable[[Path], dict[str, Tensor]]
 
 
