@@ -37,7 +37,6 @@ from torch import Tensor, nn
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.pretrained.i3d import InceptionI3D
 from nfldm_ns.pretrained.inception import InceptionFeatures
-from nfldm_ns.pretrained.names import WeightsName
 from nfldm_ns.scenes.writing import atomic_path
 
 if TYPE_CHECKING:
