@@ -16,13 +16,14 @@ SKIPPED := ^pyliblzfse==
 
 CODE := $(wildcard nfldm_ns method_configs dataparsers tests benchmarks examples)
 
-.PHONY: help setup demo test gpu-check results lint format constraints clean
+.PHONY: help setup demo test gpu-check results bench lint format constraints clean
 
 help:
 	@echo "make demo    set up, then train and sample the whole pipeline; ends in outputs/demo/index.html"
 	@echo "make test    set up, then run the tests"
 	@echo "make gpu-check  set up, then check that a GPU does what the CPU does; skipped where there is none"
 	@echo "make results NAME=...  repeat a measurement of docs/results.md, with ARGS as it says there"
+	@echo "make bench   how fast this machine is, in outputs/bench/results.json"
 	@echo "make lint    set up, then check style, formatting and types"
 	@echo "make format  apply the formatting"
 	@echo "make setup   only set up .venv"
@@ -41,10 +42,15 @@ gpu-check: $(STAMP)
 	python benchmarks/gpu_check.py $(ARGS)
 
 # What docs/results.md reports: 'make results NAME=sharpness ARGS="--data data/mazes ..."', as written there.
+results: SCRIPT = benchmarks/$(subst -,_,$(NAME)).py
 results: $(STAMP)
-	@test -n "$(NAME)" && test -f benchmarks/$(NAME).py || \
+	@test -n "$(NAME)" && test -f $(SCRIPT) || \
 	    { echo "error: name a script: make results NAME=..., one of $(basename $(notdir $(wildcard benchmarks/*.py)))." >&2; exit 2; }
-	python benchmarks/$(NAME).py $(ARGS)
+	python $(SCRIPT) $(ARGS)
+
+# How fast this machine is (docs/performance.md): 'make bench ARGS="--only startup"' for some of it.
+bench: $(STAMP)
+	PYTHONPATH=benchmarks python -m bench $(ARGS)
 
 lint: $(STAMP) build/typecheck
 	ruff check $(CODE)

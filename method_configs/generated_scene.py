@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nerfstudio.plugins.types import MethodSpecification
 
-from nfldm_ns.plugin.generated_run import scene_trainer_config
+from nfldm_ns.plugin.generated_scene import scene_trainer_config
 
 nfldm_scene = MethodSpecification(
     config=scene_trainer_config(),

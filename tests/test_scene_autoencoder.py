@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from itertools import product
+from unittest import mock
 
 import nerfacc
 import pytest
 import torch
 from nerfstudio.cameras.rays import Frustums, RaySamples
 
+from nfldm_ns.autoencoder import lifting
 from nfldm_ns.autoencoder.background import Background, background_code
 from nfldm_ns.autoencoder.lifting import (
     EPS,
@@ -152,6 +154,27 @@ def test_fusion_is_exact_against_a_slow_loop(fusion, splatting):
         expected_features[(slice(None), *cell)] = features[cell] / norm
     torch.testing.assert_close(grid.density[0, 0], expected_density, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(grid.features[0], expected_features, atol=1e-4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("splatting", ["filled", "nearest", "trilinear"])
+@pytest.mark.parametrize("fusion", ["mean", "occupancy", "attention"])
+def test_entries_of_weight_0_change_nothing(fusion, splatting):
+    """A GPU adds up all entries, where a CPU selects those that count: values and gradients are the same."""
+    views = {**three_views(), "valid": torch.rand(1, 3, 4, 4) > 0.2}
+    given = {**views, "attention": views["attention"] if fusion == "attention" else None}
+    results = []
+    for selects in (True, False):
+        leaves = {name: given[name].clone().requires_grad_() for name in ("density", "features")}
+        splat = lifting._splat
+        with mock.patch.object(
+            lifting, "_splat", lambda *args, splat=splat, selects=selects: splat(*args[:-1], selects)
+        ):
+            grid = fuse_frustums(**{**given, **leaves}, aabb=AABB, shape=SHAPE, fusion=fusion, splatting=splatting)
+        (grid.density.square().sum() + grid.features.square().sum()).backward()
+        results.append([grid.density, grid.features, *(leaf.grad for leaf in leaves.values())])
+    for selected, added in zip(*results, strict=True):
+        torch.testing.assert_close(added, selected)
+    assert float(results[0][1].abs().max()) > 0
 
 
 def test_attention_without_differences_is_the_occupancy_weighted_mean():

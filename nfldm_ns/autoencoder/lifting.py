@@ -26,11 +26,12 @@ SEEN = 1e-3  # entries that rays end at with a lower probability carry no featur
 def depth_bins(
     near: float, far: float, num_bins: int, spacing: Literal["linear", "inverse"] = "linear"
 ) -> tuple[Float[Tensor, " bins"], Float[Tensor, " bins"]]:
-    """Centres and widths of planar-depth bins between near and far, in metres."""
+    """Centres and widths of planar-depth bins between near and far, in metres, on the CPU."""
+    cpu = torch.device("cpu")  # also where a model is built without memory, for which linspace would want the compiler
     if spacing == "linear":
-        edges = torch.linspace(near, far, num_bins + 1)
+        edges = torch.linspace(near, far, num_bins + 1, device=cpu)
     else:
-        edges = 1 / torch.linspace(1 / near, 1 / far, num_bins + 1)
+        edges = 1 / torch.linspace(1 / near, 1 / far, num_bins + 1, device=cpu)
     return (edges[1:] + edges[:-1]) / 2, edges.diff()
 
 
@@ -77,6 +78,9 @@ def fuse_frustums(
 ) -> VoxelGrid:
     """Places all frustums in the world and fuses them into one grid, at once for all views of all scenes.
 
+    One scatter adds up all entries. On the CPU those that count are selected first, as most are outside of the box,
+    empty or hidden; elsewhere all are added, the others with weight 0, as a selection would wait for the device.
+
     Every frustum entry is the paper's `F(h, w, d) = [O(h, w, d) phi(h, w), sigma(h, w, d)]`. `splatting` says which
     entries a voxel gets:
 
@@ -104,7 +108,8 @@ def fuse_frustums(
     if (attention is not None) != (fusion == "attention"):
         raise ValueError(f"fusion {fusion!r} does not go with attention {'given' if attention is not None else 'None'}")
     frustums = _frustum_values(density, features, cameras, widths, attention)
-    entries = _splat(frustums, features, cameras, centres, aabb, shape, splatting == "trilinear", valid)
+    trilinear, selects = splatting == "trilinear", features.device.type == "cpu"
+    entries = _splat(frustums, features, cameras, centres, aabb, shape, trilinear, valid, selects)
     return _fuse(entries, fusion, features.shape[0], aabb, shape, splatting == "filled")
 
 
@@ -133,20 +138,20 @@ def _frustum_values(
 
 @dataclass
 class _Entries:
-    """Frustum entries that fall into voxels.
+    """Frustum entries and their voxels.
 
     Attributes:
         index: the voxel of each, counted over all scenes of the batch.
-        share: how much of the entry the voxel gets, 1 for all of it.
+        share: how much of the entry the voxel gets, 1 for all of it; 0 outside of the box, unless they were left out.
         values: sigma, the probability that the ray reaches the entry, O, and where there is attention its weight.
-        seen: entries whose O is large enough to carry features; most are empty or hidden.
-        features: of the seen entries' pixels.
+        seen: entries whose O is large enough to carry features, most are empty or hidden; or all of them.
+        features: of these entries' pixels.
     """
 
     index: Int[Tensor, " entries"]
     share: Float[Tensor, " entries"]
     values: Float[Tensor, "entries values"]
-    seen: Int[Tensor, " seen"]
+    seen: Int[Tensor, " seen"] | slice
     features: Float[Tensor, "seen channels"]
 
 
@@ -159,8 +164,13 @@ def _splat(
     shape: tuple[int, int, int],
     trilinear: bool,
     valid: Bool[Tensor, "batch views h w"] | None,
+    selects: bool,
 ) -> _Entries:
-    """Every entry of a valid ray to the voxel, or the eight voxels, at its bin's centre."""
+    """Every entry of a valid ray to the voxel, or the eight voxels, at its bin's centre.
+
+    Args:
+        selects: leave out entries that add nothing, whose number the host then has to know.
+    """
     batch, _, num_values, bins, h, w = frustums.shape
     with torch.no_grad():
         origins, directions = camera_rays(cameras, h, w)
@@ -170,12 +180,14 @@ def _splat(
         scene = torch.arange(batch, device=frustums.device).view(-1, 1, 1, 1, 1) * math.prod(shape)
         index = torch.cat([(index + scene).flatten() for index, _ in corners])
         share = torch.cat([share.flatten() for _, share in corners])
-        inside = share.nonzero()[:, 0]
-        entry = inside % (index.numel() // len(corners))
+        entry = torch.arange(index.numel(), device=index.device) % (index.numel() // len(corners))
+        if selects:
+            inside = share.nonzero()[:, 0]
+            index, share, entry = index[inside], share[inside], entry[inside]
     values = frustums.permute(0, 1, 4, 5, 3, 2).reshape(-1, num_values)[entry]
-    seen = (values[:, 2] > SEEN).nonzero()[:, 0]
+    seen = (values[:, 2] > SEEN).nonzero()[:, 0] if selects else slice(None)
     pixels = features.permute(0, 1, 3, 4, 2).reshape(-1, features.shape[2])
-    return _Entries(index[inside], share[inside], values, seen, pixels[entry[seen] // bins])
+    return _Entries(index, share, values, seen, pixels[entry[seen] // bins])
 
 
 def frustum_voxels(
@@ -227,7 +239,7 @@ def _fuse(
     density_sums = _scatter(values, entries.index, rows).reshape(batch, *shape, 2)
 
     index = entries.index[entries.seen]
-    weight = (share * occupancy)[entries.seen]
+    weight = torch.where(occupancy > SEEN, share * occupancy, 0.0)[entries.seen]
     values = torch.cat([weight[:, None] * entries.features, weight[:, None]], dim=1)
     feature_sums = _scatter(values, index, rows).reshape(batch, *shape, -1)
     if fusion == "mean":

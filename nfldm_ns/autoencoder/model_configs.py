@@ -13,6 +13,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler, SchedulerMixin
 from pydantic import BaseModel, ConfigDict, create_model
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import read_json
@@ -22,6 +23,10 @@ LARGEST_SIZE = 2**20  # of any whole number in a configuration
 MOST_LAYERS = 1000
 COUNTS = ("layers", "blocks", "refinement_steps")  # what keys end with whose numbers are of layers
 FLOW_SCHEDULERS = (FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler)
+INITIALISERS = "torch.nn.init"
+RANDOM = ("rand", "randn")
+SCALED = ("add", "div", "mul", "neg", "sub", "__mul__", "__radd__", "__rmul__", "rmul", "__truediv__")
+FIRST_VALUES = ("fill_", "normal_", "uniform_", "zero_")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 Model = TypeVar("Model", bound=nn.Module)
 Scheduler = TypeVar("Scheduler", bound=SchedulerMixin)
@@ -51,7 +56,7 @@ def build_model(
         raise UserInputError(f"{path} does not describe a {cls.__name__}: restore it, or give another folder.")
     values = known_values(cls, config, path)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _WithoutValues():
             check_state(part(cls(**values)), state, weights)
         model = part(cls(**values))
     except UserInputError:
@@ -63,6 +68,26 @@ def build_model(
         raise UserInputError(f"{weights} is damaged ({wrong} has NaN or infinity): restore it or make it again.")
     model.load_state_dict(dict(state))
     return model.eval()
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Leaves out what gives tensors without memory their first values, for which torch would import its compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in RANDOM:
+            return torch.empty(*args, **{key: value for key, value in kwargs.items() if key != "generator"})
+        tensor = kwargs.get("out", args[0] if args else kwargs.get("tensor"))
+        if not (isinstance(tensor, Tensor) and tensor.is_meta):
+            return func(*args, **kwargs)
+        if name in FIRST_VALUES or getattr(func, "__module__", "") == INITIALISERS or "out" in kwargs:
+            return tensor
+        if name in SCALED and not any(isinstance(value, Tensor) for value in args[1:]):
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+        return func(*args, **kwargs)
 
 
 def check_state(module: torch.nn.Module, state: Mapping[str, Tensor], where: Path | str) -> None:

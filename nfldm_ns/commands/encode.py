@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Encode:
-    """Encode every scene of a collection; an interrupted run continues where it stopped."""
+    """Encode every scene of a collection; an interrupted run continues where it stopped.
+
+    Several processes share the scenes: start them with
+    `accelerate launch --num_processes 2 -m nfldm_ns.commands.encode`, torchrun or srun (docs/multi_process.md).
+    """
 
     load_config: Path
     """The config.yml of a stage 1 run, its folder, or its scene_autoencoder folder."""
@@ -40,20 +44,19 @@ class Encode:
     """Scenes encoded, and refined, at once."""
 
     def run(self) -> None:
-        import torch
-
         from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
         from nfldm_ns.latents.voxel_store import encode_collection
+        from nfldm_ns.processes import join_processes
         from nfldm_ns.scenes.collection import SceneCollection
 
         self._check()
+        processes, device = join_processes(self.device)
         scene_autoencoder = load_scene_autoencoder(self.load_config)
         data = self.data or read_training_record(self.load_config).get("data")
         if data is None:
             raise UserInputError(
                 f"{self.load_config} does not say what it was trained on: add --data with the scene collection."
             )
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         collection = SceneCollection.open(data)
         collection.require_train_and_test()
         optimiser = self._optimiser(device)
@@ -65,8 +68,11 @@ class Encode:
             optimiser=optimiser,
             batch_size=self.batch_size,
             all_views=self.all_views,
+            processes=processes,
         )
-        print(f"{len(store.scene_ids)} encoded scenes in {store.root}")
+        processes.leave()
+        if processes.is_first:
+            print(f"{len(store.scene_ids)} encoded scenes in {store.root}")
 
     def _check(self) -> None:
         if self.refine_steps < 0 or self.batch_size < 1 or self.near_mult < 0:

@@ -1,6 +1,6 @@
 """`nfldm-eval`: how good a trained generator is."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +16,8 @@ class Eval:
 
     Writes eval.json and index.html: FID, KID, precision, recall, density and coverage of images, the distribution of
     depth, density that floats, and the training scenes nearest to generated ones. The same command goes on after an
-    interruption. docs/evaluation.md says what the numbers mean.
+    interruption. docs/evaluation.md says what the numbers mean. Several processes share the scenes: start them with
+    `accelerate launch --num_processes 2 -m nfldm_ns.commands.eval`, torchrun or srun (docs/multi_process.md).
     """
 
     pipeline: tyro.conf.Positional[Path]
@@ -32,8 +33,8 @@ class Eval:
     """Images of each generated scene, by cameras of its own sampled trajectory."""
     seed: int = 0
     """Scene i has the seed `--seed` + i."""
-    num_inference_steps: int = 30
-    """Denoising steps of each of the three latents."""
+    num_inference_steps: int | None = None
+    """Denoising steps of each of the three latents; by default 30, or as many as a distilled generator was made for."""
     batch_size: int = 1
     """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
     with_source_views: bool = False
@@ -51,38 +52,46 @@ class Eval:
 
     def run(self) -> None:
         import diffusers
-        import torch
 
-        from nfldm_ns.diffusion.pipeline import load_pipeline
+        from nfldm_ns.diffusion.pipeline import NUM_STEPS, load_pipeline
         from nfldm_ns.evaluation.evaluation import NUMBERS, PAGE, evaluate_pipeline
         from nfldm_ns.evaluation.settings import EvaluationSettings
         from nfldm_ns.pretrained.weights import fetch_weights, load_i3d, load_inception
+        from nfldm_ns.processes import join_processes
         from nfldm_ns.scenes.collection import SceneCollection
 
+        processes, device = join_processes(self.device)
         settings = EvaluationSettings(
             self.num_images,
             self.views_per_scene,
             self.seed,
-            self.num_inference_steps,
+            NUM_STEPS if self.num_inference_steps is None else self.num_inference_steps,
             self.batch_size,
             self.with_source_views,
             self.num_train_scenes,
             self.precision_k,
             self.density_k,
-            self.measures_fvd(),
+            self.measures_fvd(processes.is_first),
         )
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         pipeline = load_pipeline(self.pipeline).to(device)
+        if self.num_inference_steps is None:
+            settings = replace(settings, num_inference_steps=pipeline.default_steps)
         collection = SceneCollection.open(self.data)
-        fetch_weights("fid-inception")
+        if processes.is_first:
+            fetch_weights("fid-inception")
+        processes.wait()
         inception = load_inception().to(device)
         i3d = load_i3d().to(device) if settings.fvd else None
-        evaluate_pipeline(pipeline, collection, self.output_dir, settings, inception, str(self.pipeline), i3d)
-        print(f"The page: {self.output_dir / PAGE}   the numbers: {self.output_dir / NUMBERS}")
+        evaluate_pipeline(
+            pipeline, collection, self.output_dir, settings, inception, str(self.pipeline), i3d, processes
+        )
+        processes.leave()
+        if processes.is_first:
+            print(f"The page: {self.output_dir / PAGE}   the numbers: {self.output_dir / NUMBERS}")
 
-    def measures_fvd(self) -> bool:
-        """Whether FVD is asked for, or else possible; says so if it is left out."""
+    def measures_fvd(self, is_first: bool = True) -> bool:
+        """Whether FVD is asked for, or else possible; the first process says so if it is left out."""
         from nfldm_ns.pretrained.weights import fetch_weights, find_weights
 
         if self.fvd == "yes":
@@ -92,7 +101,8 @@ class Eval:
         try:
             find_weights("i3d-kinetics-400")
         except UserInputError as error:
-            print(f"FVD is left out: {error}")
+            if is_first:
+                print(f"FVD is left out: {error}")
             return False
         return True
 

@@ -8,6 +8,7 @@ import tyro
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.models import GENERATOR
+from nfldm_ns.processes import is_first_by_environment
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +20,9 @@ if TYPE_CHECKING:
 class Sample:
     """Sample scenes; each becomes a folder that is a nerfstudio run and a nerfstudio dataset.
 
-    Scene i has the seed `--seed` + i and does not depend on how many are sampled.
+    Scene i has the seed `--seed` + i and does not depend on how many are sampled. Several processes share the scenes:
+    start them with `accelerate launch --num_processes 2 -m nfldm_ns.commands.sample`, torchrun or srun
+    (docs/multi_process.md).
     """
 
     pipeline: tyro.conf.Positional[Path] = Path(GENERATOR)
@@ -28,8 +31,8 @@ class Sample:
     seed: int = 0
     output_dir: Path = Path("outputs/generated")
     """Scenes go to scene_<seed>/ in here, and pictures of all of them to contact_sheet.png."""
-    num_inference_steps: int = 30
-    """Denoising steps of each of the three latents."""
+    num_inference_steps: int | None = None
+    """Denoising steps of each of the three latents; by default 30, or as many as a distilled generator was made for."""
     bev: tuple[Path, ...] = ()
     """A map of the scene from above, north up, or one per scene: images of the size and in the colours of the maps that
     the generator was trained with (bev.png in its collection's scenes). Without, scenes are sampled without a map."""
@@ -41,22 +44,27 @@ class Sample:
     """cpu or cuda; by default what is there."""
 
     def run(self) -> None:
+        if is_first_by_environment():
+            print(f"Loading {self.pipeline}", flush=True)
         import diffusers
-        import torch
         from rich.progress import track
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
+        from nfldm_ns.processes import join_processes
         from nfldm_ns.reports.galleries import write_png
         from nfldm_ns.sampling.contact_sheet import contact_sheet
-        from nfldm_ns.sampling.scenes import sample_scenes
-        from nfldm_ns.scenes.writing import require_writable
+        from nfldm_ns.sampling.scenes import sample_scenes, scene_folder
+        from nfldm_ns.scenes.writing import clear_unfinished, require_writable
 
         self._check()
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        processes, device = join_processes(self.device)
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         pipeline = load_pipeline(self.pipeline).to(device)
         maps = self._maps(pipeline)
-        require_writable(self.output_dir)
+        if processes.is_first:
+            require_writable(self.output_dir)
+            clear_unfinished(self.output_dir)
+        processes.wait()
         scenes = sample_scenes(
             pipeline,
             self.output_dir,
@@ -67,11 +75,18 @@ class Sample:
             source=str(self.pipeline),
             guidance_scale=self.guidance_scale,
             maps=maps,
+            processes=processes,
         )
-        folders = []
-        for folder in track(scenes, "Sampling scenes", total=self.num_scenes):
-            print(folder)
-            folders.append(folder)
+        total = len(processes.share(range(0, self.num_scenes, self.batch_size))) * self.batch_size
+        title = "Sampling scenes" if processes.count == 1 else f"Sampling scenes (1 of {processes.count} processes)"
+        for folder in track(scenes, title, total=min(total, self.num_scenes), disable=not processes.is_first):
+            if processes.is_first:
+                print(folder)
+        processes.wait()
+        processes.leave()
+        if not processes.is_first:
+            return
+        folders = [scene_folder(self.output_dir, self.seed + i) for i in range(self.num_scenes)]
         sheet = self.output_dir / "contact_sheet.png"
         write_png(sheet, contact_sheet(folders))
         print(f"Pictures of all: {sheet}")
@@ -83,7 +98,8 @@ class Sample:
 
         try:
             for name in ("num_scenes", "batch_size", "num_inference_steps"):
-                check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+                if getattr(self, name) is not None:
+                    check_count(f"--{name.replace('_', '-')}", getattr(self, name))
             check_seed("--seed", self.seed, self.num_scenes)
         except ValueError as error:
             raise UserInputError(f"{error}: give another number.") from None

@@ -10,6 +10,7 @@ from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.training.options import ScheduleOptions, is_first_process, looks_at_maps, process_device
 
 if TYPE_CHECKING:
+    from nfldm_ns.diffusion.pipeline import NFLDMPipeline
     from nfldm_ns.diffusion.training import Denoiser, Stage
     from nfldm_ns.latents.voxel_store import VoxelStore
 
@@ -55,6 +56,11 @@ class TrainDiffusion:
     initial_weights: Path | None = None
     """What to begin from, of the same preset and options: the output folder of an earlier training, a pipeline folder,
     or the name of a model that comes with this package."""
+    distil: Path | None = None
+    """A trained generator of the same preset and options, whose denoisers are distilled to few steps, by rounds that
+    each halve them (Salimans & Ho 2022); every round is a training of `--max-steps`. nfldm-sample then takes so few."""
+    distil_steps: int = 4
+    """Steps per latent that are left; they must divide 1000."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
     ema_profiles: tuple[float, ...] = ()
@@ -67,12 +73,20 @@ class TrainDiffusion:
 
     def run(self) -> None:
         from nfldm_ns.diffusion.latent_memory import encode_latents
-        from nfldm_ns.diffusion.training import held_out_errors, save_pipeline, stages_of, train_denoiser
+        from nfldm_ns.diffusion.training import (
+            STAGES,
+            distil_denoiser,
+            held_out_errors,
+            save_pipeline,
+            stages_of,
+            train_denoiser,
+        )
         from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
         from nfldm_ns.latents.voxel_store import VoxelStore
         from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS
         from nfldm_ns.scenes.writing import write_json
 
+        teachers = self._teachers()
         store = VoxelStore.open(self.voxels)
         latent_autoencoder = load_latent_autoencoder(self.latent_autoencoder)
         self._require_its_voxels(store)
@@ -97,16 +111,20 @@ class TrainDiffusion:
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
             training = preset.training[stage]
             training = replace(training, schedule=replace(training.schedule, **given), **changes)
-            denoiser = train_denoiser(
-                stage,
-                memory,
-                latent_autoencoder,
-                self.output_dir / stage,
-                preset.models[stage],
-                training,
-                scene_autoencoder=scene_autoencoder,
-                initial=self._initial(stage),
-            )
+            given_to_all = (memory, latent_autoencoder, self.output_dir / stage, preset.models[stage], training)
+            if teachers is None:
+                denoiser = train_denoiser(
+                    stage, *given_to_all, scene_autoencoder=scene_autoencoder, initial=self._initial(stage)
+                )
+            else:
+                denoiser = distil_denoiser(
+                    stage,
+                    getattr(teachers, f"{stage}_denoiser"),
+                    *given_to_all,
+                    self.distil_steps,
+                    temperature=min(1.0, teachers.config.temperatures[STAGES.index(stage)]),
+                    scene_autoencoder=scene_autoencoder,
+                )
             if held_out is not None and is_first_process():
                 errors = held_out_errors(stage, denoiser, held_out, training)
                 write_json(self.output_dir / stage / "held_out.json", errors)
@@ -115,8 +133,31 @@ class TrainDiffusion:
                 print(f"Mean squared error of {what} on {errors['scenes']} held-out scenes, {stage}: {told}")
         if not is_first_process():
             return
-        saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, preset.temperatures)
+        temperatures = preset.temperatures if teachers is None else tuple(teachers.config.temperatures)
+        saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, temperatures)
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
+
+    def _teachers(self) -> "NFLDMPipeline | None":
+        """The generator that is distilled.
+
+        Raises:
+            UserInputError: if there is none, or it cannot be.
+        """
+        if self.distil is None:
+            return None
+        from nfldm_ns.diffusion.distillation import check_teacher, rounds
+        from nfldm_ns.diffusion.pipeline import load_pipeline
+
+        rounds(self.distil_steps)
+        if self.initial_weights is not None:
+            raise UserInputError("--distil begins with the weights of its teacher: leave out --initial-weights.")
+        if self.prediction_type != "v_prediction" or not self.zero_terminal_snr:
+            raise UserInputError(
+                "--distil trains denoisers that predict v, with zero terminal SNR: leave these options."
+            )
+        pipeline = load_pipeline(self.distil)
+        check_teacher(str(self.distil), pipeline.scheduler.config)
+        return pipeline
 
     def _initial(self, stage: "Stage") -> "Denoiser | None":
         from nfldm_ns.diffusion.training import load_initial_denoiser

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 import tyro
 
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.pretrained.weights import WEIGHTS, WeightsName, explicit_folder, fetch_weights, find_weights, read_weights
+from nfldm_ns.pretrained.names import WeightsName
 
 
 @dataclass
@@ -22,6 +22,8 @@ class Get:
     """A folder to look into first, for converted weights or the original files."""
 
     def main(self) -> None:
+        from nfldm_ns.pretrained.weights import fetch_weights, read_weights
+
         for name in self.names:
             path = fetch_weights(name, self.folder)
             read_weights(name, self.folder)
@@ -36,6 +38,8 @@ class List:
     """A folder to look into first."""
 
     def main(self) -> None:
+        from nfldm_ns.pretrained.weights import WEIGHTS, explicit_folder, find_weights
+
         explicit_folder(self.folder)
         for name, weights in WEIGHTS.items():
             try:

@@ -34,6 +34,7 @@ from nfldm_ns.diffusion.call_checks import (
     check_temperatures,
 )
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.distillation import DEFAULT_STEPS
 from nfldm_ns.diffusion.flow import initial_scale, model_input, samples_flows
 from nfldm_ns.diffusion.inpainting import Inpainting, inpaint
 from nfldm_ns.diffusion.trajectory import trajectory_to_cameras
@@ -49,6 +50,7 @@ from nfldm_ns.scenes.writing import atomic_path, write_json
 STAGES = ("global", "coarse", "fine")
 PIPELINE_INDEX = "model_index.json"
 """File of diffusers that a saved pipeline has."""
+NUM_STEPS = 30
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["NFLDMPipeline", int, int, dict[str, Any]], dict[str, Any]]
 
@@ -152,6 +154,11 @@ class NFLDMPipeline(DiffusionPipeline):
         return self.coarse_denoiser.dtype  # type: ignore[return-value]
 
     @property
+    def default_steps(self) -> int:
+        """Denoising steps of each latent where none are asked for: 30, or those that denoisers were distilled to."""
+        return int(self.scheduler.config.get(DEFAULT_STEPS, NUM_STEPS))
+
+    @property
     def bev_classes(self) -> tuple[BevClass, ...]:
         """Classes of the semantic maps that the denoisers know; none where they know no maps."""
         return tuple(bev_class(entry) for entry in self.config.bev_classes)
@@ -167,7 +174,7 @@ class NFLDMPipeline(DiffusionPipeline):
         self,
         num_scenes: int = 1,
         generator: Generators = None,
-        num_inference_steps: int | Sequence[int] = 30,
+        num_inference_steps: int | Sequence[int] | None = None,
         output_type: str = "grid",
         clip: float | None = None,
         temperatures: Sequence[float] | None = None,
@@ -184,7 +191,8 @@ class NFLDMPipeline(DiffusionPipeline):
 
         Args:
             generator: one for all, or one per scene; with one per scene a scene does not depend on the others.
-            num_inference_steps: denoising steps of each of the three latents, one number for all or one each.
+            num_inference_steps: denoising steps of each of the three latents, one number for all or one each; None for
+                the pipeline's own, see `default_steps`.
             output_type: "grid", or "latent" to skip decoding.
             clip: limits sampled latents to this many standard deviations; None leaves them alone.
             temperatures: of g, c and f, instead of the pipeline's own.
@@ -288,7 +296,7 @@ class NFLDMPipeline(DiffusionPipeline):
         self,
         num_scenes: int,
         generator: Generators,
-        num_inference_steps: int | Sequence[int],
+        num_inference_steps: int | Sequence[int] | None,
         output_type: str,
         tensor_inputs: Sequence[str],
     ) -> dict[str, int]:
@@ -297,7 +305,7 @@ class NFLDMPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be 'grid' or 'latent', not {output_type!r}")
         check_count("num_scenes", num_scenes)
         check_generator(generator, num_scenes)
-        steps = check_steps(num_inference_steps)
+        steps = check_steps(self.default_steps if num_inference_steps is None else num_inference_steps)
         check_scheduler(self.scheduler, flow=self.coarse_denoiser.config.flow)
         unknown = [name for name in tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,14 @@ from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safeten
 from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.distillation import (
+    Halving,
+    distillation_loss,
+    few_step_sampler,
+    randomly_cooled,
+    rounds,
+    step_indices,
+)
 from nfldm_ns.diffusion.flow import FLOW, FlowNoise, make_flow_scheduler
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.pipeline import PIPELINE_INDEX, assemble_pipeline
@@ -290,6 +299,33 @@ class DiffusionLosses:
         return self.denoiser.latent(pick("fine")), {**conditions, "coarse": coarse}
 
 
+class DistillationLosses(DiffusionLosses):
+    """Losses of a student, see `distillation.py`; scenes, their order and their noise are drawn as in any training.
+
+    Args:
+        halving: its teacher and steps.
+        others: of `DiffusionLosses`.
+    """
+
+    def __init__(self, halving: Halving, *others: Any) -> None:
+        super().__init__(*others)
+        self.halving = halving
+
+    def timesteps(self, count: int, seed: int) -> Shaped[Tensor, " count"]:
+        """Numbers of steps, whose timesteps the loss knows."""
+        return step_indices(_spread_shares(count, seed), self.halving.steps)
+
+    def loss(
+        self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws, augment: bool = True
+    ) -> Float[Tensor, ""]:
+        """Mean squared error of the v that two steps of the teacher ask for; `timestep` is of `timesteps`."""
+        clean, conditions = self.sample_and_conditions(indices, draws, augment)
+        noise = randomly_cooled(draws.normal(clean), self.halving.temperature, draws.uniform())
+        assert isinstance(self.scheduler, DDPMScheduler)
+        step = timestep.to(self.device)
+        return distillation_loss(self.wrapped, self.halving, self.scheduler, clean, noise, step, conditions).mean()
+
+
 def training_scheduler(config: DiffusionTrainingConfig) -> DDPMScheduler:
     """The noise of a diffusion's training."""
     return DDPMScheduler.from_config(make_scheduler(config.prediction_type, config.zero_terminal_snr).config)
@@ -382,6 +418,7 @@ def train_denoiser(
     *,
     scene_autoencoder: SceneAutoencoder | None = None,
     initial: Denoiser | None = None,
+    halving: Halving | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Denoiser:
     """Trains one denoiser, continuing an interrupted run.
@@ -392,6 +429,7 @@ def train_denoiser(
         model_config: sizes of the denoiser; the latents' shapes come from `latent_autoencoder`.
         scene_autoencoder: stage 1, for sample renders every `validation_steps`; None for none.
         initial: a denoiser of the same configuration to begin from, for a longer training.
+        halving: the round of a distillation; None for a training on the latents themselves.
 
     Returns:
         the denoiser with averaged weights, in evaluation mode.
@@ -431,17 +469,27 @@ def train_denoiser(
     if initial is not None:
         _begin_from(initial, denoiser)
         identity["initial_weights"] = model_hash(initial)
+    if halving is not None:
+        halving.teacher.to(accelerator.device).eval().requires_grad_(False)
+        identity |= {"distilled_from": model_hash(halving.teacher), "distil_steps": halving.steps}
+        identity["distil_temperature"] = halving.temperature
     folder = RunFolder(output_dir, identity, accelerator)
     ema = moving_averages(denoiser, config.ema_decay)
 
     def make_losses(wrapped: nn.Module) -> DiffusionLosses:
         share = batch_share(config.schedule, accelerator)
-        return DiffusionLosses(stage, wrapped, denoiser, memory, config, accelerator.device, share)
+        given = (stage, wrapped, denoiser, memory, config, accelerator.device, share)
+        return DiffusionLosses(*given) if halving is None else DistillationLosses(halving, *given)
 
     render = None
     if scene_autoencoder is not None and config.schedule.validation_steps:
         scheduler = make_sampler(config.prediction_type, config.zero_terminal_snr, config.flow_shift)
-        render = DenoiserPictures(stage, denoiser, scheduler, memory, latent_autoencoder, scene_autoencoder)
+        pictures = (memory, latent_autoencoder, scene_autoencoder)
+        if halving is None:
+            render = DenoiserPictures(stage, denoiser, scheduler, *pictures)
+        else:
+            few = few_step_sampler(scheduler.config, halving.steps)
+            render = DenoiserPictures(stage, denoiser, few, *pictures, steps=halving.steps)
 
     train(
         folder,
@@ -460,6 +508,55 @@ def train_denoiser(
         load_average(denoiser, output_dir, config.ema_length)
     keep_result(Path(output_dir) / DENOISER_FOLDER, accelerator, denoiser.save_pretrained)
     return denoiser.eval()
+
+
+def distil_denoiser(
+    stage: Stage,
+    teacher: Denoiser,
+    memory: LatentMemory,
+    latent_autoencoder: LatentAutoencoder,
+    output_dir: Path | str,
+    model_config: dict[str, Any],
+    config: DiffusionTrainingConfig,
+    steps: int,
+    *,
+    temperature: float = 1.0,
+    scene_autoencoder: SceneAutoencoder | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Denoiser:
+    """A denoiser that needs `steps` steps of DDIM, by rounds that halve them; an interrupted run goes on.
+
+    Args:
+        teacher: predicts v, of the same configuration.
+        output_dir: becomes the run folder of the last round; those of the others lie beside it, as `<name>-<steps>`.
+        config: of every round, whose schedule begins anew.
+        steps: a divisor of the number of timesteps.
+        temperature: see `Halving`.
+        others: of `train_denoiser`.
+
+    Raises:
+        UserInputError: as `train_denoiser`, and for a number of steps that cannot be.
+    """
+    counts = rounds(steps)
+    for number, count in enumerate(counts):
+        output = Path(output_dir)
+        teacher = train_denoiser(
+            stage,
+            memory,
+            latent_autoencoder,
+            output if count == steps else output.with_name(f"{output.name}-{count}"),
+            model_config,
+            config,
+            scene_autoencoder=scene_autoencoder,
+            initial=teacher,
+            halving=Halving(copy.deepcopy(teacher), count, temperature),
+            on_progress=None if on_progress is None else partial(_of_rounds, on_progress, number, len(counts)),
+        )
+    return teacher
+
+
+def _of_rounds(report: ProgressCallback, number: int, count: int, share: float, losses: dict[str, float]) -> None:
+    report((number + share) / count, losses)
 
 
 def load_average(denoiser: Denoiser, run_folder: Path | str, length: float) -> None:
@@ -673,7 +770,15 @@ def save_pipeline(
             f"Some denoisers in {output_dir} know BEV maps, {what}: train all with one --condition, on one collection."
         )
     components: dict[str, Any] = {f"{stage}_denoiser": denoisers.get(stage) for stage in STAGES}
-    components["scheduler"] = make_sampler(types.pop(), zero_snr.pop(), shifts.pop())
+    few = {run.get("distil_steps") for run in runs.values()}
+    if len(few) > 1:
+        raise UserInputError(
+            f"Some denoisers in {output_dir} were distilled to other numbers of steps than others, or not at all: "
+            "distil all with one --distil-steps."
+        )
+    scheduler = make_sampler(types.pop(), zero_snr.pop(), shifts.pop())
+    steps = few.pop()
+    components["scheduler"] = scheduler if steps is None else few_step_sampler(scheduler.config, steps)
     components["bev_classes"] = [bev_class(entry) for entry in classes[0]]
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:

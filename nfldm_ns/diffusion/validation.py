@@ -62,6 +62,7 @@ class DenoiserPictures:
         denoiser: the one that is being trained.
         scheduler: samples, without randomness of its own.
         memory: latents of the training scenes.
+        steps: of the scheduler.
     """
 
     def __init__(
@@ -73,9 +74,10 @@ class DenoiserPictures:
         latent_autoencoder: LatentAutoencoder,
         scene_autoencoder: SceneAutoencoder,
         seed: int = 0,
+        steps: int = STEPS,
     ) -> None:
         self.stage, self.denoiser, self.scheduler = stage, denoiser, scheduler
-        self.memory, self.seed = memory, seed
+        self.memory, self.seed, self.steps = memory, seed, steps
         self.device = next(denoiser.parameters()).device
         self.latent_autoencoder = latent_autoencoder.to(self.device)
         self.scene_autoencoder = scene_autoencoder.to(self.device)
@@ -121,7 +123,7 @@ class DenoiserPictures:
     def _sample(self, **conditions: Tensor) -> Tensor:
         like = torch.empty(len(self.indices), *self.denoiser.sample_shape, device=self.device)
         noise = ItemDraws(self.seed, range(len(self.indices)), self.device).normal(like)
-        return sample_latents(self.denoiser, self.scheduler, noise, STEPS, **conditions)
+        return sample_latents(self.denoiser, self.scheduler, noise, self.steps, **conditions)
 
     def _decode(self, code: Tensor, coarse: Tensor, fine: Tensor) -> VoxelGrid:
         global_latent = code[:, : code.shape[1] - CAMERA_DIM * self.memory.num_cameras]

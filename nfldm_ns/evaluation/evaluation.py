@@ -28,6 +28,7 @@ from nfldm_ns.evaluation.page import write_page
 from nfldm_ns.evaluation.scenes import FIXED_VIEWS, PictureFolder, SceneJudge, judge_generated, judge_real
 from nfldm_ns.evaluation.settings import SETTINGS, EvaluationSettings, RealScenes, choose_real_scenes, claim_folder
 from nfldm_ns.metrics.image_sets import picture_features, read_picture
+from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.reports.galleries import write_png
 from nfldm_ns.reports.resources import device_info, package_versions
 from nfldm_ns.scenes.collection import SceneCollection, read_json
@@ -46,8 +47,11 @@ def evaluate_pipeline(
     inception: nn.Module,
     source: str = "",
     i3d: nn.Module | None = None,
-) -> dict[str, Any]:
+    processes: Processes = ALONE,
+) -> dict[str, Any] | None:
     """Samples, measures and writes the report; an interrupted run goes on where it stopped.
+
+    Several processes share the scenes; the first of them compares and reports.
 
     Args:
         pipeline: on the device to work on.
@@ -57,7 +61,7 @@ def evaluate_pipeline(
         i3d: from `weights.load_i3d`, on the same device; needed if the settings ask for FVD.
 
     Returns:
-        the content of `eval.json` (docs/evaluation.md).
+        the content of `eval.json` (docs/evaluation.md); None in other processes than the first.
 
     Raises:
         UserInputError: if the collection and the pipeline do not fit, a split has too few views, or the folder holds
@@ -67,16 +71,22 @@ def evaluate_pipeline(
     if settings.fvd and i3d is None:
         raise ValueError("the settings ask for FVD, but no I3D was given")
     real = {split: choose_real_scenes(collection, split, settings) for split in ("test", "train")}
-    claim_folder(output_dir, pipeline, collection, settings)
+    if processes.is_first:
+        claim_folder(output_dir, pipeline, collection, settings)
+    processes.wait()
     folder = PictureFolder(output_dir)
     filmed = _filmed_scenes(real, settings)
     judge = SceneJudge(pipeline, i3d)
-    with progress_bars() as show:
+    with progress_bars(processes.is_first) as show:
         title = show(f"Sampling {settings.num_scenes} scenes")
-        names = judge_generated(judge, folder, settings, title, len(filmed["test"]))
+        names = judge_generated(judge, folder, settings, title, len(filmed["test"]), processes)
         for split, scenes in real.items():
             title = show(f"Encoding {len(scenes.scene_ids)} {split} scenes")
-            judge_real(judge, collection, folder, split, scenes, settings.with_source_views, title, filmed[split])
+            chosen = settings.with_source_views
+            judge_real(judge, collection, folder, split, scenes, chosen, title, filmed[split], processes)
+        processes.wait()
+        if not processes.is_first:
+            return None
         features = _set_features(folder, real, names, settings, inception, collection, show)
         scene_names = {"generated": names, **{split: scenes.scene_ids for split, scenes in real.items()}}
         fixed = _fixed_features(folder, scene_names, inception, show)
@@ -140,7 +150,7 @@ def check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: Ev
 
 
 @contextmanager
-def progress_bars() -> Iterator[Callable[[str], Callable[[float], None]]]:
+def progress_bars(shown: bool = True) -> Iterator[Callable[[str], Callable[[float], None]]]:
     """Bars below each other; `show(title)` begins one and returns what tells its share."""
     columns = (
         TextColumn("{task.description}"),
@@ -149,7 +159,7 @@ def progress_bars() -> Iterator[Callable[[str], Callable[[float], None]]]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns) as progress:
+    with Progress(*columns, disable=not shown) as progress:
 
         def show(title: str) -> Callable[[float], None]:
             task = progress.add_task(title, total=1.0)

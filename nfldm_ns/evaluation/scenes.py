@@ -23,6 +23,7 @@ from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.metrics.geometry import DepthHistogram, floating_density
 from nfldm_ns.metrics.image_sets import write_pictures
 from nfldm_ns.metrics.videos import STANDARD_FRAMES, extract_video_features
+from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.scenes.collection import Scene, SceneCollection
 from nfldm_ns.scenes.views import Views, camera_rays, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -192,12 +193,14 @@ def judge_generated(
     settings: EvaluationSettings,
     on_progress: Progress,
     num_videos: int = 0,
+    processes: Processes = ALONE,
 ) -> list[str]:
     """Samples the scenes of the seeds `seed`, `seed + 1`, ... that are not there yet.
 
     Args:
         settings: `num_scenes` with their views, seed, steps and batches.
         num_videos: how many scenes, the first, the network of FVD sees fly-throughs of.
+        processes: those that share the batches.
 
     Returns:
         names of all of them.
@@ -205,7 +208,8 @@ def judge_generated(
     pipeline, num_scenes = judge.pipeline, settings.num_scenes
     pipeline.set_progress_bar_config(disable=True)
     names = [f"{settings.seed + i:06d}" for i in range(num_scenes)]
-    for first in range(0, num_scenes, settings.batch_size):
+    firsts = processes.share(range(0, num_scenes, settings.batch_size))
+    for done, first in enumerate(firsts):
         batch = names[first : first + settings.batch_size]
         if not all(folder.record("generated", name).is_file() for name in batch):
             generators = scene_generators(settings.seed + first, len(batch))
@@ -217,7 +221,7 @@ def judge_generated(
                 if first + i < num_videos:
                     record.update(judge.video(grid, index_cameras(output.cameras, i)))
                 folder.write("generated", {"samples": rendered.rgb[0]}, judge.fixed_views(grid), record, batch[i])
-        on_progress((first + len(batch)) / num_scenes)
+        on_progress((done + 1) / len(firsts))
     return names
 
 
@@ -234,6 +238,7 @@ def judge_real(
     with_source: bool,
     on_progress: Progress,
     filmed: Container[str] = (),
+    processes: Processes = ALONE,
 ) -> None:
     """Encodes real scenes and looks at them as at generated ones, after the latents, so that a copy would be equal.
 
@@ -244,9 +249,11 @@ def judge_real(
         with_source: take the views that the encoder sees after the target views.
         filmed: scenes that the network of FVD sees fly-throughs of, along the path of their source cameras: of the
             voxels of stage 1, and for "test" also after the latents.
+        processes: those that share the scenes.
     """
     pipeline = judge.pipeline
-    for i, scene_id in enumerate(scenes.scene_ids):
+    scene_ids = processes.share(scenes.scene_ids)
+    for i, scene_id in enumerate(scene_ids):
         if not folder.record(split, scene_id).is_file():
             scene = collection.load_scene(scene_id)
             source = Views.stack([scene.source]).to(judge.device)
@@ -266,7 +273,7 @@ def judge_real(
                 if split == "test":
                     record.update({f"{key}_stage2": value for key, value in judge.video(after, path).items()})
             folder.write(split, images, judge.fixed_views(after), record, scene_id)
-        on_progress((i + 1) / len(scenes.scene_ids))
+        on_progress((i + 1) / len(scene_ids))
 
 
 def shown_views(scene: Scene, count: int, with_source: bool) -> Views:

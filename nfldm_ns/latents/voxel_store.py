@@ -24,10 +24,11 @@ from nfldm_ns.autoencoder.checkpoints import (
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
+from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.scenes.collection import SPLITS, Scene, SceneCollection, read_json
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.scenes.writing import atomic_path, write_json
+from nfldm_ns.scenes.writing import atomic_path, clear_unfinished, write_json
 from nfldm_ns.training.identity import model_hash
 
 FORMAT = "nfldm-voxel-store"
@@ -216,6 +217,7 @@ def encode_collection(
     batch_size: int = 1,
     all_views: bool = False,
     num_threads: int = 1,
+    processes: Processes = ALONE,
 ) -> VoxelStore:
     """Encodes the source views of every scene of all splits; scenes that are there already are kept.
 
@@ -227,10 +229,11 @@ def encode_collection(
         batch_size: scenes encoded at once.
         all_views: encode training scenes from their target views, too: nothing is judged by these.
         num_threads: threads that read the scenes of a batch.
+        processes: those that share the batches; each returns when all are done.
 
     Raises:
         UserInputError: if the folder holds scenes of another collection, of another stage 1, or that were encoded or
-            optimised otherwise.
+            optimised otherwise; or another process has ended.
     """
     root = Path(root)
     scene_autoencoder = scene_autoencoder.to(device).eval()
@@ -239,10 +242,14 @@ def encode_collection(
         description["optimised"] = optimiser.describe()
     if all_views:
         description["all_views"] = True
-    _check_or_start(root, description, scene_autoencoder)
+    if processes.is_first:
+        clear_unfinished(root)
+        _check_or_start(root, description, scene_autoencoder)
+    processes.wait()
     store = VoxelStore(root, description)
-    batches = list(_batches_of_splits(store.splits, batch_size))
-    for i, (split, scene_ids) in enumerate(track(batches, "Encoding scenes", disable=on_progress is not None)):
+    batches = processes.share(list(_batches_of_splits(store.splits, batch_size)))
+    silent = on_progress is not None or not processes.is_first
+    for i, (split, scene_ids) in enumerate(track(batches, "Encoding scenes", disable=silent)):
         if not all(
             holds_tensors(store.path(scene_id), TENSORS) for scene_id in scene_ids
         ):  # as a whole: scenes may share draws
@@ -256,6 +263,7 @@ def encode_collection(
                     save_file(voxels, temporary)
         if on_progress is not None:
             on_progress((i + 1) / len(batches))
+    processes.wait()
     return VoxelStore.open(root)
 
 

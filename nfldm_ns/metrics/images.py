@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from nfldm_ns.scenes.views import SceneBatch, Views, camera_rays
 from nfldm_ns.scenes.voxel_grid import normalise_points
@@ -44,6 +43,8 @@ def ssim(
     predicted: Float[Tensor, "*batch 3 height width"], true: Float[Tensor, "*batch 3 height width"]
 ) -> Float[Tensor, "*batch"]:
     """Structural similarity of each image (Gaussian window of 11 pixels, sigma 1.5), for values in [0, 1]."""
+    from torchmetrics.functional.image import structural_similarity_index_measure  # takes a second
+
     shape = predicted.shape[:-3]
     values = structural_similarity_index_measure(
         predicted.float().clamp(0, 1).reshape(-1, *predicted.shape[-3:]),

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from nerfstudio.cameras.cameras import Cameras
-from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
-from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from torch import Tensor
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.generated.cameras import fly_through
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of, write_scene_files
-from nfldm_ns.plugin.generated_scene import GeneratedScenePipelineConfig, GeneratedSceneTrainerConfig
+from nfldm_ns.plugin.scene_config import scene_config_yml
 from nfldm_ns.scenes.views import Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_scene
 
-METHOD = "nfldm-scene"
 CAMERAS_AT_ONCE = 8
-
-
-def scene_trainer_config() -> GeneratedSceneTrainerConfig:
-    """The configuration of the method `nfldm-scene`, for the device that is there."""
-    return GeneratedSceneTrainerConfig(
-        method_name=METHOD,
-        max_num_iterations=200,
-        steps_per_save=100,
-        steps_per_eval_batch=50,
-        steps_per_eval_image=100,
-        steps_per_eval_all_images=1_000_000,
-        machine=MachineConfig(device_type="cuda" if torch.cuda.is_available() else "cpu"),
-        pipeline=GeneratedScenePipelineConfig(),
-        optimizers={"voxels": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-8), "scheduler": None}},
-        viewer=ViewerConfig(quit_on_train_completion=True),
-        vis="viewer+tensorboard",
-    )
 
 
 def write_generated_scene(
@@ -81,7 +59,7 @@ def write_generated_scene(
     with atomic_path(folder) as temporary:
         write_scene(temporary, render_views(scene, cameras), render_views(scene, eval_cameras))
         write_scene_files(temporary, scene)
-        (temporary / "config.yml").write_text(_config_yml(folder.resolve()), encoding="utf-8")
+        (temporary / "config.yml").write_text(scene_config_yml(folder.resolve()), encoding="utf-8")
         _write_checkpoint(temporary / "nerfstudio_models", scene)
         for name, content in (attachments or {}).items():
             (temporary / name).write_bytes(content)
@@ -98,18 +76,6 @@ def render_views(scene: GeneratedScene, cameras: Cameras) -> Views:
         images.append(rendered.rgb[0].clamp(0, 1))
         depths.append(rendered.depth[0])
     return Views(cameras, torch.cat(images), torch.cat(depths))
-
-
-def _config_yml(folder: Path) -> str:
-    config = copy.deepcopy(scene_trainer_config())
-    config.folder = folder
-    config.data = folder
-    config.experiment_name = folder.name
-    config.timestamp = folder.name
-    config.pipeline.datamanager.data = folder
-    config.pipeline.datamanager.dataparser.data = folder
-    config.pipeline.model.scene = folder
-    return yaml.dump(config)
 
 
 def _write_checkpoint(folder: Path, scene: GeneratedScene) -> None:

@@ -11,10 +11,12 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.data.scene_box import SceneBox
+from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from torch import Tensor, nn
@@ -26,10 +28,13 @@ from nfldm_ns.generated.scene_files import DESCRIPTION, check_dataset, load_gene
 from nfldm_ns.plugin.command_line import config_folder
 from nfldm_ns.plugin.pictures import ray_lengths
 from nfldm_ns.plugin.run_folder import MovableTrainerConfig
+from nfldm_ns.plugin.scene_config import device_type
 from nfldm_ns.plugin.viewer_start import FirstView
 from nfldm_ns.plugin.voxel_model import VoxelGridField, VoxelModel, picture_dict, single_camera
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, read_depth
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+METHOD = "nfldm-scene"
 
 
 class SceneViewsDataset(InputDataset):
@@ -236,3 +241,20 @@ class GeneratedSceneTrainerConfig(MovableTrainerConfig):
         if self.folder is None:
             return super().get_base_dir()
         return self.folder if self.folder.is_dir() else config_folder(sys.argv) or self.folder
+
+
+def scene_trainer_config() -> GeneratedSceneTrainerConfig:
+    """The configuration of the method `nfldm-scene`, for the device that is there."""
+    return GeneratedSceneTrainerConfig(
+        method_name=METHOD,
+        max_num_iterations=200,
+        steps_per_save=100,
+        steps_per_eval_batch=50,
+        steps_per_eval_image=100,
+        steps_per_eval_all_images=1_000_000,
+        machine=MachineConfig(device_type=device_type()),  # type: ignore[arg-type]
+        pipeline=GeneratedScenePipelineConfig(),
+        optimizers={"voxels": {"optimizer": AdamOptimizerConfig(lr=1e-2, eps=1e-8), "scheduler": None}},
+        viewer=ViewerConfig(quit_on_train_completion=True),
+        vis="viewer+tensorboard",
+    )

@@ -47,7 +47,6 @@ FOLDER_VARIABLE = "NFLDM_WEIGHTS"
 COMMAND = "nfldm-weights get"
 COUNTER = "num_batches_tracked"
 
-WeightsName = Literal["lpips-vgg", "lpips-alex", "fid-inception", "i3d-kinetics-400"]
 Converter = Callable[[Path], dict[str, Tensor]]
 
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, UInt8
-from nerfstudio.utils.colormaps import apply_float_colormap
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -38,6 +37,8 @@ def color_values(
     values: Float[Tensor, "*batch 1 height width"], low: float, high: float, colormap: Colormap = "turbo"
 ) -> Images:
     """Colours of values over the fixed range from `low` to `high`, so that pictures can be compared."""
+    from nerfstudio.utils.colormaps import apply_float_colormap  # matplotlib takes a while
+
     if not high > low:
         raise ValueError(f"the range from {low} to {high} is empty")
     unit = ((values.float() - low) / (high - low)).clamp(0, 1).nan_to_num()

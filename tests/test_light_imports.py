@@ -1,0 +1,132 @@
+"""Commands start quickly: they import what they need, and no more."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+from nfldm_ns.light_imports import _disable_later, _LaterModule, _standing_in, import_lightly, lazy_names
+from nfldm_ns.plugin import scene_config
+from nfldm_ns.plugin.scene_config import dumped_config, scene_config_yml
+
+HEAVY = (
+    "matplotlib",
+    "nerfstudio.engine.trainer",
+    "nerfstudio.models.splatfacto",
+    "scipy.stats",
+    "tensorboard",
+    "torch._dynamo",
+    "torch._inductor",
+    "torchmetrics",
+    "torchvision",
+    "transformers.modeling_utils",
+)
+COMMANDS = sorted(
+    f"nfldm_ns.commands.{path.stem}"
+    for path in (Path(__file__).parent.parent / "nfldm_ns" / "commands").glob("*.py")
+    if path.stem not in ("__init__", "resumable")
+)
+SAMPLING = """
+from nfldm_ns.commands.sample import main
+main(["--num-scenes", "1", "--num-inference-steps", "1", "--device", "cpu", "--output-dir", {folder!r}])
+"""
+
+
+def imported(code: str) -> set[str]:
+    """The modules that are there after some code ran in a new process."""
+    code += "\nimport json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_sampling_imports_what_it_needs(tmp_path):
+    modules = imported(SAMPLING.format(folder=str(tmp_path)))
+    assert {"torch", "diffusers", "nfldm_ns.plugin.generated_run"} <= modules
+    assert sorted(modules & set(HEAVY)) == []
+    assert (tmp_path / "scene_000000" / "config.yml").is_file()
+
+
+def test_help_imports_next_to_nothing():
+    modules = imported("; ".join(f"import {name}" for name in COMMANDS))
+    assert set(COMMANDS) <= modules
+    assert sorted(modules & {*HEAVY, "diffusers", "nerfstudio", "torch", "transformers"}) == []
+
+
+# Packages that import their modules later
+
+
+def test_names_of_packages_that_only_import():
+    source = """
+from ...utils import is_torch_available
+
+if is_torch_available():
+    from .one import A, B as C
+    from .two import f
+"""
+    assert lazy_names(source) == {"A": ("one", "A"), "C": ("one", "B"), "f": ("two", "f")}
+    assert lazy_names("from .one import *") is None
+    assert lazy_names("from .one import A\nA.register()") is None
+    assert lazy_names("if sys.platform:\n    from .one import A") is None
+
+
+def test_lazy_packages_have_all_of_their_names():
+    import_lightly()
+    package = importlib.import_module("diffusers.models.unets")
+    unet = package.UNet2DModel
+    assert unet is importlib.import_module("diffusers.models.unets.unet_2d").UNet2DModel
+    with pytest.raises((AttributeError, ImportError)):
+        package.no_such_model  # noqa: B018
+
+
+def test_a_stand_in_gives_way_to_the_module(tmp_path, monkeypatch):
+    (tmp_path / "slow_module.py").write_text("value = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with _standing_in(_LaterModule("slow_module")):
+        import slow_module  # type: ignore[import-not-found]
+
+        assert isinstance(slow_module, _LaterModule)
+    assert "slow_module" not in sys.modules
+    assert slow_module.value == 3
+    assert type(sys.modules.pop("slow_module")) is ModuleType
+
+
+def test_functions_without_a_compiler_run_and_are_disabled_with_one():
+    @_disable_later()
+    def double(x):
+        """Doubles."""
+        return 2 * x, torch.compiler.is_compiling()
+
+    assert double(4) == (8, False)
+    assert double.__doc__ == "Doubles."
+    importlib.import_module("torch._dynamo")
+    compiled = torch.compile(lambda x: double(x + 1), backend="eager")
+    value, compiling = compiled(torch.ones(2))
+    assert value.equal(torch.full((2,), 4.0)) and not compiling
+
+
+# config.yml
+
+
+@pytest.mark.parametrize("name", ["scene_000000", "007", "a b: 'c' #d", "räume", "x " * 60 + "y"])
+def test_config_is_the_one_that_nerfstudio_writes(tmp_path, name):
+    folder = tmp_path / name
+    assert scene_config_yml(folder) == dumped_config(folder)
+    assert yaml.load(scene_config_yml(folder), Loader=yaml.Loader).folder == folder
+
+
+def test_other_versions_write_their_own_config(tmp_path, monkeypatch):
+    scene_config._template.cache_clear()
+    monkeypatch.setattr(scene_config.importlib.metadata, "version", lambda _: "1.1.99")
+    try:
+        assert scene_config._template() is None
+        assert scene_config_yml(tmp_path / "scene") == dumped_config(tmp_path / "scene")
+    finally:
+        scene_config._template.cache_clear()
