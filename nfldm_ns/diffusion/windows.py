@@ -44,14 +44,16 @@ def axis_weights(starts: list[int], size: int, scale: int = 1) -> Float[Tensor, 
     weights = []
     for i, start in enumerate(starts):
         rises = torch.ones_like(places) if i == 0 else _step(places - start, starts[i - 1] + size - start)
-        falls = torch.ones_like(places) if i + 1 == len(starts) else _step(start + size - places, start + size - starts[i + 1])
+        falls = torch.ones_like(places)
+        if i + 1 < len(starts):
+            falls = _step(start + size - places, start + size - starts[i + 1])
         weights.append(torch.where((places > start) & (places < start + size), rises * falls, 0))
     stacked = torch.stack(weights)
     return (stacked / stacked.sum(0)).float()
 
 
 def _step(distance: Tensor, overlap: int) -> Tensor:
-    """From 0 to 1 over the middle of an overlap, by the distance from a window's edge; with its mirror image it sums to 1."""
+    """From 0 to 1 over the middle of an overlap, by the distance from a window's edge."""
     if overlap <= 0:
         return torch.ones_like(distance)
     t = ((distance - IDLE_SHARE * overlap) / ((1 - 2 * IDLE_SHARE) * overlap)).clamp(0, 1)

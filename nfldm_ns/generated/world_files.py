@@ -15,6 +15,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from nfldm_ns.autoencoder.checkpoints import read_safetensors
@@ -106,7 +107,8 @@ class WorldDescription(Checked):
     @property
     def tiles(self) -> dict[tuple[int, int], tuple[Span, Span]]:
         """The cells (rows, columns) of each tile, by its row and column among tiles."""
-        rows, columns = (_cut(span, size) for span, size in zip((self.windows.y, self.windows.x), self.window, strict=True))
+        spans = (self.windows.y, self.windows.x)
+        rows, columns = (_cut(span, size) for span, size in zip(spans, self.window, strict=True))
         return {(i, j): (y, x) for i, y in rows.items() for j, x in columns.items()}
 
 
@@ -129,7 +131,7 @@ def read_description(folder: Path) -> WorldDescription | None:
         raise UserInputError(f"{path} is not of format {FORMAT}, version {VERSION}: {REMEDY}.")
     described = validated_json(WorldDescription, content, path, REMEDY)
     for starts, size in ((described.y_starts, described.window[0]), (described.x_starts, described.window[1])):
-        if any(not a < b <= a + size for a, b in zip(starts, starts[1:], strict=False)):
+        if any(not a < b <= a + size for a, b in pairwise(starts)):
             raise UserInputError(f"{path} has windows that leave gaps or run back ({starts}): {REMEDY}.")
     return described
 
@@ -148,7 +150,7 @@ def write_tile(folder: Path, tile: tuple[int, int], grid: VoxelGrid, revision: i
     """Writes the voxels of one tile in one step."""
     tensors = {name: values.contiguous() for name, values in voxel_tensors(half_precision(grid)).items()}
     with atomic_path(tile_path(folder, tile)) as temporary:
-        save_file(tensors, temporary, {"revision": str(revision)})
+        temporary.write_bytes(save(tensors, {"revision": str(revision)}))
 
 
 def tile_revision(folder: Path, tile: tuple[int, int]) -> int | None:
@@ -173,7 +175,7 @@ def write_renderer(
     if backgrounds is not None:
         tensors["backgrounds"] = backgrounds.detach().cpu().float().contiguous()
     with atomic_path(folder / RENDERER) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))
     return renderer
 
 
@@ -294,7 +296,9 @@ class World:
         weights = []
         windows = self.description.windows
         for axis, (span, factors) in ((1, (windows.y, windows.axes(1)[0])), (0, (windows.x, windows.axes(1)[1]))):
-            place = (float(position[axis]) - self.description.corner[axis]) / self.description.cell[axis] - span[0] - 0.5
+            place = (
+                (float(position[axis]) - self.description.corner[axis]) / self.description.cell[axis] - span[0] - 0.5
+            )
             place = min(max(place, 0.0), factors.shape[1] - 1.0)
             low = min(int(place), factors.shape[1] - 2) if factors.shape[1] > 1 else 0
             high = min(low + 1, factors.shape[1] - 1)
@@ -358,4 +362,3 @@ def load_world(folder: Path | str, unfinished: bool = False) -> World:
             f"{folder / RENDERER} has backgrounds of {list(backgrounds.shape)}, not {list(expected)}: {REMEDY}."
         )
     return World(folder, description, renderer, backgrounds)
-

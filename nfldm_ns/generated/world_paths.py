@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -71,7 +72,9 @@ def free_space(world: World) -> FreeSpace:
     free = np.pad(density < FREE_DENSITY, 1)  # beyond the world there is no room
     clearance = distance_transform_edt(free, sampling=edge[::-1])[1:-1, 1:-1]
     low = world.aabb[0]
-    return FreeSpace(density, clearance.astype(np.float32), (float(low[0]), float(low[1])), edge, described.camera_height)
+    return FreeSpace(
+        density, clearance.astype(np.float32), (float(low[0]), float(low[1])), edge, described.camera_height
+    )
 
 
 def way_costs(space: FreeSpace) -> Float[np.ndarray, "y x"]:
@@ -96,10 +99,10 @@ def places(world: World, space: FreeSpace) -> list[tuple[int, int]]:
 
 
 def way_through(space: FreeSpace, stops: list[tuple[int, int]], length: float) -> Float[np.ndarray, "n 2"]:
-    """Points (x, y) in metres from the first stop through the others in their order, to where the way is long enough."""
+    """Points (x, y) in metres from the first stop through the others in order, until the way is long enough."""
     costs = way_costs(space)
     way = [np.array(stops[0])]
-    for start, end in zip(stops, stops[1:], strict=False):
+    for start, end in pairwise(stops):
         search = MCP_Geometric(costs, sampling=space.edge[::-1])
         search.find_costs([start], [end])
         way.extend(np.array(step) for step in search.traceback(end)[1:])
@@ -112,8 +115,8 @@ def way_through(space: FreeSpace, stops: list[tuple[int, int]], length: float) -
 def walk(world: World, seconds: float = 30.0, fps: float = 24.0, image_size: tuple[int, int] | None = None) -> Cameras:
     """Cameras of somebody who walks through the world, from tile to tile, by the openings where there are any.
 
-    Ways are cheapest in free space, but never impossible: where two places are not joined by any opening, the camera goes
-    through what is thinnest. A world that is smaller than the way is long is walked there and back.
+    Ways are cheapest in free space, but never impossible: where no opening joins two places, the camera goes through
+    what is thinnest. A world that is smaller than the way is long is walked there and back.
 
     Args:
         image_size: (height, width); by default that of training. The field of view across the shorter side is that

@@ -32,7 +32,14 @@ from nfldm_ns.generated.world_paths import walk
 from nfldm_ns.plugin.world_run import world_from_above, write_world_run
 from nfldm_ns.reports.galleries import write_png
 from nfldm_ns.sampling.scenes import sampling_record
-from nfldm_ns.sampling.worlds import WorldDecoder, WorldLatents, WorldSampler, WorldSettings, empty_latents, enlarged_latents
+from nfldm_ns.sampling.worlds import (
+    WorldDecoder,
+    WorldLatents,
+    WorldSampler,
+    WorldSettings,
+    empty_latents,
+    enlarged_latents,
+)
 from nfldm_ns.scenes.bev_maps import read_drawn_map
 from nfldm_ns.scenes.collection import BEV_FILE
 from nfldm_ns.scenes.views import index_cameras
@@ -104,7 +111,9 @@ def make_world(
             return load_world(folder)
         if found.revision:
             direction = found.settings["extensions"][-1][0]
-            raise UserInputError(f"{folder} is being made larger: finish that by the --extend {direction} that began it.")
+            raise UserInputError(
+                f"{folder} is being made larger: finish that by the --extend {direction} that began it."
+            )
         description = found
     return _finish(pipeline, folder, WorldPlan(description, bev=drawn), progress)
 

@@ -1,8 +1,8 @@
 """Worlds larger than the box that a generator knows: c and f on one canvas, then V tile by tile.
 
-"joint" samples all windows of the canvas together (`diffusion/joint.py`); "outpaint" one window after the other, each by
-inpainting given what its neighbours have already. A world that is made larger keeps the c and f it has: the new part is
-sampled with them as known neighbours. Everything is a function of the settings, so that a killed command goes on.
+"joint" samples all windows of the canvas together (`diffusion/joint.py`); "outpaint" one window after the other, each
+by inpainting given what its neighbours have already. A world that is made larger keeps the c and f it has: the new part
+is sampled with them as known neighbours. Everything is a function of the settings, so that a killed command goes on.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from nfldm_ns.autoencoder.checkpoints import read_safetensors
@@ -90,7 +90,7 @@ class WorldLatents:
     def save(self, path: Path) -> None:
         """Writes one safetensors file in one step."""
         with atomic_path(path) as temporary:
-            save_file({name: value.cpu().contiguous() for name, value in vars(self).items()}, temporary)
+            temporary.write_bytes(save({name: value.cpu().contiguous() for name, value in vars(self).items()}))
 
     @staticmethod
     def load(path: Path, description: WorldDescription, pipeline: NFLDMPipeline) -> WorldLatents:
@@ -125,9 +125,7 @@ def enlarged_latents(pipeline: NFLDMPipeline, known: WorldLatents, old: WindowGr
     """Known latents on a larger canvas, whose windows are those of the old one and further ones."""
     canvas = empty_latents(pipeline, new)
     scale = pipeline.latent_autoencoder.downsampling
-    (top, bottom), (left, right) = (
-        tuple(n - o[0] for n in span) for span, o in ((old.y, new.y), (old.x, new.x))
-    )
+    (top, bottom), (left, right) = (tuple(n - o[0] for n in span) for span, o in ((old.y, new.y), (old.x, new.x)))
     canvas.coarse[..., top:bottom, left:right] = known.coarse
     canvas.fine[..., top * scale : bottom * scale, left * scale : right * scale] = known.fine
     canvas.coarse_done[top:bottom, left:right] = True
@@ -180,7 +178,7 @@ class WorldSampler:
             parts.append(slice(first, first + pixels))
         return self.bev[parts[0], parts[1]]
 
-    def place_noise(self, row: int, column: int) -> list[Float[Tensor, "1 *shape"]]:
+    def place_noise(self, row: int, column: int) -> list[Tensor]:
         """Standard normal noise of g, c and f for a box at a place of the lattice of boxes."""
         seed = seed_of_place(self.settings.seed, row, column)
         return self.pipeline.draw_noise(1, [torch.Generator("cpu").manual_seed(seed)])
@@ -417,4 +415,3 @@ class WorldDecoder:
             first = starts[0]
             factors.append(axis[starts.index(start), (begin - first) * self.scale : (end - first) * self.scale])
         return factors[0][:, None] * factors[1]
-
