@@ -37,7 +37,7 @@ from nfldm_ns.reports.report import Table
 from nfldm_ns.sampling.scenes import sample_scenes
 from nfldm_ns.sampling.world_folders import make_world
 from nfldm_ns.sampling.worlds import Method, WorldSettings
-from nfldm_ns.scenes.views import camera_rays
+from nfldm_ns.scenes.views import camera_rays, index_cameras
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
 from shared.comparisons import use_threads
 from shared.running import run
@@ -78,7 +78,7 @@ def seam_share(
     camera = level_cameras(world, position[None], np.array([yaw]))
     origin = camera.camera_to_worlds[0, :, 3]
     scene = world.scene_near(origin)
-    rendered = scene.renderer.render(scene.grid, camera[None])
+    rendered = scene.renderer.render(scene.grid, index_cameras(camera, (None, slice(0, 1))))
     height, width = rendered.rgb.shape[-2:]
     _, directions = camera_rays(camera, height, width)
     ends = origin + directions[0] * rendered.depth[0, 0, 0][..., None]

@@ -357,7 +357,10 @@ def test_what_is_near_is_rendered_as_the_whole_is(folder):
     assert renderer.config.num_samples == 2 * made.base_renderer.config.num_samples
     assert next(renderer.parameters()) is next(made.base_renderer.parameters())
     with torch.inference_mode():
-        views = [r.render(g, camera[None]).rgb for r, g in ((near.renderer, near.grid), (renderer, whole))]
+        views = [
+            r.render(g, index_cameras(camera, (None, slice(0, 1)))).rgb
+            for r, g in ((near.renderer, near.grid), (renderer, whole))
+        ]
     assert torch.equal(*views)
 
 
@@ -422,7 +425,12 @@ def test_a_world_opens_in_nerfstudio(folder, tmp_path):
         outputs = pipeline.model.get_outputs_for_camera(camera)
     scene = made.scene_near(camera.camera_to_worlds[0, :, 3])
     with torch.inference_mode():
-        expected = scene.renderer.render(scene.grid, camera[None]).rgb[0, 0].clamp(0, 1).permute(1, 2, 0)
+        expected = (
+            scene.renderer.render(scene.grid, index_cameras(camera, (None, slice(0, 1))))
+            .rgb[0, 0]
+            .clamp(0, 1)
+            .permute(1, 2, 0)
+        )
     torch.testing.assert_close(outputs["rgb"].cpu(), expected, atol=1e-4, rtol=1e-4)
     assert (outputs["rgb"].cpu() - views[0]["image"]).abs().max() < 2 / 255, "its views are pictures of it"
     assert torch.equal(pipeline.model.scene_box.aabb, made.aabb)
@@ -509,7 +517,7 @@ def test_the_command_makes_a_world_and_its_video(saved, tmp_path, capsys):
         (["--extend", "east"], "is no world yet"),
         (["--stride", "0.2"], "The stride is 0.2"),
         (["--bev", "map.png"], "without BEV maps"),
-        (["--guidance-scale", "2"], "guidance_scale"),
+        (["--guidance-scale", "2"], "guidance scale cannot be other than 1"),
     ],
 )
 def test_commands_that_cannot_be_meant(saved, tmp_path, capsys, arguments, words):

@@ -94,6 +94,10 @@ def make_world(
     """
     folder, settings = Path(folder), settings or WorldSettings()
     pipeline.set_progress_bar_config(disable=True)
+    try:
+        pipeline.require_guidance(settings.guidance_scale, with_map=bev is not None)
+    except ValueError as error:
+        raise UserInputError(f"The guidance scale cannot be other than 1 here: {error}.") from None
     description = new_description(pipeline, size_m, settings, source)
     drawn = None if bev is None else _read_map(pipeline, bev, description.windows.shape)
     description.settings["bev"] = _digest(drawn)
@@ -193,7 +197,6 @@ def new_description(
     if not 0.5 <= settings.stride < 1:
         raise UserInputError(f"The stride is {settings.stride:g} of a box: give a number from 0.5 to below 1.")
     strides = [max(1, int(settings.stride * size)) for size in window]
-    pipeline.require_guidance(settings.guidance_scale)
     corner = box[0, :2] + (extent[:2] - torch.tensor(cells) * torch.tensor(cell)) / 2
     record = sampling_record(pipeline, settings.num_inference_steps, source)
     renderer = renderer_of(stage1)
