@@ -101,7 +101,10 @@ class WorldCommand:
         from nfldm_ns.plugin.world_run import world_frames
         from nfldm_ns.reports.galleries import write_video
 
-        path = self.output_dir / "fly_through.mp4"
+        path, described = self.output_dir / "fly_through.mp4", self.output_dir / "world.json"
+        if path.is_file() and path.stat().st_mtime >= described.stat().st_mtime:
+            bars.console.print(f"Fly-through: {path} is there; delete it for another.")
+            return
         height, width = (2 * size for size in world.base_renderer.image_size)
         cameras = walk(world, self.fly_through, self.fps, (height, width * 3 // 2 // 2 * 2))
         frames = bars.track(world_frames(world, cameras), total=cameras.shape[0], description="Fly-through")

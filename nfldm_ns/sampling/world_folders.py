@@ -19,6 +19,7 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import DESCRIPTION as SCENE
 from nfldm_ns.generated.scene_files import renderer_of
 from nfldm_ns.generated.world_files import (
+    TILES,
     World,
     WorldDescription,
     load_world,
@@ -228,7 +229,8 @@ def _more_starts(description: WorldDescription, direction: Direction, cells: int
 
 def _finish(pipeline: NFLDMPipeline, folder: Path, plan: WorldPlan, progress: Progress) -> World:
     """Does what is left to do."""
-    clear_unfinished(folder)
+    for part in (folder, folder / TILES):
+        clear_unfinished(part)
     description, windows = plan.description, plan.description.windows
     path = _latents_path(folder, description)
     latents = WorldLatents.load(path, description, pipeline) if path.is_file() else empty_latents(pipeline, windows)
