@@ -21,6 +21,7 @@ from nfldm_ns.diffusion.windows import WindowGrid, axis_weights, seed_of_place, 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.exports.voxels import read_voxels
 from nfldm_ns.exports.worlds import world_mesh, world_points
+from nfldm_ns.generated.floors import fill_floor
 from nfldm_ns.generated.scene_files import half_precision
 from nfldm_ns.generated.world_files import World, load_world, tile_path
 from nfldm_ns.generated.world_paths import FreeSpace, walk, way_through
@@ -28,11 +29,12 @@ from nfldm_ns.sampling import world_folders
 from nfldm_ns.sampling.world_folders import extend_world, make_world
 from nfldm_ns.sampling.worlds import WorldDecoder, WorldLatents, WorldSampler, WorldSettings, empty_latents
 from nfldm_ns.scenes.views import index_cameras
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from tests.small_models import small_pipeline
 from tests.synthetic import BEV_CLASSES
 
 STEPS = 3
-SETTINGS = WorldSettings(seed=5, num_inference_steps=STEPS)
+SETTINGS = WorldSettings(seed=5, num_inference_steps=STEPS, fill_floor=False)
 SIZE = (12.0, 9.0)  # the box is 6 x 6 m, c has 4 x 4 cells of 1.5 m, V 16 x 16 columns
 
 
@@ -235,9 +237,9 @@ def test_a_killed_world_becomes_the_same_to_the_bit(pipeline, tmp_path, method, 
 def test_other_settings_and_other_folders_are_refused(pipeline, folder, tmp_path):
     before = files(folder)
     for settings, size, words in (
-        (WorldSettings(seed=6, num_inference_steps=STEPS), SIZE, "was made with seed 5, not 6"),
+        (WorldSettings(seed=6, num_inference_steps=STEPS, fill_floor=False), SIZE, "was made with seed 5, not 6"),
         (SETTINGS, (12.0, 12.0), "was made with cells"),
-        (WorldSettings(5, STEPS, "outpaint"), SIZE, "was made with method joint, not outpaint"),
+        (WorldSettings(5, STEPS, "outpaint", fill_floor=False), SIZE, "was made with method joint, not outpaint"),
     ):
         with pytest.raises(UserInputError, match=words):
             make_world(pipeline, folder, size, settings)
@@ -331,6 +333,48 @@ def test_one_map_for_the_whole(tmp_path):
     Image.fromarray(colours[ids]).resize((20, 20)).save(tmp_path / "map.png")
     with pytest.raises(UserInputError, match="32 x 24"):
         make_world(pipeline, tmp_path / "other", SIZE, SETTINGS, bev=tmp_path / "map.png")
+
+
+# Floors
+
+
+def floored_grid() -> VoxelGrid:
+    """A floor at the lowest layer with a hole, a wall, and a pillar in the hole; features say where a column is."""
+    density = torch.zeros(1, 1, 8, 12, 12)
+    density[:, :, 0] = 10.0
+    density[:, :, 0, 4:8, 4:8] = 0.0
+    density[:, :, :, :, 10] = 10.0
+    density[:, :, 3:6, 5, 5] = 10.0
+    features = torch.arange(144.0).view(1, 1, 1, 12, 12).expand(1, 1, 8, 12, 12).clone()
+    return VoxelGrid(density, features, torch.tensor([[-3.0, -3, -2], [3, 3, 2]]))
+
+
+def test_holes_in_the_floor_are_filled_with_the_floor_beside_them():
+    grid = floored_grid()
+    filled = fill_floor(grid, 0.0)
+    hole = torch.zeros(12, 12, dtype=torch.bool)
+    hole[4:8, 4:8] = True
+    hole[5, 5] = False  # nobody can stand in the pillar
+    assert bool((filled.density[0, 0, 0, hole] == 10).all()) and filled.density[0, 0, 0, 5, 5] == 0
+    assert torch.equal(filled.density[..., ~hole], grid.density[..., ~hole])
+    assert torch.equal(filled.features[..., ~hole], grid.features[..., ~hole])
+    assert torch.equal(filled.density[:, :, 3:], grid.density[:, :, 3:]), "above the floor all stays"
+    assert filled.features[0, 0, 0, 4, 6] == 3 * 12 + 6, "of the nearest column"
+    assert fill_floor(filled, 0.0) is filled
+
+
+def test_tiles_fill_their_floor_as_the_whole_does(pipeline, folder):
+    made = load_world(folder)
+    latents = WorldLatents.load(folder / "latents_0.safetensors", made.description, pipeline)
+    windows, described = made.description.windows, made.description.model_copy(update={"camera_height": 1.0})
+    decoder = WorldDecoder(pipeline, windows, latents)
+    seen = []
+    whole = decoder.floored_tile(windows.y, windows.x, described)
+    for y, x in described.tiles.values():
+        tile = decoder.floored_tile(y, x, described)
+        rows, columns = (slice(4 * (a[0] - o[0]), 4 * (a[1] - o[0])) for a, o in ((y, windows.y), (x, windows.x)))
+        seen.append(torch.isclose(tile.density, whole.density[..., rows, columns], atol=1e-4).float().mean())
+    assert min(seen) > 0.99, "but for columns with several nearest ones"
 
 
 # Reading

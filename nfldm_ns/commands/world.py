@@ -50,6 +50,8 @@ class WorldCommand:
     """Denoising steps of each of the three latents."""
     guidance_scale: float = 1.0
     """Above 1 the world follows its code and map more than the training's scenes."""
+    fill_floor: bool = True
+    """Fill holes in the floor, where no camera of the generator's collection saw it, with the floor around."""
     fly_through: float = 30.0
     """Seconds of a video of a walk through the world, fly_through.mp4; 0 for none."""
     fps: float = 12.0
@@ -91,6 +93,7 @@ class WorldCommand:
             variety=self.variety,
             resamplings=self.resamplings,
             guidance_scale=self.guidance_scale,
+            fill_floor=self.fill_floor,
         )
         return make_world(
             pipeline, self.output_dir, self.size, settings, bev=self.bev, source=str(self.pipeline), progress=progress

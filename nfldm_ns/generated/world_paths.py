@@ -14,12 +14,11 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter1d
 from skimage.graph import MCP_Geometric
 
 from nfldm_ns.generated.cameras import look_along
+from nfldm_ns.generated.floors import BODY, FREE_DENSITY
 from nfldm_ns.generated.world_files import World
 from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import voxel_centres
 
-BODY = (-0.8, 0.4)  # metres about the camera's height that must be free
-FREE_DENSITY = 0.5  # 1/m: less is haze that one sees through
 CLEARANCE = 1.0  # metres from what is solid, beyond which more room is no better
 SPEED = 1.4  # m/s, of somebody who walks
 SMOOTHING = 0.6  # metres along the way

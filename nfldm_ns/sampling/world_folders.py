@@ -239,14 +239,18 @@ def _finish(pipeline: NFLDMPipeline, folder: Path, plan: WorldPlan, progress: Pr
         _sample(pipeline, plan, latents, new, path, progress)
     decoder = WorldDecoder(pipeline, windows, latents)
     write_renderer(folder, pipeline.scene_autoencoder, decoder.backgrounds())
+    description.camera_height = _camera_height(pipeline, latents)
     tiles = [tile for tile, cells in description.tiles.items() if _touched(windows, cells, new)]
     for i, tile in enumerate(tiles):
         progress("tiles", i, len(tiles))
         if tile_revision(folder, tile) != description.revision:
             cells = description.tiles[tile]
-            write_tile(folder, tile, decoder.tile(*cells, description.box(*cells)), description.revision)
+            if description.settings["fill_floor"]:
+                grid = decoder.floored_tile(*cells, description)
+            else:
+                grid = decoder.tile(*cells, description.box(*cells))
+            write_tile(folder, tile, grid, description.revision)
     progress("tiles", len(tiles), len(tiles))
-    description.camera_height = _camera_height(pipeline, latents)
     world = World(folder, description, renderer_of(pipeline.scene_autoencoder), decoder.backgrounds())
     progress("views", 0, 1)
     way = walk(world, seconds=NUM_VIEWS * 3 / 2 * 1.5, fps=1 / 1.5)

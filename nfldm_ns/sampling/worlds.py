@@ -7,6 +7,7 @@ is sampled with them as known neighbours. Everything is a function of the settin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -27,6 +28,7 @@ from nfldm_ns.diffusion.joint import JointSampler
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.diffusion.windows import Span, WindowGrid, seed_of_place, slerp
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.generated.floors import REACH, fill_floor
 from nfldm_ns.generated.world_files import WorldDescription
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -52,6 +54,7 @@ class WorldSettings:
             code everywhere.
         resamplings: of inpainting (`Inpainting`): how often each stretch of steps is walked where neighbours are known.
         guidance_scale: of the pipeline's call.
+        fill_floor: whether holes in the floor are filled with the floor around (`fill_floor`).
     """
 
     seed: int = 0
@@ -61,6 +64,7 @@ class WorldSettings:
     variety: float = 0.0
     resamplings: int = 2
     guidance_scale: float = 1.0
+    fill_floor: bool = True
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -397,6 +401,21 @@ class WorldDecoder:
         if len(chosen) == 1:
             return VoxelGrid(grid.density[..., source[0], source[1]], grid.features[..., source[0], source[1]], aabb)
         return VoxelGrid(density, features / total, aabb)
+
+    def floored_tile(self, y: Span, x: Span, description: WorldDescription) -> VoxelGrid:
+        """The same with holes in the floor filled, from beyond the part's border, too."""
+        spans = []
+        for (low, high), whole, edge in zip(
+            (y, x), (self.windows.y, self.windows.x), description.cell[::-1], strict=True
+        ):
+            halo = math.ceil(REACH / edge)
+            spans.append((max(low - halo, whole[0]), min(high + halo, whole[1])))
+        grid = fill_floor(self.tile(*spans, description.box(*spans)), description.camera_height)
+        rows, columns = (
+            slice((low - first) * self.scale, (high - first) * self.scale)
+            for (low, high), (first, _) in zip((y, x), spans, strict=True)
+        )
+        return VoxelGrid(grid.density[..., rows, columns], grid.features[..., rows, columns], description.box(y, x))
 
     def _common(self, window: Window, y: Span, x: Span) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
         """What a window and a part of the canvas share: in the part, and in the window."""
