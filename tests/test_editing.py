@@ -15,9 +15,10 @@ from PIL import Image
 from nfldm_ns.commands import edit, sample
 from nfldm_ns.diffusion.inpainting import Inpainting, NoiseLevels, stretches
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.diffusion.windows import slerp
 from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.editing.combining import combine_scenes, harmonise_seams
-from nfldm_ns.editing.interpolation import interpolate_scenes, slerp
+from nfldm_ns.editing.interpolation import interpolate_scenes
 from nfldm_ns.editing.region import (
     Region,
     box_region,

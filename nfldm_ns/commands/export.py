@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -20,7 +20,7 @@ class Mesh:
     """
 
     scene: tyro.conf.Positional[Path]
-    """The folder of a generated, edited or refined scene."""
+    """The folder of a generated, edited or refined scene, or of a world."""
     output: Path
     """A .ply, .obj or .glb; replaced if it is there."""
     resolution_factor: int = 2
@@ -32,14 +32,16 @@ class Mesh:
     min_component: float = 0.1
     """Connected parts with less surface than this, in square metres, are dropped; 0 keeps all."""
     ring_places: int = 4
-    """Places around the scene's cameras from where 12 further views each colour the mesh."""
+    """Places around the scene's cameras from where 12 further views each colour the mesh; a world has one per tile."""
     only_seen: bool = False
     """Leave out what no view sees, such as the backs of walls."""
 
     def run(self) -> None:
         from nfldm_ns.exports.isosurface import FACTORS
         from nfldm_ns.exports.mesh import FORMATS, scene_mesh, write_mesh
+        from nfldm_ns.exports.worlds import world_mesh
         from nfldm_ns.generated.scene_files import load_generated_scene
+        from nfldm_ns.generated.world_files import is_world, load_world
 
         _check_output(self.output, FORMATS)
         _check_at_least("--min-component", self.min_component, 0)
@@ -50,15 +52,17 @@ class Mesh:
             raise UserInputError(f"--opacity is {self.opacity:g}: give a number between 0 and 1.")
         if self.level is not None and not 0 < self.level < float("inf"):
             raise UserInputError(f"--level is {self.level:g}: give a density above 0, in 1/m.")
-        mesh = scene_mesh(
-            load_generated_scene(self.scene),
-            resolution_factor=self.resolution_factor,
-            opacity=self.opacity,
-            level=self.level,
-            min_component=self.min_component,
-            ring_places=self.ring_places,
-            only_seen=self.only_seen,
-        )
+        settings: dict[str, Any] = {
+            "resolution_factor": self.resolution_factor,
+            "opacity": self.opacity,
+            "level": self.level,
+            "min_component": self.min_component,
+            "only_seen": self.only_seen,
+        }
+        if is_world(self.scene):
+            mesh = world_mesh(load_world(self.scene), **settings)
+        else:
+            mesh = scene_mesh(load_generated_scene(self.scene), ring_places=self.ring_places, **settings)
         write_mesh(self.output, mesh)
         triangles = mesh.triangles
         print(f"{self.output}: {len(triangles.vertices)} vertices ({mesh.seen.mean():.0%} seen), ", end="")
@@ -73,7 +77,7 @@ class Points:
     """
 
     scene: tyro.conf.Positional[Path]
-    """The folder of a generated, edited or refined scene."""
+    """The folder of a generated, edited or refined scene, or of a world."""
     output: Path
     """A .ply; replaced if it is there."""
     spacing: float = 0.05
@@ -83,13 +87,18 @@ class Points:
 
     def run(self) -> None:
         from nfldm_ns.exports.points import scene_points, write_points
+        from nfldm_ns.exports.worlds import world_points
         from nfldm_ns.generated.scene_files import load_generated_scene
+        from nfldm_ns.generated.world_files import is_world, load_world
 
         _check_output(self.output, ("ply",))
         _check_at_least("--spacing", self.spacing, 0)
         _check_at_least("--ring-places", self.ring_places, 0)
-        scene = load_generated_scene(self.scene)
-        points = scene_points(scene, spacing=self.spacing, ring_places=self.ring_places)
+        if is_world(self.scene):
+            points = world_points(load_world(self.scene), self.spacing)
+        else:
+            scene = load_generated_scene(self.scene)
+            points = scene_points(scene, spacing=self.spacing, ring_places=self.ring_places)
         write_points(self.output, points)
         print(f"{self.output}: {len(points.positions)} points")
 
@@ -123,8 +132,11 @@ class SplatFile:
         from nfldm_ns.exports.splat_renderer import gsplat_works
         from nfldm_ns.exports.splats import write_splats
         from nfldm_ns.generated.scene_files import load_generated_scene
+        from nfldm_ns.generated.world_files import is_world
 
         _check_output(self.output, ("ply",))
+        if is_world(self.scene):
+            raise UserInputError(f"{self.scene} is a world, which has no splats yet: export its mesh or points.")
         _check_at_least("--spacing", self.spacing, 0)
         _check_at_least("--fit-steps", self.fit_steps, 0)
         if self.device == "cuda" and not gsplat_works():
@@ -151,16 +163,17 @@ class Voxels:
     """Write density, features, background and box as arrays, exactly as the scene has them."""
 
     scene: tyro.conf.Positional[Path]
-    """The folder of a generated, edited or refined scene."""
+    """The folder of a generated, edited or refined scene, or of a world."""
     output: Path
     """A .npz or .safetensors; replaced if it is there."""
 
     def run(self) -> None:
         from nfldm_ns.exports.voxels import FORMATS, write_voxels
         from nfldm_ns.generated.scene_files import load_generated_scene
+        from nfldm_ns.generated.world_files import is_world, load_world
 
         _check_output(self.output, FORMATS)
-        grid = load_generated_scene(self.scene).grid
+        grid = load_world(self.scene).whole() if is_world(self.scene) else load_generated_scene(self.scene).grid
         write_voxels(self.output, grid)
         print(
             f"{self.output}: {' x '.join(map(str, grid.shape))} voxels (z, y, x) of {grid.features.shape[1]} features"

@@ -11,6 +11,7 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.diffusion.windows import slerp
 from nfldm_ns.editing.scenes import latents_of, require_pipeline_of, with_latents
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import fly_through
@@ -20,20 +21,6 @@ from nfldm_ns.sampling.scenes import sampling_record
 from nfldm_ns.scenes.views import index_cameras
 
 SAME = 0.05  # largest difference of latents, whose unit is about their standard deviation, that rounding may make
-
-
-def slerp(first: Tensor, second: Tensor, share: float) -> Tensor:
-    """Spherical interpolation (Shoemake 1985) of two tensors seen as vectors; their ends are exact."""
-    if share in (0.0, 1.0):
-        return first if share == 0 else second
-    a, b = first.double().flatten(), second.double().flatten()
-    cosine = torch.dot(a, b) / (a.norm() * b.norm()).clamp(min=1e-12)
-    angle = torch.acos(cosine.clamp(-1, 1))
-    if float(torch.sin(angle)) < 1e-6:  # in one line: no arc, or infinitely many
-        return torch.lerp(first, second, share)
-    weights = torch.sin((1 - share) * angle), torch.sin(share * angle)
-    mixed = (weights[0] * a + weights[1] * b) / torch.sin(angle)
-    return mixed.view(first.shape).to(first.dtype)
 
 
 @torch.no_grad()

@@ -70,10 +70,31 @@ def scene_mesh(
     Raises:
         UserInputError: if there are no surfaces, or no cameras.
     """
-    level = surface_level(scene.grid, opacity) if level is None else level
-    triangles = extract_isosurface(scene.grid, level, resolution_factor)
-    triangles = drop_small_components(triangles, min_component)
-    mesh = color_mesh(triangles, views_of(scene, ring_places), scene.grid)
+    return mesh_of_views(
+        scene.grid,
+        views_of(scene, ring_places),
+        resolution_factor=resolution_factor,
+        opacity=opacity,
+        level=level,
+        min_component=min_component,
+        only_seen=only_seen,
+    )
+
+
+def mesh_of_views(
+    grid: VoxelGrid,
+    views: list[SurfaceViews],
+    *,
+    resolution_factor: int = 2,
+    opacity: float = 0.3,
+    level: float | None = None,
+    min_component: float = 0.0,
+    only_seen: bool = False,
+) -> ColoredMesh:
+    """The isosurface of a grid's density, in the colours of some renderings; arguments as `scene_mesh` has them."""
+    level = surface_level(grid, opacity) if level is None else level
+    triangles = drop_small_components(extract_isosurface(grid, level, resolution_factor), min_component)
+    mesh = color_mesh(triangles, views, grid)
     return without_unseen(mesh) if only_seen else mesh
 
 

@@ -53,10 +53,11 @@ class GeneratedScene:
 
 def renderer_of(autoencoder: SceneAutoencoder) -> SceneAutoencoder:
     """A frozen copy on the CPU without the image encoder and what refines its voxels."""
-    return _without_encoder(copy.deepcopy(autoencoder).cpu().float().eval())
+    return without_encoder(copy.deepcopy(autoencoder).cpu().float().eval())
 
 
-def _without_encoder(autoencoder: SceneAutoencoder) -> SceneAutoencoder:
+def without_encoder(autoencoder: SceneAutoencoder) -> SceneAutoencoder:
+    """Takes from an auto-encoder what rendering does not need, and freezes it."""
     autoencoder.encoder = None  # type: ignore[assignment]
     autoencoder.refiner = None
     return autoencoder.requires_grad_(False)
@@ -72,11 +73,17 @@ def half_precision(grid: VoxelGrid) -> VoxelGrid:
     return VoxelGrid(rounded(grid.density, 0), rounded(grid.features), grid.aabb.detach().cpu().float(), background)
 
 
+def voxel_tensors(grid: VoxelGrid) -> dict[str, Tensor]:
+    """A grid of one scene as files keep it, by name; `read_voxel_tensors` is the inverse."""
+    tensors = {"density": grid.density[0].half(), "features": grid.features[0].half()}
+    if grid.background is not None:
+        tensors["background"] = grid.background[0].half()
+    return tensors
+
+
 def write_scene_files(folder: Path, scene: GeneratedScene) -> None:
     """Writes `scene.safetensors` and `scene.json` into an existing folder."""
-    tensors = {"density": scene.grid.density[0].half(), "features": scene.grid.features[0].half()}
-    if scene.grid.background is not None:
-        tensors["background"] = scene.grid.background[0].half()
+    tensors = voxel_tensors(scene.grid)
     tensors |= {f"latents.{name}": value.detach().cpu() for name, value in scene.latents.items()}
     tensors |= {f"renderer.{name}": value for name, value in scene.renderer.state_dict().items()}
     (folder / TENSORS).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
@@ -116,10 +123,10 @@ def load_generated_scene(folder: Path | str) -> GeneratedScene:
         path,
         _with_prefix(tensors, "renderer."),
         folder / TENSORS,
-        _without_encoder,
+        without_encoder,
     )
     try:
-        grid = _grid(tensors, torch.tensor(scene.aabb, dtype=torch.float32), renderer)
+        grid = read_voxel_tensors(tensors, torch.tensor(scene.aabb, dtype=torch.float32), renderer)
     except (KeyError, ValueError) as error:
         raise UserInputError(f"{path} and {TENSORS} do not fit together ({error}): sample the scene again.") from None
     cameras = None
@@ -134,7 +141,7 @@ class _SceneDescription(Checked):
     provenance: dict[str, Any] | None = None
 
 
-def _grid(tensors: Mapping[str, Tensor], aabb: Tensor, renderer: SceneAutoencoder) -> VoxelGrid:
+def read_voxel_tensors(tensors: Mapping[str, Tensor], aabb: Tensor, renderer: SceneAutoencoder) -> VoxelGrid:
     """Voxels that the renderer can show; raises KeyError or ValueError for others."""
     background = tensors["background"][None].float() if "background" in tensors else None
     grid = VoxelGrid(tensors["density"][None].float(), tensors["features"][None].float(), aabb, background)

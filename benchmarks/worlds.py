@@ -1,0 +1,183 @@
+"""Whether the seams of worlds show, and what worlds cost beside rooms.
+
+    python benchmarks/worlds.py --output-dir OUT [--pipeline PIPELINE] [--size 60 60]
+
+- Seams: views from free places of one world, in random directions. A view crosses a seam if at least a quarter of its
+  pixels end where another window has the most weight than at the camera; it crosses none if fewer than a twentieth do.
+  KID of both kinds to views of rooms that the same generator samples, and of halves of these rooms to each other.
+- Cost: processor seconds of a tile of the world and of a room of `nfldm-sample`, sampled in the same process.
+
+Worlds and rooms are kept in `--output-dir`, so that a repeated run measures at once. Writes `worlds.json`,
+`worlds.md` and `worlds.png`: views that cross seams, and views that do not. Needs the weights of FID's Inception.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.generated.world_files import World, load_world
+from nfldm_ns.generated.world_paths import FreeSpace, free_space, level_cameras
+from nfldm_ns.metrics.image_sets import read_picture
+from nfldm_ns.metrics.images import extract_features, kernel_distance
+from nfldm_ns.models import GENERATOR
+from nfldm_ns.pretrained.weights import load_inception
+from nfldm_ns.reports.galleries import stack, strip, write_png
+from nfldm_ns.reports.report import Table
+from nfldm_ns.sampling.scenes import sample_scenes
+from nfldm_ns.sampling.world_folders import make_world
+from nfldm_ns.sampling.worlds import Method, WorldSettings
+from nfldm_ns.scenes.views import camera_rays, index_cameras
+from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
+from shared.comparisons import use_threads
+from shared.running import run
+
+CROSSES, CROSSES_NOT = 0.25, 0.05
+ROOM = 0.5  # metres from what is solid to where views are taken from
+
+
+@dataclass
+class Options:
+    """Measure a world."""
+
+    output_dir: Path
+    """folder for the results, the world and the rooms"""
+    pipeline: Path = Path(GENERATOR)
+    """a trained generator"""
+    size: tuple[float, float] = (60.0, 60.0)
+    """of the world in metres"""
+    method: Method = "joint"
+    """of the world"""
+    num_inference_steps: int = 30
+    """of world and rooms"""
+    views: int = 128
+    """of each kind"""
+    rooms: int = 16
+    """that views are compared with"""
+    seed: int = 0
+    """of the world and of the views; rooms have the seeds after 1000"""
+    threads: int = 1
+    """CPU threads"""
+
+
+@torch.inference_mode()
+def seam_share(
+    world: World, position: Float[np.ndarray, " 2"], yaw: float
+) -> tuple[Float[Tensor, "3 height width"], float]:
+    """A view and the share of its pixels that end beyond a seam."""
+    camera = level_cameras(world, position[None], np.array([yaw]))
+    origin = camera.camera_to_worlds[0, :, 3]
+    scene = world.scene_near(origin)
+    rendered = scene.renderer.render(scene.grid, index_cameras(camera, (None, slice(0, 1))))
+    height, width = rendered.rgb.shape[-2:]
+    _, directions = camera_rays(camera, height, width)
+    ends = origin + directions[0] * rendered.depth[0, 0, 0][..., None]
+    own = strongest_window(world, origin[None, None])
+    return rendered.rgb[0, 0].clamp(0, 1), float((strongest_window(world, ends) != own).any(-1).float().mean())
+
+
+def strongest_window(world: World, points: Float[Tensor, "h w 3"]) -> Tensor:
+    """Row and column among windows of the one with the most weight."""
+    windows, described = world.description.windows, world.description
+    found = []
+    for axis, span, weights in ((1, windows.y, windows.axes(4)[0]), (0, windows.x, windows.axes(4)[1])):
+        place = ((points[..., axis] - described.corner[axis]) / described.cell[axis] - span[0]) * 4
+        found.append(weights.argmax(0)[place.long().clamp(0, weights.shape[1] - 1)])
+    return torch.stack(found, dim=-1)
+
+
+def views_by_seam(world: World, space: FreeSpace, count: int, seed: int) -> dict[str, Float[Tensor, "views 3 h w"]]:
+    """So many views of each kind, from random free places."""
+    generator = np.random.default_rng(seed)
+    free = np.argwhere(space.clearance >= ROOM)
+    if len(free) == 0:
+        raise UserInputError("The world has no free places to look from: make another.")
+    views: dict[str, list[Tensor]] = {"across seams": [], "within a window": []}
+    for _ in range(40 * count):
+        place = space.points(free[generator.integers(len(free))][None].astype(np.float64))[0]
+        picture, share = seam_share(world, place, generator.uniform(0, 2 * np.pi))
+        kind = "across seams" if share >= CROSSES else "within a window" if share < CROSSES_NOT else None
+        if kind is not None and len(views[kind]) < count:
+            views[kind].append(picture)
+        if all(len(found) == count for found in views.values()):
+            return {kind: torch.stack(found) for kind, found in views.items()}
+    raise UserInputError(f"The world has too few views of a kind ({ {k: len(v) for k, v in views.items()} }).")
+
+
+def room_views(pipeline: NFLDMPipeline, options: Options) -> tuple[Float[Tensor, "views 3 h w"], list[float]]:
+    """Views of rooms, and the processor seconds of each that is sampled now."""
+    folder, pictures, seconds = options.output_dir / "rooms", [], []
+    for i in range(options.rooms):
+        scene = folder / f"scene_{1001 + i:06d}"
+        if not scene.is_dir():
+            begun = time.process_time()
+            list(sample_scenes(pipeline, folder, 1, 1001 + i, num_inference_steps=options.num_inference_steps))
+            seconds.append(time.process_time() - begun)
+        pictures += [read_picture(path) for path in sorted((scene / "images").glob("source_*.png"))]
+    return torch.stack(pictures), seconds
+
+
+def measured_cost(path: Path, name: str, values: list[float]) -> list[float]:
+    """Seconds that were measured when something was made, kept beside it."""
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    known[name] = [*known.get(name, []), *values]
+    write_json(path, known)
+    return known[name]
+
+
+def main(options: Options) -> None:
+    use_threads(options.threads)
+    require_writable(options.output_dir)
+    pipeline = load_pipeline(options.pipeline)
+    costs = options.output_dir / "seconds.json"
+    rooms, seconds = room_views(pipeline, options)
+    seconds = measured_cost(costs, "room", seconds)
+    folder = options.output_dir / f"world_{options.method}_{options.seed}"
+    made = (folder / "config.yml").is_file()
+    begun = time.process_time()
+    settings = WorldSettings(options.seed, options.num_inference_steps, options.method)
+    world = load_world(folder) if made else make_world(pipeline, folder, options.size, settings)
+    spent = measured_cost(costs, folder.name, [] if made else [time.process_time() - begun])
+    box = world.base_renderer.aabb
+    extents = [(corners[1] - corners[0])[:2].prod().item() for corners in (world.aabb, box)]
+    boxes = extents[0] / extents[1]
+
+    views = views_by_seam(world, free_space(world), options.views, options.seed)
+    network = load_inception()
+    features = {name: extract_features(network, [pictures]) for name, pictures in {"rooms": rooms, **views}.items()}
+    half = len(rooms) // 2
+    kids = {name: kernel_distance(features["rooms"], found).mean for name, found in features.items() if name != "rooms"}
+    kids["other rooms"] = kernel_distance(features["rooms"][:half], features["rooms"][half:]).mean
+    found: dict[str, Any] = {
+        "kid": kids,
+        "kid_ratio": kids["across seams"] / kids["within a window"],
+        "views": options.views,
+        "boxes": boxes,
+        "cpu_seconds": {"room": float(np.median(seconds)), "tile": spent[-1] / boxes},
+    }
+    found["cost_ratio"] = found["cpu_seconds"]["tile"] / found["cpu_seconds"]["room"]
+    rows = [[name, value] for name, value in kids.items()]
+    caption = (
+        f"KID of {options.views} views of each kind to {len(rooms)} views of {options.rooms} rooms. A tile takes "
+        f"{found['cpu_seconds']['tile']:.1f} s of a processor, a room {found['cpu_seconds']['room']:.1f} s."
+    )
+    text = Table(("views", "KID"), rows, caption, digits=(0, 4)).markdown()
+    write_json(options.output_dir / "worlds.json", found)
+    with atomic_path(options.output_dir / "worlds.md") as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    write_png(options.output_dir / "worlds.png", stack([strip(list(pictures[:12])) for pictures in views.values()]))
+    print(text)
+
+
+if __name__ == "__main__":
+    run(main, Options, __doc__)

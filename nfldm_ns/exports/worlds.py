@@ -1,0 +1,81 @@
+"""Meshes and points of worlds: surfaces of the whole, seen from a place in every tile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from nfldm_ns.errors import UserInputError
+from nfldm_ns.exports.mesh import ColoredMesh, mesh_of_views
+from nfldm_ns.exports.surface_views import (
+    RING_PITCHES,
+    RING_YAWS,
+    SurfacePoints,
+    SurfaceViews,
+    join_points,
+    surface_views,
+    thin,
+    unproject,
+)
+from nfldm_ns.generated.cameras import look_along
+from nfldm_ns.generated.scene_files import GeneratedScene
+from nfldm_ns.generated.world_files import World
+from nfldm_ns.generated.world_paths import FreeSpace, free_space, level_cameras, places
+from nfldm_ns.scenes.views import index_cameras
+from nfldm_ns.scenes.voxel_grid import VoxelGrid
+
+CAMERAS_AT_ONCE = 4
+
+
+def world_mesh(world: World, *, only_seen: bool = False, **settings) -> ColoredMesh:
+    """The isosurface of a whole world, in the colours of its renderings.
+
+    Args:
+        only_seen: leaves out faces that no view sees.
+        settings: as `scene_mesh` takes them; there are no rings.
+
+    Raises:
+        UserInputError: if there are no surfaces.
+    """
+    views = [part for _, part in tile_views(world)]
+    return mesh_of_views(world.whole(), views, only_seen=only_seen, **settings)
+
+
+def world_points(world: World, spacing: float = 0.05) -> SurfacePoints:
+    """Surface points of a world, tile by tile.
+
+    Raises:
+        UserInputError: if no view sees a surface.
+    """
+    parts = [thin(unproject(views, grid), spacing) for grid, views in tile_views(world)]
+    points = thin(join_points(parts), spacing)
+    if len(points.positions) == 0:
+        raise UserInputError("The world has no surfaces that its cameras see: make another.")
+    return points
+
+
+def tile_views(world: World) -> Iterator[tuple[VoxelGrid, SurfaceViews]]:
+    """What is seen to all sides, up and down from where there is most room in each tile, with the voxels around."""
+    space = free_space(world)
+    box = world.base_renderer.aabb
+    reach = float((box[1] - box[0])[:2].max())
+    for place in places(world, space):
+        grid, scene = _scene_at(world, space, place, reach)
+        cameras = scene.cameras
+        assert cameras is not None
+        for first in range(0, cameras.shape[0], CAMERAS_AT_ONCE):
+            yield grid, surface_views(scene, index_cameras(cameras, slice(first, first + CAMERAS_AT_ONCE)))
+
+
+def _scene_at(world: World, space: FreeSpace, place: tuple[int, int], reach: float) -> tuple[VoxelGrid, GeneratedScene]:
+    """A scene of what is near a place, with its cameras."""
+    point = space.points(np.array([place], dtype=np.float64))
+    yaws = torch.arange(RING_YAWS).repeat_interleave(len(RING_PITCHES)) / RING_YAWS * 2 * math.pi
+    cameras = level_cameras(world, point.repeat(len(yaws), axis=0), yaws.double().numpy())
+    positions = cameras.camera_to_worlds[:, :, 3]
+    cameras.camera_to_worlds = look_along(positions, yaws, torch.tensor(RING_PITCHES).repeat(RING_YAWS))
+    grid = world.near(positions[0], reach)
+    return grid, GeneratedScene(grid, world.renderer_for(grid), cameras)
