@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from nfldm_ns.collect.doom_geometry import EYE_HEIGHT, DoomGeometry
-from nfldm_ns.collect.doom_scenes import camera_to_worlds, refine_depth, share_inside
+from nfldm_ns.collect.doom_scenes import refine_depth
+from nfldm_ns.collect.level_cameras import level_poses, share_inside
 from nfldm_ns.collect.doom_wad import Wad, write_static_maps
 from nfldm_ns.errors import UserInputError
 from tests.doom_maps import box_room, freedoom, two_rooms
@@ -117,7 +118,7 @@ def test_depth_is_exact_where_the_buffer_agrees_and_the_buffers_elsewhere() -> N
 
 
 def test_poses_look_along_their_angle() -> None:
-    pose = camera_to_worlds(np.array([[1.0, 2, 3]]), np.array([90.0]))[0]
+    pose = level_poses(np.array([[1.0, 2, 3]]), np.array([90.0]))[0]
     np.testing.assert_allclose(-pose[:, 2], [0, 1, 0], atol=1e-12)
     np.testing.assert_allclose(pose[:, 1], [0, 0, 1], atol=1e-12)
     np.testing.assert_allclose(np.linalg.det(pose[:, :3]), 1)
@@ -125,7 +126,7 @@ def test_poses_look_along_their_angle() -> None:
 
 
 def test_share_of_surfaces_inside_the_box() -> None:
-    poses = camera_to_worlds(np.zeros((1, 3)), np.zeros(1))
+    poses = level_poses(np.zeros((1, 3)), np.zeros(1))
     box = np.array([[-1.0, -1, -1], [5, 1, 1]])
     depths = np.full((1, 2, 2), 1.0)
     assert share_inside(depths, poses, box) == 1

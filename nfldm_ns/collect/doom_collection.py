@@ -7,7 +7,6 @@ number of workers or on interruptions.
 from __future__ import annotations
 
 import fnmatch
-import json
 import multiprocessing
 import multiprocessing.util
 import os
@@ -34,14 +33,14 @@ from nfldm_ns.collect.doom_places import NUM_SOURCE_VIEWS, can_stand, candidate_
 from nfldm_ns.collect.doom_renderer import DoomRenderer
 from nfldm_ns.collect.doom_scenes import SceneMaker, SceneOptions
 from nfldm_ns.collect.doom_wad import DoomMap, Wad
+from nfldm_ns.collect.resuming import claim_folder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SPLITS, read_json
-from nfldm_ns.scenes.writing import write_collection, write_json
+from nfldm_ns.scenes.writing import write_collection
 
 LICENCE = "rendered from Freedoom, BSD-3-Clause, https://freedoom.github.io"
 WAD_NAMES = ("freedoom1", "freedoom2")
 _MAZE_GAME = "freedoom2"
-_OPTIONS_FILE = "collecting.json"
 _REJECTED_FILE = "rejected.txt"
 _CHUNK = 6
 _REGION_SAMPLE = 1500
@@ -127,7 +126,7 @@ def collect(
     """
     begun = time.monotonic()
     _check_options(options)
-    _claim_folder(root, options)
+    claim_folder(root, {k: v for k, v in asdict(options).items() if k != "num_scenes"})
     existing = {path.parent.name for path in root.glob("scenes/*/transforms.json")}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (str(root), options)) as pool:
@@ -160,26 +159,6 @@ def _check_options(options: CollectionOptions) -> None:
         )
     if options.test_maps and len(options.test_maps) == len(options.maps):
         raise UserInputError("All maps are held out for testing: leave some for training.")
-
-
-def _claim_folder(root: Path, options: CollectionOptions) -> None:
-    """Makes sure that scenes of two different runs never mix in one folder; the number of scenes may change."""
-    path = root / _OPTIONS_FILE
-    wanted = json.loads(json.dumps(asdict(options)))
-    del wanted["num_scenes"]
-    if path.exists():
-        begun = read_json(path)
-        changed = [key for key in wanted if begun.get(key) != wanted[key]]
-        if changed:
-            raise UserInputError(
-                f"{root} was begun with other options ({', '.join(changed)}): repeat those in {path} "
-                "or choose another folder."
-            )
-    elif root.exists() and any(root.iterdir()):
-        raise UserInputError(f"{root} is not empty and was not begun by this command: choose another folder.")
-    else:
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
 
 
 def _write_description(root: Path, options: CollectionOptions, splits: dict[str, list[str]]) -> None:

@@ -12,6 +12,7 @@ from jaxtyping import Float, UInt8
 from nfldm_ns.collect.doom_geometry import BEV_CLASSES, UNITS_PER_METRE, DoomGeometry
 from nfldm_ns.collect.doom_places import NUM_SOURCE_VIEWS, Rig, RigOptions, plan_rig
 from nfldm_ns.collect.doom_renderer import HALF_FOV_TANGENT, DoomRenderer, Frame
+from nfldm_ns.collect.level_cameras import level_poses, share_inside
 from nfldm_ns.scenes.views import Views, make_cameras
 from nfldm_ns.scenes.writing import write_scene
 
@@ -106,7 +107,7 @@ class SceneMaker:
         if np.median(depths, axis=(1, 2)).min() < accept.min_view_depth or np.median(depths) < accept.min_depth:
             return False
         eyes = (rig.eyes - rig.eyes[:NUM_SOURCE_VIEWS].mean(axis=0)) / UNITS_PER_METRE
-        return share_inside(depths, camera_to_worlds(eyes, rig.angles), self._aabb) >= accept.min_inside
+        return share_inside(depths, level_poses(eyes, rig.angles), self._aabb, HALF_FOV_TANGENT) >= accept.min_inside
 
     def _shoot(self, rig: Rig, seed: int) -> Shot | None:
         """Renders all views; None if one of them cannot be taken as planned or is dark."""
@@ -126,7 +127,7 @@ class SceneMaker:
         options, rig, size = self.options, shot.rig, self.options.image_size
         centre = rig.eyes[:NUM_SOURCE_VIEWS].mean(axis=0)
         bev = self.geometry.bev(centre, self._aabb[:, :2] * UNITS_PER_METRE, options.bev_size)
-        poses = camera_to_worlds((rig.eyes - centre) / UNITS_PER_METRE, rig.angles)
+        poses = level_poses((rig.eyes - centre) / UNITS_PER_METRE, rig.angles)
         depths = np.where((shot.depths >= options.near) & (shot.depths <= options.far), shot.depths, 0)
         focal, middle = size / 2 / HALF_FOV_TANGENT, size / 2
         views = Views(
@@ -149,30 +150,3 @@ def refine_depth(
     with np.errstate(invalid="ignore"):
         agree = np.abs(exact - buffer) < _BUFFER_TOLERANCE / UNITS_PER_METRE + _BUFFER_RELATIVE_TOLERANCE * buffer
     return np.where(agree, exact, buffer)
-
-
-def camera_to_worlds(
-    eyes: Float[np.ndarray, "views 3"], angles: Float[np.ndarray, " views"]
-) -> Float[np.ndarray, "views 3 4"]:
-    """OpenGL camera-to-world of level cameras at `eyes` looking along `angles` (degrees from x, counter-clockwise)."""
-    turn = np.radians(angles)
-    zero, one = np.zeros_like(turn), np.ones_like(turn)
-    right = np.stack([np.sin(turn), -np.cos(turn), zero], axis=-1)
-    up = np.stack([zero, zero, one], axis=-1)
-    back = -np.stack([np.cos(turn), np.sin(turn), zero], axis=-1)
-    return np.stack([right, up, back, eyes], axis=-1)
-
-
-def share_inside(
-    depths: Float[np.ndarray, "views size size"],
-    poses: Float[np.ndarray, "views 3 4"],
-    aabb: Float[np.ndarray, "2 3"],
-) -> float:
-    """Share of pixels whose surface lies inside the box."""
-    size = depths.shape[-1]
-    across = ((np.arange(size) + 0.5) / size * 2 - 1) * HALF_FOV_TANGENT
-    local = np.stack(np.broadcast_arrays(across, -across[:, None], -1.0), axis=-1)
-    directions = local @ poses[:, None, :, :3].swapaxes(-1, -2)
-    with np.errstate(invalid="ignore"):
-        points = poses[:, None, None, :, 3] + depths[..., None] * directions
-        return float(((points > aabb[0]) & (points < aabb[1])).all(axis=-1).mean())

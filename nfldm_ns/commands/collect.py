@@ -125,6 +125,53 @@ class Vizdoom:
 
 
 @dataclass
+class Miniworld:
+    """Makes a collection of posed RGB-D scenes from MiniWorld's houses, made up by a seed; run again, it continues."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder of the collection."""
+    num_scenes: int = 500
+    image_size: int = 64
+    """Width and height of the images in pixels."""
+    seed: int = 0
+    places: int = 4
+    """Scenes of each house, at most; all of a house are in one split."""
+    test_fraction: float = 0.1
+    """Share of the houses held out for testing."""
+    val_fraction: float = 0.0
+    box: Box = (-6, -6, -1.8, 6, 6, 1.4)
+    """The box around each place: minimum x, y, z, then maximum x, y, z, in metres relative to the eye."""
+    near: float = 0.1
+    far: float = 30.0
+    num_target_views: int = 4
+    """Held-back views per scene."""
+    target_distance: float = 1.5
+    """Greatest distance of a target view from the place, in metres."""
+    min_distance: float = 1.5
+    """Least distance between two places of a house, in metres."""
+    min_depth: float = 1.5
+    """Least median depth of a place's views, in metres."""
+    min_view_depth: float = 0.6
+    """Least median depth of each view, in metres: less means that it faces a wall."""
+    min_inside: float = 0.6
+    """Least share of pixels whose surface lies inside the box."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.miniworld_collection import MiniworldOptions, collect_miniworld
+
+        own = {key: value for key, value in vars(self).items() if key not in ("out", "test_fraction", "val_fraction", "box")}
+        fractions = {"test": self.test_fraction, "val": self.val_fraction}
+        options = MiniworldOptions(**own, fractions=fractions, aabb=(self.box[:3], self.box[3:]))
+        with _progress() as progress:
+            task = progress.add_task("scenes", total=self.num_scenes)
+            report = collect_miniworld(self.out, options, lambda done: progress.update(task, completed=done))
+        counts = ", ".join(f"{count} {name}" for name, count in report.num_scenes.items() if count)
+        print(f"{self.out}: {counts} scenes; {report.new_frames} new frames in {report.seconds:.0f} s")
+        _write_sheet(self.out)
+        return 0
+
+
+@dataclass
 class Check:
     """Judges a collection; exit code 1 if something is wrong with it."""
 
@@ -375,6 +422,7 @@ def main(args: list[str] | None = None) -> None:
     command = tyro.extras.subcommand_cli_from_dict(
         {
             "vizdoom": Vizdoom,
+            "miniworld": Miniworld,
             "check": Check,
             "import": Import,
             "gsn": Gsn,
