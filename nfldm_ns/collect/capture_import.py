@@ -9,18 +9,20 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from nfldm_ns.collect.captures import Capture, CapturedFrame
 from nfldm_ns.collect.undistortion import undistort
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.collection import DEPTH_UNIT_M, SPLITS
+from nfldm_ns.scenes.collection import DEPTH_UNIT_M, SPLITS, BevClass
 from nfldm_ns.scenes.image_files import read_depth_file, read_mask_file, read_rgb
 from nfldm_ns.scenes.views import Views, make_cameras
 from nfldm_ns.scenes.writing import atomic_path, write_collection, write_scene
 
 ReadCapture = Callable[[Path], Capture]
+"""Of a capture's folder; or, if it has `named_within`, of a capture's name within the folder of a whole dataset."""
+BEV_SIZE = 64
 _UP = {
     "z": np.eye(3),
     "y": np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
@@ -88,14 +90,20 @@ def import_captures(
     ids = _scene_ids(captures)
     splits = _split(ids, options)
     places = {}
+    bev_classes: tuple[BevClass, ...] = ()
     with atomic_path(root) as temporary:
         for scene_id, folder in zip(ids, captures, strict=True):
-            if not folder.is_dir():
+            if not (folder.parent if getattr(read, "named_within", False) else folder).is_dir():
                 raise UserInputError(f"There is no capture folder {folder}: give the folders of captures.")
             capture = read(folder)
             source, target, place = load_capture(capture, options)
             places[scene_id] = {"map": scene_id, **place}
-            write_scene(temporary / "scenes" / scene_id, source, target, extra={"place": places[scene_id]})
+            bev = bev_map(capture, np.array(place["origin"]), options)
+            if bev is not None and capture.ground is not None:
+                bev_classes = capture.ground.classes
+            write_scene(
+                temporary / "scenes" / scene_id, source, target, bev, bev_classes, extra={"place": places[scene_id]}
+            )
             on_scene(capture)
         write_collection(
             temporary,
@@ -107,7 +115,7 @@ def import_captures(
             image_size=options.image_size,
             splits=splits,
             places=places,
-            bev_classes=(),
+            bev_classes=bev_classes,
             made_by={
                 **made_by,
                 "scenes": [path.name for path in captures],
@@ -141,6 +149,19 @@ def _split(ids: Sequence[str], options: ImportOptions) -> dict[str, list[str]]:
                     held_out[name].append(rest.pop())
     train = [i for i in ids if i in rest]
     return {name: train if name == "train" else sorted(held_out[name]) for name in SPLITS}
+
+
+def bev_map(
+    capture: Capture, origin: Float[np.ndarray, " 3"], options: ImportOptions
+) -> UInt8[np.ndarray, "size size"] | None:
+    """The semantic map of the box around a place, in metres of the turned world; None if the capture has no ground.
+
+    Turned worlds have none, either: maps are of captures whose z points up.
+    """
+    if capture.ground is None or options.up != "z":
+        return None
+    corners = origin[:2] + np.array(options.aabb)[:, :2]
+    return capture.ground.draw(corners / (capture.units * options.metres_per_unit), BEV_SIZE)
 
 
 def load_capture(capture: Capture, options: ImportOptions) -> tuple[Views, Views, dict[str, Any]]:
@@ -231,7 +252,7 @@ def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.nda
             depths.append(_resize_depth(depth, box, size, options.image_size))
         elif frame.points is not None:
             scale = capture.units * options.metres_per_unit
-            depths.append(_sparse_depth(frame.points * scale, intrinsics[-1], options.image_size))
+            depths.append(_sparse_depth(frame.read_points() * scale, intrinsics[-1], options.image_size))
         masks.append(_resize_mask(mask, box, options.image_size, frame))
     width, height = options.image_size
     fx, fy, cx, cy = torch.tensor(np.stack(intrinsics), dtype=torch.float32).unbind(-1)
@@ -251,7 +272,7 @@ def _read_depth(
     """Depth in metres at the pixels of its image; files of another size are of the same view."""
     path, unit = frame.depth, frame.depth_unit
     assert path is not None
-    depth = read_depth_file(path, eight_bits=frame.coarse_depth)
+    depth = read_depth_file(path, eight_bits=frame.coarse_depth, size=frame.depth_size)
     if frame.depth_lens is not None:
         own = frame.depth_lens.intrinsics((depth.shape[1], depth.shape[0]), str(path))
         depth = _seen_by(depth, own, intrinsics, size)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.scenes.collection import BevClass
+
+Points = Float[np.ndarray, "points 3"]
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,9 @@ class CapturedFrame:
         depth_unit: units per unit of the depth file, where the capture says so.
         depth_lens: of the depth file, where it is another camera's at the same place; None: that of the image.
         coarse_depth: whether 8 bits will do for the depth file.
+        depth_size: (width, height) of the depth file, where it does not say so itself.
         points: sparse depth in place of a file: points that the image sees, in the file's units, by the camera's axes
-            of OpenCV (x right, y down, z forward).
+            of OpenCV (x right, y down, z forward); or a function of no arguments that reads them, where there are many.
     """
 
     name: str
@@ -100,11 +105,32 @@ class CapturedFrame:
     depth_unit: float | None = None
     depth_lens: Lens | None = None
     coarse_depth: bool = False
-    points: Float[np.ndarray, "points 3"] | None = None
+    points: Points | Callable[[], Points] | None = None
+    depth_size: tuple[int, int] | None = None
 
     @property
     def has_depth(self) -> bool:
         return self.depth is not None or self.points is not None
+
+    def read_points(self) -> Points:
+        """The points themselves; none where there are none."""
+        if self.points is None:
+            return np.zeros((0, 3))
+        return self.points() if callable(self.points) else self.points
+
+
+@dataclass(frozen=True)
+class GroundMap:
+    """What the ground of a capture's world is, for semantic maps from above.
+
+    Attributes:
+        classes: all that `draw` may give.
+        draw: class ids `[size, size]`, north up, of a square in x and y: its minimum and maximum corner `[2, 2]` in the
+            capture's world and units, and the number of cells a side. Its world must have z up.
+    """
+
+    classes: tuple[BevClass, ...]
+    draw: Callable[[Float[np.ndarray, "2 2"], int], UInt8[np.ndarray, "size size"]]
 
 
 @dataclass(frozen=True)
@@ -117,6 +143,7 @@ class Capture:
         units: the capture's own units per unit of its poses, as of an `applied_scale` that is to be undone.
         unread: keys that are not known, which somebody may have meant.
         notes: what was left out, for people.
+        ground: maps of the ground, where the format has them.
     """
 
     folder: Path
@@ -126,3 +153,4 @@ class Capture:
     units: float = 1.0
     unread: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    ground: GroundMap | None = None

@@ -3,6 +3,7 @@
 import statistics
 import sys
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -285,7 +286,7 @@ class Gsn(_Captures):
     def run(self) -> int:
         from nfldm_ns.collect.formats.gsn import read_gsn
 
-        return self._import("gsn", lambda folder: read_gsn(folder, self.camera_axes))
+        return self._import("gsn", partial(read_gsn, axes=self.camera_axes))
 
 
 @dataclass
@@ -300,7 +301,7 @@ class Tum(_Captures):
     def run(self) -> int:
         from nfldm_ns.collect.formats.tum import read_tum
 
-        return self._import("tum", lambda folder: read_tum(folder, self.camera, self.intrinsics))
+        return self._import("tum", partial(read_tum, camera=self.camera, intrinsics=self.intrinsics))
 
 
 @dataclass
@@ -337,7 +338,98 @@ class Colmap(_Captures):
     def run(self) -> int:
         from nfldm_ns.collect.formats.colmap import read_colmap
 
-        return self._import("colmap", lambda folder: read_colmap(folder, self.model, self.images))
+        return self._import("colmap", partial(read_colmap, model=self.model, images=self.images))
+
+
+@dataclass
+class Record3d(_Captures):
+    """Makes a collection of recordings of Record3D: unpacked .r3d files, or exports EXR + RGB."""
+
+    up: Up = "y"
+    """The recordings' axis that points up: ARKit's is y."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.record3d import read_record3d
+
+        return self._import("record3d", read_record3d)
+
+
+@dataclass
+class Polycam(_Captures):
+    """Makes a collection of Polycam's raw data (keyframes/ with images, cameras, depth; corrected ones come first)."""
+
+    up: Up = "y"
+    """The captures' axis that points up: ARKit's is y."""
+    min_blur_score: float = 0.0
+    """Leaves out pictures whose blur_score is less; it is large for sharp ones."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.polycam import read_polycam
+
+        return self._import("polycam", partial(read_polycam, min_blur_score=self.min_blur_score))
+
+
+@dataclass
+class Arkitscenes(_Captures):
+    """Makes a collection of ARKitScenes' videos (lowres_wide, lowres_depth, lowres_wide_intrinsics, lowres_wide.traj)."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.arkitscenes import read_arkitscenes
+
+        return self._import("arkitscenes", read_arkitscenes)
+
+
+@dataclass
+class Scannetpp(_Captures):
+    """Makes a collection of ScanNet++'s scenes: the iPhone's frames with depth, or the DSLR's without."""
+
+    camera: Literal["iphone", "dslr"] = "iphone"
+    """iphone/ (rgb, depth, pose_intrinsic_imu.json) or dslr/ (resized_images, nerfstudio/transforms.json)."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.scannetpp import read_scannetpp
+
+        return self._import("scannetpp", partial(read_scannetpp, camera=self.camera))
+
+
+@dataclass
+class Kitti360(_Captures):
+    """Makes a collection of KITTI-360's drives (data_2d_raw/<drive>), with the Velodyne as sparse depth."""
+
+    cameras: Literal["both", "left", "right"] = "both"
+    """Of the rectified stereo pair."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.kitti360 import read_kitti360
+
+        return self._import("kitti360", partial(read_kitti360, cameras=self.cameras))
+
+
+@dataclass
+class Nuscenes(_Captures):
+    """Makes a collection of nuScenes' scenes: six cameras, the Lidar as sparse depth, and maps where there are any."""
+
+    version: str = "v1.0-trainval"
+    """Folder of the tables, such as v1.0-mini; --scenes is the folder that it is in."""
+    scene_names: tuple[str, ...] = ()
+    """Such as scene-0061; by default all."""
+    cameras: tuple[str, ...] = (
+        "CAM_FRONT",
+        "CAM_FRONT_RIGHT",
+        "CAM_BACK_RIGHT",
+        "CAM_BACK",
+        "CAM_BACK_LEFT",
+        "CAM_FRONT_LEFT",
+    )
+    masks: Path | None = None
+    """Folder of <camera>/<picture's name>.png, black where masked, as of moving things."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect.formats.nuscenes import NuscenesReader
+
+        read = NuscenesReader(self.version, self.cameras, self.masks)
+        self.scenes = tuple(root / n for root in self.scenes for n in self.scene_names or read.scene_names(root))
+        return self._import("nuscenes", read)
 
 
 def _own(command: _Captures) -> set[str]:
@@ -430,6 +522,12 @@ def main(args: list[str] | None = None) -> None:
             "replica": Replica,
             "scannet": Scannet,
             "colmap": Colmap,
+            "record3d": Record3d,
+            "polycam": Polycam,
+            "arkitscenes": Arkitscenes,
+            "scannetpp": Scannetpp,
+            "kitti360": Kitti360,
+            "nuscenes": Nuscenes,
         },
         args=args,
     )

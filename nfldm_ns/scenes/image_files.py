@@ -15,6 +15,7 @@ ALPHA_BACKGROUND = (255, 255, 255)  # what transparent pixels show, as in nerfst
 SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N")
 COLOUR_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 DEPTH_ARRAYS = (".npy", ".npz")
+RAW_DEPTH = ".depth"  # of Record3D: single precision, compressed by LZFSE, without a size
 FIRST_IS_MEANT = ("MPO",)  # photos of phones: smaller ones, or the other eye's, follow the photo itself
 
 
@@ -68,7 +69,9 @@ def read_rgb(path: Path, remedy: str, missing: str | None = None) -> UInt8[np.nd
     return np.asarray(rgb_image(open_image(path, remedy, missing), path))
 
 
-def read_depth_file(path: Path, eight_bits: bool = False) -> Float[np.ndarray, "height width"]:
+def read_depth_file(
+    path: Path, eight_bits: bool = False, size: tuple[int, int] | None = None
+) -> Float[np.ndarray, "height width"]:
     """Depth in the units of its file; 0 is unknown, and so is what is not finite or negative.
 
     Files are npy, npz with one array, or pictures of one channel with 16 bits or floating point numbers (PNG, TIFF,
@@ -76,11 +79,17 @@ def read_depth_file(path: Path, eight_bits: bool = False) -> Float[np.ndarray, "
 
     Args:
         eight_bits: whether 8 bits will do, as of a game's depth buffer.
+        size: (width, height), of files that do not say it themselves.
 
     Raises:
         UserInputError: if it is missing, damaged, or of another shape or type.
     """
-    depth = _read_array(path) if path.suffix.lower() in DEPTH_ARRAYS else _read_depth_picture(path, eight_bits)
+    if path.suffix.lower() == RAW_DEPTH and size is not None:
+        depth = _read_raw_depth(path, size)
+    elif path.suffix.lower() in DEPTH_ARRAYS:
+        depth = _read_array(path)
+    else:
+        depth = _read_depth_picture(path, eight_bits)
     if depth.ndim == 3 and depth.shape[-1] == 1:
         depth = depth[..., 0]
     usable = depth.dtype.kind in "uif" and (eight_bits or depth.dtype != np.uint8)
@@ -120,6 +129,24 @@ def _read_array(path: Path) -> np.ndarray:
     except Exception as error:  # numpy and zipfile raise many kinds for damaged files
         raise UserInputError(f"{path} is no readable array of depths ({error}): restore it.") from None
     raise UserInputError(f"{path} holds {len(names)} arrays ({', '.join(names)}): keep the depth alone.")
+
+
+def _read_raw_depth(path: Path, size: tuple[int, int]) -> np.ndarray:
+    try:
+        import liblzfse
+    except ModuleNotFoundError:
+        raise UserInputError(
+            f"{path} is compressed by LZFSE: 'pip install pyliblzfse' brings what reads it, or export depth as EXR."
+        ) from None
+    try:
+        content = liblzfse.decompress(path.read_bytes())
+    except FileNotFoundError:
+        raise UserInputError(f"{path} is missing: restore it, or remove what belongs to it.") from None
+    except Exception as error:  # the library raises its own kind
+        raise UserInputError(f"{path} cannot be decompressed ({error}): restore it.") from None
+    if len(content) != 4 * size[0] * size[1]:
+        raise UserInputError(f"{path} holds {len(content)} bytes, not {size[0]} x {size[1]} depths: restore it.")
+    return np.frombuffer(content, np.float32).reshape(size[1], size[0])
 
 
 def _read_depth_picture(path: Path, eight_bits: bool) -> np.ndarray:

@@ -99,7 +99,11 @@ def read_capture(folder: Path) -> Capture:
         UserInputError: for what is missing, of a wrong kind, contradictory, or cannot be used.
     """
     path = folder / FILE
-    content = read_json(path)
+    return capture_of(folder, path, read_json(path))
+
+
+def capture_of(folder: Path, path: Path, content: Any) -> Capture:
+    """As `read_capture`, of what `path` holds; its files' names are relative to the folder."""
     capture = validated(_Capture, content, path)
     _check_lenses(path, capture)
     frames = [_frame(folder, path, capture, frame) for frame in capture.frames]
