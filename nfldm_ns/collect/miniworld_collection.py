@@ -32,8 +32,8 @@ _CLEARANCE = 0.5  # metres between a camera and all things
 _SOURCE_JITTER = 0.3
 _TARGET_NEAREST = 0.4
 _YAW_JITTER = 4.0
-_ATTEMPTS = 60
-_LARGEST_DROUGHT = 50  # houses without a place, after which the filters are to blame
+_ATTEMPTS = 40  # spots of each house that are tried
+_LARGEST_DROUGHT = 10  # houses without a place, after which the filters are to blame
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def collect_miniworld(
         else:
             count = min(finished[house], options.num_scenes - found)
         drought = 0 if count else drought + 1
-        if drought > _LARGEST_DROUGHT:
+        if drought >= _LARGEST_DROUGHT:
             raise UserInputError(
                 f"No place of {drought} houses passed the filters: lower --min-depth, --min-view-depth or --min-inside."
             )

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 from rich.box import SIMPLE
@@ -173,6 +173,66 @@ class Miniworld:
 
 
 @dataclass
+class Carla:
+    """Records a collection from a running CARLA server: six cameras all around, as in the paper; it continues, too."""
+
+    out: tyro.conf.Positional[Path]
+    """Folder of the collection."""
+    host: str = "localhost"
+    port: int = 2000
+    num_scenes: int = 1000
+    towns: tuple[str, ...] = ()
+    """Maps of the server, such as Town01 Town02; by default the one that is loaded."""
+    test_towns: tuple[str, ...] = ()
+    """Those of them that are held out; without any, a part of each town is, further than the box from all the rest."""
+    test_fraction: float = 0.1
+    """Share of the scenes in the test split, without --test-towns."""
+    image_size: tuple[int, int] = (128, 128)
+    """Width and height of the images in pixels."""
+    num_source_views: int = 6
+    """Cameras all around at each place."""
+    num_target_views: int = 4
+    """Held-back views, along the lane."""
+    fov: float = 90.0
+    """Horizontal field of view in degrees."""
+    height: float = 1.8
+    """Of the cameras above the road, in metres."""
+    target_distance: float = 4.0
+    """Greatest distance of a target view from the place, in metres."""
+    place_jitter: float = 2.0
+    """Greatest distance of a place from where the server would start a vehicle, along its lane, in metres."""
+    box: Box = (-40, -40, -3, 40, 40, 17)
+    """The box around each place: minimum x, y, z, then maximum x, y, z, in metres relative to the cameras."""
+    near: float = 0.5
+    far: float = 60.0
+    """Depth beyond this many metres is unknown, like the sky's."""
+    vehicles: int = 30
+    """Driven by the server's autopilot, in each town."""
+    weathers: tuple[str, ...] = ()
+    """Names of CARLA's presets, such as ClearNoon, of which each scene draws one; by default eleven of them."""
+    warm_up: int = 8
+    """Steps of the server before each picture, for its exposure and shadows."""
+    seed: int = 0
+
+    def run(self) -> int:
+        from nfldm_ns.collect.carla_collection import CarlaOptions, collect_carla
+
+        own = {key: value for key, value in vars(self).items() if key not in ("out", "host", "port", "box")}
+        if not self.weathers:
+            del own["weathers"]
+        options = CarlaOptions(**own, aabb=(self.box[:3], self.box[3:]))
+        with _progress() as progress:
+            task = progress.add_task("scenes", total=self.num_scenes)
+            report = collect_carla(
+                self.out, options, self.host, self.port, lambda done: progress.update(task, completed=done)
+            )
+        counts = ", ".join(f"{count} {name}" for name, count in report.num_scenes.items() if count)
+        print(f"{self.out}: {counts} scenes, {report.new_scenes} of them new")
+        _write_sheet(self.out)
+        return 0
+
+
+@dataclass
 class Check:
     """Judges a collection; exit code 1 if something is wrong with it."""
 
@@ -244,7 +304,7 @@ class _Captures:
         values = {field.name: getattr(self, field.name) for field in fields(_Captures)}
         out, scenes, box = (values.pop(key) for key in ("out", "scenes", "box"))
         options = ImportOptions(**values, aabb=(box[:3], box[3:]))
-        made_by = {"command": f"nfldm-collect {command}", **{k: v for k, v in vars(self).items() if k in _own(self)}}
+        made_by = {"command": f"nfldm-collect {command}", **_recorded(self)}
         captures: list[Capture] = []
         with _progress() as progress:
             task = progress.add_task("scenes", total=len(scenes))
@@ -432,6 +492,12 @@ class Nuscenes(_Captures):
         return self._import("nuscenes", read)
 
 
+def _recorded(command: _Captures) -> dict[str, Any]:
+    """The format's own options, as JSON can hold them."""
+    own = {key: value for key, value in vars(command).items() if key in _own(command)}
+    return {key: str(value) if isinstance(value, Path) else value for key, value in own.items()}
+
+
 def _own(command: _Captures) -> set[str]:
     """Options that a format has beside those of all."""
     return {field.name for field in fields(command)} - {field.name for field in fields(_Captures)}
@@ -515,6 +581,7 @@ def main(args: list[str] | None = None) -> None:
         {
             "vizdoom": Vizdoom,
             "miniworld": Miniworld,
+            "carla": Carla,
             "check": Check,
             "import": Import,
             "gsn": Gsn,
