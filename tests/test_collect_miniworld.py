@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path, renderer, 
     assert not (tmp_path / "again" / "collection.json").exists()
     collect_miniworld(tmp_path / "again", options)
     assert files(tmp_path / "again") == files(tmp_path / "whole")
-    more = MiniworldOptions(num_scenes=7, image_size=16, places=2)
+    more = MiniworldOptions(num_scenes=8, image_size=16, places=2)
     collect_miniworld(tmp_path / "again", more)
     collect_miniworld(tmp_path / "more", more)
     assert files(tmp_path / "again") == files(tmp_path / "more")

@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import pyglet
@@ -74,12 +75,12 @@ class HouseOptions:
 class _World(MiniWorldEnv):
     """Rooms on a grid of uneven rows and columns, joined by a random tree of doorways and a few more."""
 
-    def __init__(self, options: HouseOptions) -> None:
-        self._options = options
+    def __init__(self) -> None:
+        self.options = HouseOptions()
         super().__init__(obs_width=8, obs_height=8, window_width=8, window_height=8, domain_rand=True)
 
     def _gen_world(self) -> None:
-        rng, options = self.np_random, self._options
+        rng, options = self.np_random, self.options
         rows, columns = rng.integers(options.rooms[0], options.rooms[1] + 1, 2)
         starts, sizes = zip(*(_along(rng, count, options.room_size) for count in (columns, rows)), strict=True)
         walls, floor, ceiling = rng.choice(_WALLS, 2), rng.choice(_FLOORS), rng.choice(_CEILINGS)
@@ -107,7 +108,7 @@ class _World(MiniWorldEnv):
     def _join(self, first, second, rng: np.random.Generator) -> None:
         side_by_side = first.max_x < second.min_x or second.max_x < first.min_x
         low, high = (first.min_z, first.max_z) if side_by_side else (first.min_x, first.max_x)
-        width = min(float(rng.uniform(*self._options.door_width)), high - low - 0.6)
+        width = min(float(rng.uniform(*self.options.door_width)), high - low - 0.6)
         start = float(rng.uniform(low + 0.3, high - 0.3 - width))
         axis = "z" if side_by_side else "x"
         self.connect_rooms(first, second, **{f"min_{axis}": start, f"max_{axis}": start + width}, max_y=DOOR_HEIGHT)
@@ -137,8 +138,14 @@ class _World(MiniWorldEnv):
         return [room for room in self.rooms if id(room) not in chambers]
 
 
+@cache
+def _world() -> _World:
+    """The one of this process: its meshes and textures belong to one context of OpenGL, and a second would crash."""
+    return _World()
+
+
 class HouseRenderer:
-    """Draws houses, one at a time, in square images of 90 degrees.
+    """Draws houses, one at a time in each process, in square images of 90 degrees.
 
     Raises:
         Exception: of many kinds, if OpenGL cannot be had without a display.
@@ -146,13 +153,15 @@ class HouseRenderer:
 
     def __init__(self, image_size: int, options: HouseOptions) -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # it tells how many samples a pixel gets
-            self._world = _World(options)
+            self._world = _world()
+            self._world.shadow_window.switch_to()
             self._colours = FrameBuffer(image_size * _OVERSAMPLING, image_size * _OVERSAMPLING, 4)
-            self._depths = FrameBuffer(image_size, image_size, 1)  # one sample: at the centres of pixels
-        self._size = image_size
+            self._depths = FrameBuffer(image_size, image_size, 1)
+        self._size, self._options = image_size, options
 
     def open(self, seed: int) -> None:
         """Makes the house of a seed."""
+        self._world.options = self._options
         self._world.reset(seed=seed)
 
     @property
@@ -194,11 +203,14 @@ class HouseRenderer:
         self, eye: Float[np.ndarray, " 3"], angle: float
     ) -> tuple[UInt8[np.ndarray, "size size 3"], Float[np.ndarray, "size size"]]:
         """Colours and planar depth, in metres, of a level camera looking along `angle` (degrees from x to y)."""
-        self._draw(self._colours, eye, angle)
+        self._colours.bind()
+        self._draw(eye, angle)
         picture = self._colours.resolve()
         picture = np.asarray(Image.fromarray(picture).resize((self._size, self._size), Image.Resampling.BOX))
-        self._draw(self._depths, eye, angle)
-        self._depths.resolve()
+        # Straight into the buffer of single samples, which are at the centres of pixels, as those of several are not.
+        gl.glBindFramebuffer(gl.GL_FRAMEBUFFER, self._depths.final_fbo)
+        gl.glViewport(0, 0, self._size, self._size)
+        self._draw(eye, angle)
         depth = self._depths.get_depth_map(_NEAR, _FAR)[..., 0].astype(np.float64)
         return picture, np.where(depth < _FAR * 0.99, depth, 0)
 
@@ -215,10 +227,8 @@ class HouseRenderer:
             found[np.hypot(x[None] - ox, y[:, None] - oy) < radius] = 3
         return found
 
-    def _draw(self, buffer: FrameBuffer, eye: Float[np.ndarray, " 3"], angle: float) -> None:
+    def _draw(self, eye: Float[np.ndarray, " 3"], angle: float) -> None:
         world = self._world
-        world.shadow_window.switch_to()
-        buffer.bind()
         gl.glClearColor(0, 0, 0, 1)
         gl.glClearDepth(1.0)
         gl.glClear(gl.GL_COLOR_BUFFER_BIT | gl.GL_DEPTH_BUFFER_BIT)
