@@ -1,4 +1,4 @@
-"""What a recording needs of CARLA's Python API, over rooms whose pictures are known: `sys.modules["carla"] = server()`."""
+"""What a recording needs of CARLA's Python API, over rooms whose pictures are known."""
 
 from __future__ import annotations
 
@@ -92,9 +92,7 @@ class Actor:
             number = np.round(views.depths[0, 0].double().numpy() / 1000 * (256**3 - 1)).astype(np.int64)
             for channel, shift in ((2, 0), (1, 8), (0, 16)):
                 pixels[..., channel] = number >> shift & 255
-        return types.SimpleNamespace(
-            frame=frame, transform=where, width=size, height=size, raw_data=pixels.tobytes()
-        )
+        return types.SimpleNamespace(frame=frame, transform=where, width=size, height=size, raw_data=pixels.tobytes())
 
 
 @dataclass
@@ -103,7 +101,9 @@ class World:
     room: BoxRoom
     spots: list[Transform]
     actors: list[Actor] = field(default_factory=list)
-    settings: Any = field(default_factory=lambda: types.SimpleNamespace(synchronous_mode=False, fixed_delta_seconds=None))
+    settings: Any = field(
+        default_factory=lambda: types.SimpleNamespace(synchronous_mode=False, fixed_delta_seconds=None)
+    )
     frame: int = 100
     weathers: list[str] = field(default_factory=list)
     silent: bool = False

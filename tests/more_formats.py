@@ -105,7 +105,9 @@ def write_arkitscenes(folder: Path, room: BoxRoom, cameras: Cameras) -> None:
         millimetres(depth).save(root / f"lowres_depth/{name}.png")
         # A millisecond off for every third: the data set's own readers look there, too.
         stem = f"{folder.name}_{time + (0.001 if i % 3 == 0 else 0):.3f}"
-        (root / f"lowres_wide_intrinsics/{stem}.pincam").write_text(lines([size, size, focal, focal, size / 2, size / 2]))
+        (root / f"lowres_wide_intrinsics/{stem}.pincam").write_text(
+            lines([size, size, focal, focal, size / 2, size / 2])
+        )
     (root / "lowres_wide.traj").write_text(lines(*trajectory))
 
 
@@ -147,7 +149,7 @@ def turned(seed: int) -> np.ndarray:
 
 
 def write_kitti360(folder: Path, room: BoxRoom, cameras: Cameras) -> None:
-    """A drive in a data set of its own: `folder` is `<data set>/data_2d_raw/<drive>`. The right camera repeats the left."""
+    """A drive: `folder` is `<data set>/data_2d_raw/<drive>`. The right camera repeats the left one's pictures."""
     root, drive = folder.parent.parent, folder.name
     size, focal = int(cameras.width[0]), float(cameras.fx[0])
     (root / "calibration").mkdir(parents=True, exist_ok=True)
@@ -205,14 +207,22 @@ def _add_scene(root: Path, tables: dict[str, list[dict]], name: str, room: BoxRo
     poses = camera_to_worlds(cameras, opencv=True)
     pictures, _ = pictures_and_depths(room, cameras)
     count = len(poses) // len(NUSCENES_CAMERAS)
-    log = {"token": f"log-{name}", "logfile": name, "vehicle": "n008", "date_captured": "2018", "location": "boston-seaport"}
+    log = {
+        "token": f"log-{name}",
+        "logfile": name,
+        "vehicle": "n008",
+        "date_captured": "2018",
+        "location": "boston-seaport",
+    }
     tables["log"].append(log)
     tables["map"][0]["log_tokens"].append(log["token"])
     scene = {"token": name, "name": name, "log_token": log["token"], "nbr_samples": count, "description": ""}
     scene |= {"first_sample_token": f"{name}-0", "last_sample_token": f"{name}-{count - 1}"}
     tables["scene"].append(scene)
 
-    def add(key: str, sample: str, channel: str, sensor: np.ndarray, ego: np.ndarray, file: str, intrinsic: list) -> None:
+    def add(
+        key: str, sample: str, channel: str, sensor: np.ndarray, ego: np.ndarray, file: str, intrinsic: list
+    ) -> None:
         for table, pose in (("ego_pose", ego), ("calibrated_sensor", sensor)):
             record = {"token": key, "rotation": quaternion(pose[:3, :3]), "translation": pose[:3, 3].tolist()}
             extra = {"sensor_token": channel, "camera_intrinsic": intrinsic} if table == "calibrated_sensor" else {}
@@ -240,12 +250,24 @@ def _add_scene(root: Path, tables: dict[str, list[dict]], name: str, room: BoxRo
 
 def write_map_expansion(root: Path, corners: list[tuple[float, float]]) -> None:
     """A map of Boston with one drivable area."""
-    names = ("polygon", "line", "node", "drivable_area", "road_segment", "road_block", "lane", "ped_crossing", "walkway")
+    names = (
+        "polygon",
+        "line",
+        "node",
+        "drivable_area",
+        "road_segment",
+        "road_block",
+        "lane",
+        "ped_crossing",
+        "walkway",
+    )
     names += ("stop_line", "carpark_area", "road_divider", "lane_divider", "traffic_light", "lane_connector")
     content: dict = {name: [] for name in names} | {"arcline_path_3": {}, "connectivity": {}}
     content |= {"version": "1.3", "canvas_edge": [2979.5, 2118.1]}
     content["node"] = [{"token": f"n{i}", "x": x, "y": y} for i, (x, y) in enumerate(corners)]
-    content["polygon"] = [{"token": "p", "exterior_node_tokens": [node["token"] for node in content["node"]], "holes": []}]
+    content["polygon"] = [
+        {"token": "p", "exterior_node_tokens": [node["token"] for node in content["node"]], "holes": []}
+    ]
     content["drivable_area"] = [{"token": "d", "polygon_tokens": ["p"]}]
     (root / "maps" / "expansion").mkdir(parents=True)
     (root / "maps" / "expansion" / "boston-seaport.json").write_text(json.dumps(content))
@@ -259,4 +281,7 @@ WRITERS: dict[str, Callable[[Path, BoxRoom, Cameras], None]] = {
     "kitti360": write_kitti360,
 }
 """By sub-command of `nfldm-collect`; one folder is one capture."""
-OPTIONS = {"kitti360": ["--cameras", "left"]}
+OPTIONS = {
+    "kitti360": ["--cameras", "left"],
+    "nuscenes": ["--version", "v1.0-mini", "--cameras", *NUSCENES_CAMERAS],
+}

@@ -44,7 +44,9 @@ def worlds() -> dict[str, World]:
 
 
 def options(**changes) -> CarlaOptions:
-    return CarlaOptions(**{"num_scenes": 4, "towns": ("Town01", "Town02"), "test_towns": ("Town02",), **SMALL, **changes})
+    return CarlaOptions(
+        **{"num_scenes": 4, "towns": ("Town01", "Town02"), "test_towns": ("Town02",), **SMALL, **changes}
+    )
 
 
 def files(root: Path) -> dict[str, str]:
@@ -95,13 +97,23 @@ def test_the_rig_looks_to_all_sides_from_one_spot_on_the_lane() -> None:
     assert np.ptp(rig[:6, :3], axis=0).max() == 0 and rig[0, 2] == pytest.approx(2.3)
     np.testing.assert_allclose(np.sort(np.diff(np.sort(rig[:6, 3] % 360))), 60)
     np.testing.assert_allclose(rig[:, 0], 10, atol=1e-9)  # yaw 90 is along y
-    assert 0.1 <= np.abs(rig[6:, 1] - rig[0, 1]).min() and np.abs(rig[6:, 1] - rig[0, 1]).max() <= 0.5
+    assert np.abs(rig[6:, 1] - rig[0, 1]).min() >= 0.1 and np.abs(rig[6:, 1] - rig[0, 1]).max() <= 0.5
 
 
 def test_a_recording_is_true_to_its_server(tmp_path: Path, monkeypatch, capsys) -> None:
     towns = worlds()
     monkeypatch.setitem(sys.modules, "carla", server(towns))
-    command = ["carla", str(tmp_path / "out"), "--num-scenes", "4", "--towns", "Town01", "Town02", "--test-towns", "Town02"]
+    command = [
+        "carla",
+        str(tmp_path / "out"),
+        "--num-scenes",
+        "4",
+        "--towns",
+        "Town01",
+        "Town02",
+        "--test-towns",
+        "Town02",
+    ]
     command += ["--image-size", str(SIZE), str(SIZE), "--target-distance", "0.5", "--height", "0", "--box", *BOX]
     command += ["--place-jitter", "0.1"]
     with pytest.raises(SystemExit) as end:
@@ -148,10 +160,14 @@ def test_a_part_of_a_town_is_held_out_further_than_the_box(tmp_path: Path, monke
     town.spots += [Transform(Location(0.4, -1.0 + 0.01 * i, 0.1)) for i in range(6)]
     monkeypatch.setitem(sys.modules, "carla", server({"Town01": town}))
     small = ((-0.1, -0.1, -2.0), (0.1, 0.1, 2.0))
-    report = collect_carla(tmp_path / "out", options(towns=(), test_towns=(), aabb=small, num_scenes=10, place_jitter=0.0))
+    report = collect_carla(
+        tmp_path / "out", options(towns=(), test_towns=(), aabb=small, num_scenes=10, place_jitter=0.0)
+    )
     assert report.num_scenes == {"train": 9, "val": 0, "test": 1}
     collection = SceneCollection.open(tmp_path / "out")
-    where = {name: np.array(collection.places[name]["origin"][:2]) for ids in collection.splits.values() for name in ids}
+    where = {
+        name: np.array(collection.places[name]["origin"][:2]) for ids in collection.splits.values() for name in ids
+    }
     test = where[collection.splits["test"][0]]
     assert min(np.abs(where[name] - test).max() for name in collection.splits["train"]) >= 0.2
 

@@ -11,8 +11,8 @@ import torch
 
 from nfldm_ns.collect.doom_geometry import EYE_HEIGHT, DoomGeometry
 from nfldm_ns.collect.doom_scenes import refine_depth
-from nfldm_ns.collect.level_cameras import level_poses, share_inside
 from nfldm_ns.collect.doom_wad import Wad, write_static_maps
+from nfldm_ns.collect.level_cameras import level_poses, share_inside
 from nfldm_ns.errors import UserInputError
 from tests.doom_maps import box_room, freedoom, two_rooms
 from tests.synthetic import BoxRoom, level_cameras

@@ -40,7 +40,9 @@ def test_depth_is_that_of_the_walls_and_the_floor(renderer) -> None:
 
     renderer.open(5)
     room = renderer.rooms[0]
-    grid = np.stack(np.meshgrid(np.linspace(room[0], room[2], 12), np.linspace(room[1], room[3], 12)), -1).reshape(-1, 2)
+    grid = np.stack(np.meshgrid(np.linspace(room[0], room[2], 12), np.linspace(room[1], room[3], 12)), -1).reshape(
+        -1, 2
+    )
     eye = np.array([*grid[renderer.clearance(grid).argmax()], EYE_HEIGHT])
     angle = 37.0
     _, depth = renderer.render(eye, angle)
@@ -135,7 +137,7 @@ def test_without_the_package_it_says_what_to_install(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "nfldm_ns.collect.miniworld_houses", None)
     monkeypatch.delitem(sys.modules, "nfldm_ns.collect.miniworld_houses")
     monkeypatch.setitem(sys.modules, "pyglet", None)
-    with pytest.raises(UserInputError, match="The package pyglet is not installed: 'pip install \"nfldm-ns"):
+    with pytest.raises(UserInputError, match="The package pyglet is not installed: 'pip install miniworld'"):
         open_renderer(8)
 
 

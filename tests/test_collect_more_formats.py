@@ -28,7 +28,7 @@ from tests.rgbd_formats import camera_to_worlds
 from tests.test_collect_formats import COUNT, SIZE, assert_same, edit, remove, resize, room_and_cameras, truth
 from tests.test_collect_formats import run as run_import
 
-NUSCENES = ["--version", "v1.0-mini", "--cameras", *formats.NUSCENES_CAMERAS]
+NUSCENES = formats.OPTIONS["nuscenes"]
 READERS = {
     "record3d": read_record3d,
     "polycam": read_polycam,
@@ -175,7 +175,7 @@ def test_scannetpp_masks_are_honoured_and_lost_poses_left_out(tmp_path: Path) ->
 
 def test_scannetpp_s_dslr_is_turned_upright_and_undistorted(tmp_path: Path) -> None:
     """Its transforms.json has x and y exchanged and z turned round; without distortion a fisheye is equidistant."""
-    room, cameras = room_and_cameras()
+    _, cameras = room_and_cameras()
     poses = camera_to_worlds(cameras, opencv=False, world=np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]]))
     root = tmp_path / "scene" / "dslr"
     for name in ("nerfstudio", "resized_images", "resized_anon_masks"):
@@ -186,7 +186,12 @@ def test_scannetpp_s_dslr_is_turned_upright_and_undistorted(tmp_path: Path) -> N
         name = f"DSC{i:05d}"
         Image.fromarray(np.full((48, 48, 3), 90, np.uint8)).save(root / f"resized_images/{name}.JPG")
         Image.fromarray(np.full((48, 48), 255, np.uint8)).save(root / f"resized_anon_masks/{name}.png")
-        frame = {"file_path": f"{name}.JPG", "mask_path": f"{name}.png", "transform_matrix": pose.tolist(), "is_bad": i == 5}
+        frame = {
+            "file_path": f"{name}.JPG",
+            "mask_path": f"{name}.png",
+            "transform_matrix": pose.tolist(),
+            "is_bad": i == 5,
+        }
         content["test_frames" if i >= 10 else "frames"].append(frame)
     (root / "nerfstudio" / "transforms.json").write_text(json.dumps(content))
     capture: Capture = read_scannetpp(tmp_path / "scene", "dslr")
@@ -248,14 +253,14 @@ TRAJ = "hall0_frames/lowres_wide.traj"
         ("record3d", remove(META), "Neither metadata nor metadata.json is in .*EXR_RGBD"),
         ("record3d", set_key(META, lambda c: c.pop("K")), "metadata.json lacks 'K'"),
         ("record3d", set_key(META, lambda c: c.update(poses=c["poses"][:5])), "has 5 poses, too few for 13.jpg"),
-        ("record3d", set_key(META, lambda c: c["poses"].__setitem__(2, [2.0] * 7)), "quaternion of frame 2 of .*metadata"),
+        ("record3d", set_key(META, lambda c: c["poses"].__setitem__(2, [2.0] * 7)), "quaternion of frame 2 of "),
         ("record3d", lambda f: shutil.rmtree(f / "EXR_RGBD/rgb"), "There are no pictures 0.jpg"),
         ("record3d", set_key(META, lambda c: c.update(w=40)), "but its intrinsics are for 40 x 48"),
         ("polycam", lambda f: shutil.rmtree(f / "keyframes"), "neither images and cameras nor corrected_images"),
         ("polycam", set_key(CAMERA, lambda c: c.pop("fx")), "5003.json lacks 'fx'"),
         ("polycam", set_key(CAMERA, lambda c: c.update(t_00=9.0)), "rotation of .*5003.json is not orthonormal"),
         ("polycam", remove("keyframes/depth/5003.png"), "depth/5003.png is missing"),
-        ("polycam", lambda f: [p.unlink() for p in (f / "keyframes/corrected_cameras").iterdir()], "has a usable camera"),
+        ("polycam", lambda f: [p.unlink() for p in (f / "keyframes/corrected_cameras").iterdir()], "a usable camera"),
         ("arkitscenes", remove(TRAJ), "lowres_wide.traj is missing"),
         ("arkitscenes", edit(TRAJ, lambda text: text.replace(" ", " 0 ", 1)), "8 values in line 1 of .*, not 7"),
         ("arkitscenes", edit(TRAJ, lambda text: "1 0 0 0 1 1 1\n"), "has a pose within 0.005 s"),
@@ -267,7 +272,7 @@ TRAJ = "hall0_frames/lowres_wide.traj"
         ("scannetpp", lambda f: shutil.rmtree(f / "iphone/rgb"), "unpack rgb.mkv and depth.bin"),
         ("scannetpp", remove("iphone/rgb_masks/frame_000020.png"), "rgb_masks/frame_000020.png is missing"),
         ("kitti360", remove("../../calibration/perspective.txt"), "perspective.txt is missing"),
-        ("kitti360", edit("../../calibration/perspective.txt", lambda t: t.replace("P_rect_00", "x")), "lacks P_rect_00"),
+        ("kitti360", edit("../../calibration/perspective.txt", lambda t: t.replace("P_rect_00", "x")), "lacks P_rect"),
         ("kitti360", edit("../../calibration/calib_cam_to_velo.txt", lambda t: t + t), "has 2 lines of numbers, not 1"),
         ("kitti360", edit("../../data_poses/hall0/cam0_to_world.txt", lambda t: "1 2\n"), "2 values in line 1 of .*17"),
         ("kitti360", lambda f: shutil.rmtree(f / "image_00"), "There are no pictures in .*data_rect"),
@@ -307,7 +312,11 @@ def test_an_empty_folder_is_one_sentence(kind: str, tmp_path: Path) -> None:
             [],
             "quaternion of ego_pose of samples/CAM_FRONT/hall0-0.jpg .* has length 2",
         ),
-        (set_key("v1.0-mini/calibrated_sensor.json", lambda c: c[0].pop("translation")), [], "tables of hall0 .*damaged"),
+        (
+            set_key("v1.0-mini/calibrated_sensor.json", lambda c: c[0].pop("translation")),
+            [],
+            "of hall0 .*damaged",
+        ),
     ],
 )
 def test_what_cannot_be_used_of_nuscenes_is_one_sentence(spoil, options, message, tmp_path: Path, capsys) -> None:

@@ -31,7 +31,7 @@ from nfldm_ns.refine.seen_maps import MapDescription
 from nfldm_ns.refine.spaces import PixelSpace
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import write_scene
-from tests import rgbd_formats
+from tests import more_formats, rgbd_formats
 from tests.corruption import corrupt
 from tests.pretrained import require_weights
 from tests.small_models import random_grid, small_pipeline, small_scene_autoencoder
@@ -141,24 +141,45 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write(root / kind, room, cameras)
     rgbd_formats.write_gsn_vizdoom(root / "gsn-vizdoom", room, cameras)
     rgbd_formats.write_colmap(root / "colmap-text", room, cameras, binary=False, num_points=8)
+    for kind, write in more_formats.WRITERS.items():
+        write(root / kind / WITHIN.get(kind, ""), room, cameras)
+    more_formats.write_nuscenes(root / "nuscenes", {"drive": (room, cameras)})
+    more_formats.write_map_expansion(root / "nuscenes", [(-1, -1), (9, -1), (9, 9), (-1, 9)])
     return {folder.name: folder for folder in root.iterdir()}
 
 
 def import_published(root: Path, name: str, folder: Path) -> None:
     kind = name.split("-")[0]
-    collect.main([kind, str(root), "--scenes", str(folder), *IMPORT, *rgbd_formats.options_of(kind, 16, 8.0)])
+    options = [*rgbd_formats.options_of(kind, 16, 8.0), *more_formats.OPTIONS.get(kind, [])]
+    collect.main([kind, str(root), "--scenes", str(folder / WITHIN.get(kind, "")), *IMPORT, *options])
+
+
+WITHIN = {"kitti360": "data_2d_raw/drive"}
+"""Where the capture is, of data sets whose other folders it needs."""
 
 
 @pytest.mark.parametrize("name", [*rgbd_formats.WRITERS, "gsn-vizdoom", "colmap-text"])
 @examples(20)
 @given(st.data())
 def test_published_formats(name: str, published: dict[str, Path], data: st.DataObject) -> None:
-    with corrupted(published[name], data) as folder:
+    import_corrupted(name, published[name], data, published[name].name)
+
+
+@pytest.mark.parametrize("name", [*more_formats.WRITERS, "nuscenes"])
+@examples(8)
+@given(st.data())
+def test_published_formats_of_phones_and_cars(name: str, published: dict[str, Path], data: st.DataObject) -> None:
+    scene = "drive" if name in ("kitti360", "nuscenes") else name
+    import_corrupted(name, published[name], data, scene)
+
+
+def import_corrupted(name: str, whole: Path, data: st.DataObject, scene_id: str) -> None:
+    with corrupted(whole, data) as folder:
         root = folder.parent.parent / "out"
         if refusal(lambda: import_published(root, name, folder), folder):
             assert [path.name for path in root.parent.iterdir()] == ["in"]
         else:
-            scene = SceneCollection.open(root).load_scene(folder.name)
+            scene = SceneCollection.open(root).load_scene(scene_id)
             assert scene.source.shape == (2,) and scene.target.shape == (1,)
             assert not refusal(lambda: collect.main(["check", str(root)]), root)
 

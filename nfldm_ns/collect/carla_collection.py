@@ -1,6 +1,6 @@
 """Records a scene collection from a running CARLA server: six cameras all around, as in the paper, and target views.
 
-All views of a scene are of one moment: every camera of its rig exists at once, and the server takes one synchronous step.
+All views of a scene are of one moment: all cameras of its rig exist at once, and the server takes synchronous steps.
 """
 
 from __future__ import annotations
@@ -120,12 +120,12 @@ def collect_carla(
 ) -> CarlaReport:
     """Records a collection, or completes one that was interrupted.
 
-    The server is set to synchronous steps, and back when the recording ends, however it ends; what was spawned is destroyed.
-    Traffic depends on the server, so that the same seed gives the same places, cameras and weathers, but not the same cars.
+    The server is set to synchronous steps, and back when the recording ends, however it ends; what was spawned is
+    destroyed. The same seed gives the same places, cameras and weathers; the cars are the server's.
 
     Raises:
-        UserInputError: if CARLA's package is missing, the server does not answer or lacks what is asked for, or the folder
-            holds something else.
+        UserInputError: if CARLA's package is missing, the server does not answer or lacks what is asked for, or the
+            folder holds something else.
     """
     _check(options)
     carla = _package()
@@ -160,7 +160,9 @@ def _check(options: CarlaOptions) -> None:
         raise UserInputError("The field of view must be between 0 and 170 degrees, and images at least 8 pixels wide.")
     if not 0 <= options.test_fraction < 1 or (options.test_fraction == 0 and not options.test_towns):
         raise UserInputError("Hold something out: --test-fraction between 0 and 1, or --test-towns.")
-    if [t for t in options.test_towns if t not in options.towns] or set(options.test_towns) >= set(options.towns or ("",)):
+    if [t for t in options.test_towns if t not in options.towns] or set(options.test_towns) >= set(
+        options.towns or ("",)
+    ):
         raise UserInputError("The test towns must be some of --towns, and not all of them.")
 
 
@@ -182,8 +184,8 @@ def _connect(carla: Any, host: str, port: int) -> Any:
         versions = client.get_client_version(), client.get_server_version()
     except RuntimeError as error:
         raise UserInputError(
-            f"No CARLA server answers at {host}:{port} ({error}): start one (CarlaUE4.sh -RenderOffScreen), or give --host "
-            "and --port."
+            f"No CARLA server answers at {host}:{port} ({error}): start one (CarlaUE4.sh -RenderOffScreen), or give "
+            "--host and --port."
         ) from None
     if versions[0].split("-")[0] != versions[1].split("-")[0]:
         raise UserInputError(
@@ -330,8 +332,8 @@ def plan_rig(
 ) -> list[tuple[float, float, float, float]]:
     """x, y, z and yaw, in CARLA's axes, of each camera: sources all around one spot, then targets near it.
 
-    The spot lies on the lane, up to `place_jitter` from where the vehicle would start; sources look to all sides, evenly, as
-    those of the paper's rig. Targets stand along the lane, so that they are in no wall.
+    The spot lies on the lane, up to `place_jitter` from where a vehicle would start; sources look to all sides, evenly,
+    as those of the paper's rig. Targets stand along the lane, so that they are in no wall.
     """
     along = np.array([math.cos(math.radians(yaw)), math.sin(math.radians(yaw))])
     spot = location[:2] + rng.uniform(-1, 1) * options.place_jitter * along

@@ -1,7 +1,7 @@
 """CARLA's numbers as ours: depths, intrinsics and poses. Nothing here needs CARLA.
 
-CARLA's world is Unreal's: left-handed, x forward (east at yaw 0), y to the right, z up, in metres; yaw turns from x to y,
-pitch lifts the nose, roll leans to the right, all in degrees.
+CARLA's world is Unreal's: left-handed, x forward, y to the right, z up, in metres; yaw turns from x to y, pitch lifts
+the nose, roll leans to the right, all in degrees.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def focal_length(fov: float, width: int) -> float:
 
 
 def pose_of_transform(matrix: Float[np.ndarray, "4 4"]) -> Float[np.ndarray, "3 4"]:
-    """OpenGL camera-to-world, right-handed with z up, of `carla.Transform.get_matrix()` of a camera: y changes its sign."""
+    """OpenGL camera-to-world, right-handed with z up, of a camera's `carla.Transform.get_matrix()`."""
     turned = _MIRROR @ matrix @ _MIRROR
     return np.concatenate([turned[:3, :3] @ _OPENGL, turned[:3, 3:]], axis=1)
 

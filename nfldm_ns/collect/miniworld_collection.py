@@ -137,9 +137,7 @@ def open_renderer(image_size: int) -> HouseRenderer:
     except ModuleNotFoundError as error:
         if error.name not in ("miniworld", "pyglet"):
             raise
-        raise UserInputError(
-            f"The package {error.name} is not installed: 'pip install \"nfldm-ns[miniworld]\"' brings MiniWorld."
-        ) from None
+        raise UserInputError(f"The package {error.name} is not installed: 'pip install miniworld' brings it.") from None
     except ImportError as error:
         raise _cannot_draw(error) from None
     try:
@@ -150,8 +148,8 @@ def open_renderer(image_size: int) -> HouseRenderer:
 
 def _cannot_draw(error: Exception) -> UserInputError:
     return UserInputError(
-        f"MiniWorld cannot draw here ({type(error).__name__}: {error}): it needs OpenGL through EGL (on Debian and Ubuntu: "
-        "sudo apt install libegl1 libgl1 libglu1-mesa libgl1-mesa-dri libfontconfig1)."
+        f"MiniWorld cannot draw here ({type(error).__name__}: {error}): it needs OpenGL through EGL (on Debian and "
+        "Ubuntu: sudo apt install libegl1 libgl1 libglu1-mesa libgl1-mesa-dri libfontconfig1)."
     )
 
 
@@ -267,7 +265,9 @@ def _plan(
         return points[:count] if len(points) >= count else None
 
     near = stations(0, _SOURCE_JITTER, NUM_SOURCE_VIEWS)
-    away = stations(min(_TARGET_NEAREST, options.target_distance / 2), options.target_distance, options.num_target_views)
+    away = stations(
+        min(_TARGET_NEAREST, options.target_distance / 2), options.target_distance, options.num_target_views
+    )
     turn = rng.uniform(0, 360 / NUM_SOURCE_VIEWS) + 360 / NUM_SOURCE_VIEWS * np.arange(NUM_SOURCE_VIEWS)
     turn = turn + rng.uniform(-_YAW_JITTER, _YAW_JITTER, NUM_SOURCE_VIEWS)
     target_turn = rng.uniform(0, 360, options.num_target_views)

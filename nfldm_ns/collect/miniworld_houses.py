@@ -1,6 +1,6 @@
 """Houses of MiniWorld (Farama Foundation, Apache-2.0), made up by a seed, and pictures of them without a display.
 
-Needs the package `miniworld`, and OpenGL through EGL. Positions are in metres with z up, whatever MiniWorld does inside.
+Needs the package `miniworld`, and OpenGL through EGL. Positions are in metres with z up; MiniWorld's own have y up.
 """
 
 from __future__ import annotations
@@ -214,7 +214,9 @@ class HouseRenderer:
         depth = self._depths.get_depth_map(_NEAR, _FAR)[..., 0].astype(np.float64)
         return picture, np.where(depth < _FAR * 0.99, depth, 0)
 
-    def bev(self, centre: Float[np.ndarray, " 2"], corners: Float[np.ndarray, "2 2"], size: int) -> UInt8[np.ndarray, "h w"]:
+    def bev(
+        self, centre: Float[np.ndarray, " 2"], corners: Float[np.ndarray, "2 2"], size: int
+    ) -> UInt8[np.ndarray, "h w"]:
         """Classes of `BEV_CLASSES` of a square map around a place, north up; `corners` are relative to it."""
         steps = (np.arange(size) + 0.5) / size
         x = centre[0] + corners[0, 0] + steps * (corners[1, 0] - corners[0, 0])
@@ -239,7 +241,7 @@ class HouseRenderer:
         gl.glLoadIdentity()
         at = np.array([eye[0], eye[2], -eye[1]])
         turn = math.radians(angle)
-        gl.gluLookAt(*at, *(at + [math.cos(turn), 0, -math.sin(turn)]), 0, 1, 0)
+        gl.gluLookAt(*at, *(at + np.array([math.cos(turn), 0, -math.sin(turn)])), 0, 1, 0)
         gl.glCallList(1)  # what MiniWorld compiled of walls and standing things
         for thing in world.entities:
             if not thing.is_static and thing is not world.agent:

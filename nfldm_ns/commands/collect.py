@@ -160,7 +160,11 @@ class Miniworld:
     def run(self) -> int:
         from nfldm_ns.collect.miniworld_collection import MiniworldOptions, collect_miniworld
 
-        own = {key: value for key, value in vars(self).items() if key not in ("out", "test_fraction", "val_fraction", "box")}
+        own = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("out", "test_fraction", "val_fraction", "box")
+        }
         fractions = {"test": self.test_fraction, "val": self.val_fraction}
         options = MiniworldOptions(**own, fractions=fractions, aabb=(self.box[:3], self.box[3:]))
         with _progress() as progress:
@@ -431,7 +435,7 @@ class Polycam(_Captures):
 
 @dataclass
 class Arkitscenes(_Captures):
-    """Makes a collection of ARKitScenes' videos (lowres_wide, lowres_depth, lowres_wide_intrinsics, lowres_wide.traj)."""
+    """Makes a collection of ARKitScenes' videos (lowres_wide, lowres_depth, their intrinsics, lowres_wide.traj)."""
 
     def run(self) -> int:
         from nfldm_ns.collect.formats.arkitscenes import read_arkitscenes

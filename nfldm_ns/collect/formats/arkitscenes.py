@@ -1,7 +1,8 @@
 """Videos of ARKitScenes (Baruch et al., 2021): `lowres_wide`, `lowres_depth`, their intrinsics and `lowres_wide.traj`.
 
-A line of the trajectory is a time in seconds, a rotation as axis times angle in radians, and a translation in metres: the
-world-to-camera transform of OpenCV, in a world whose z points up. A `.pincam` file holds width, height, fx, fy, cx, cy.
+A line of the trajectory is a time in seconds, a rotation as axis times angle in radians, and a translation in metres:
+the world-to-camera transform of OpenCV, in a world whose z points up. A `.pincam` file holds width, height, fx, fy,
+cx, cy.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def read_arkitscenes(folder: Path) -> Capture:
     root = inner if inner.is_dir() else folder
     pictures = _timed(root / "lowres_wide", ".png")
     if not pictures:
-        raise UserInputError(f"There are no pictures <video>_<time>.png in {root / 'lowres_wide'}: give a video's folder.")
+        raise UserInputError(
+            f"There are no pictures <video>_<time>.png in {root / 'lowres_wide'}: give a video's folder."
+        )
     path = root / "lowres_wide.traj"
     poses = sorted(((as_numbers(words, 7, where), where) for where, words in read_lines(path)), key=lambda p: p[0][0])
     pose_times = _Times(np.array([values[0] for values, _ in poses]))

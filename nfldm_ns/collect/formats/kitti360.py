@@ -51,9 +51,7 @@ def read_kitti360(folder: Path, cameras: Cameras = "both") -> Capture:
             where = f"frame {index} of {path}"
             pose = opengl_pose((poses[index] @ offset)[:3], where)
             assert lens.focal is not None and lens.size is not None
-            points = partial(
-                points_before, scan, 4, np.linalg.inv(offset) @ from_velodyne, lens.focal[0], lens.size[0]
-            )
+            points = partial(points_before, scan, 4, np.linalg.inv(offset) @ from_velodyne, lens.focal[0], lens.size[0])
             name = f"image_0{number}/{index:010d}"
             frames.append(
                 CapturedFrame(name, pictures[index], None, None, pose, lens, points=points if has_scans else None)
@@ -91,9 +89,7 @@ def _numbers(lines: dict[str, tuple[str, list[str]]], key: str, count: int) -> F
     return values
 
 
-def _camera(
-    calibration: dict[str, tuple[str, list[str]]], number: int
-) -> tuple[Lens, Float[np.ndarray, "4 4"]]:
+def _camera(calibration: dict[str, tuple[str, list[str]]], number: int) -> tuple[Lens, Float[np.ndarray, "4 4"]]:
     """A rectified camera's lens, and its pose in the rectified left one (camera 0)."""
     matrix = _numbers(calibration, f"P_rect_0{number}", 12).reshape(3, 4)
     width, height = _numbers(calibration, f"S_rect_0{number}", 2)

@@ -31,7 +31,9 @@ def points_before(
     except OSError as error:
         raise UserInputError(f"{path} cannot be read ({error.strerror}): restore it, or remove its frame.") from None
     if len(content) % (4 * values):
-        raise UserInputError(f"{path} has {len(content)} bytes, which no scan of {values} numbers a point has: restore it.")
+        raise UserInputError(
+            f"{path} has {len(content)} bytes, which no scan of {values} numbers a point has: restore it."
+        )
     points = np.frombuffer(content, "<f4").reshape(-1, values)[:, :3].astype(np.float64)
     points = points[np.isfinite(points).all(axis=1)] @ to_camera[:3, :3].T + to_camera[:3, 3]
     return points[(points[:, 2] > NEAREST) & (np.abs(points[:, 0]) < width / focal * points[:, 2])]

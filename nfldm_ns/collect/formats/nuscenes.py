@@ -51,7 +51,9 @@ class NuscenesReader:
             raise UserInputError(f"There is no scene {path.name} in {path.parent / self.version}: see its scene.json.")
         unknown = [name for name in self.cameras if name not in CAMERAS]
         if unknown or not self.cameras:
-            raise UserInputError(f"{[*unknown, 'Nothing'][0]} is no camera of nuScenes: choose of {', '.join(CAMERAS)}.")
+            raise UserInputError(
+                f"{[*unknown, 'Nothing'][0]} is no camera of nuScenes: choose of {', '.join(CAMERAS)}."
+            )
         where = f"{path.name} of {path.parent / self.version}"
         try:
             return self._read(path, database, scene)
@@ -120,7 +122,8 @@ def _database(root: str, version: str) -> Any:
         return NuScenes(version=version, dataroot=root, verbose=False)
     except Exception as error:  # the devkit trusts its tables
         raise UserInputError(
-            f"nuScenes' devkit cannot read {version} in {root} ({type(error).__name__}: {error}): restore what it lacks."
+            f"nuScenes' devkit cannot read {version} in {root} ({type(error).__name__}: {error}): restore what "
+            "it lacks."
         ) from None
 
 
@@ -149,6 +152,6 @@ def _map(root: str, location: str) -> Any:
         return NuScenesMap(dataroot=root, map_name=location)
     except Exception as error:  # the devkit trusts its maps
         raise UserInputError(
-            f"The map expansion of {location} in {root} cannot be read ({type(error).__name__}: {error}): restore it, or "
-            "remove it."
+            f"The map expansion of {location} in {root} cannot be read ({type(error).__name__}: {error}): restore "
+            "it, or remove it."
         ) from None

@@ -55,8 +55,8 @@ def read_polycam(folder: Path, min_blur_score: float = 0.0) -> Capture:
     names = next((n for n in _FOLDERS if all((root / name).is_dir() for name in n)), None)
     if names is None:
         raise UserInputError(
-            f"There are neither images and cameras nor corrected_images and corrected_cameras in {root}: export raw data "
-            "in Polycam's developer mode."
+            f"There are neither images and cameras nor corrected_images and corrected_cameras in {root}: export raw "
+            "data in Polycam's developer mode."
         )
     images, cameras = (root / name for name in names)
     pictures = sorted(p for p in images.iterdir() if p.suffix.lower() in (".jpg", ".jpeg", ".png"))

@@ -1,4 +1,4 @@
-"""Recordings of Record3D: an unpacked `.r3d` file, or its export "EXR + RGB", which `ns-process-data record3d` takes, too.
+"""Recordings of Record3D: an unpacked `.r3d` file, or its export "EXR + RGB", as `ns-process-data record3d` takes it.
 
 Poses are ARKit's: camera-to-world of OpenGL, y up, in metres. Quaternions are x, y, z, w. K has its columns one after
 the other, and is of the pictures.
@@ -49,7 +49,8 @@ def read_record3d(folder: Path) -> Capture:
     path = next((p for p in (root / "metadata", root / "metadata.json") if p.is_file()), None)
     if path is None:
         raise UserInputError(
-            f"Neither metadata nor metadata.json is in {root}: give an unpacked .r3d file (a zip) or an export EXR + RGB."
+            f"Neither metadata nor metadata.json is in {root}: give an unpacked .r3d file (a zip) or an "
+            "export EXR + RGB."
         )
     metadata = validated(_Metadata, read_json(path), path)
     pictures = _numbered(root / "rgbd", _PICTURES) or _numbered(root / "rgb", _PICTURES)
@@ -83,7 +84,9 @@ def _frame(path: Path, metadata: _Metadata, number: int, picture: Path, depth: P
     pose = checked_pose(np.concatenate([rotation, [[x], [y], [z]]], axis=1), where)
     size = None if metadata.dw is None or metadata.dh is None else (int(metadata.dw), int(metadata.dh))
     unit = 1.0 if depth is None or depth.suffix != ".png" else 0.001
-    return CapturedFrame(picture.stem, picture, depth, None, pose, _lens(metadata, number, where), unit, depth_size=size)
+    return CapturedFrame(
+        picture.stem, picture, depth, None, pose, _lens(metadata, number, where), unit, depth_size=size
+    )
 
 
 def _lens(metadata: _Metadata, number: int, where: str) -> Lens:

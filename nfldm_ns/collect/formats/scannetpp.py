@@ -95,9 +95,7 @@ def _read_dslr(folder: Path) -> Capture:
     known = {key: value for key, value in content.items() if key not in ("frames", "test_frames", "has_mask")}
     frames = [_frame(frame, bool(content.get("has_mask", True))) for value in kept.values() for frame in value]
     capture = capture_of(folder, path, {**known, "frames": frames})
-    turned = [
-        CapturedFrame(f.name, f.image, None, f.mask, (_TO_Z_UP[:3, :3] @ f.pose), f.lens) for f in capture.frames
-    ]
+    turned = [CapturedFrame(f.name, f.image, None, f.mask, (_TO_Z_UP[:3, :3] @ f.pose), f.lens) for f in capture.frames]
     bad = sum(map(len, listed.values())) - len(frames)
     notes = [f"{bad} pictures of {folder} are marked as bad and were left out"] if bad else []
     count = len(kept["frames"])
