@@ -11,7 +11,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# viser asks for this reader of Record3D captures, which nothing here uses and which alone would need a C compiler.
+# viser asks for this reader of Record3D's depth, which only recordings that were not exported need (docs/data.md), and
+# which alone would need a C compiler.
 SKIPPED := ^pyliblzfse==
 
 CODE := $(wildcard nfldm_ns method_configs dataparsers tests benchmarks examples)
