@@ -47,6 +47,7 @@ from tests.small_models import random_grid, small_pipeline
 from tests.synthetic import AABB, level_cameras
 
 STEPS = 3
+STEP = 3e-4  # of finite differences
 QUICK = ReconstructionConfig(
     num_inference_steps=STEPS, resamplings=1, fine_tuning=FineTuningConfig(steps=2, prior_every=1), code_strength=0.7
 )
@@ -131,7 +132,7 @@ def smooth_loss(pipeline: NFLDMPipeline, given: Views):
     """Squared errors, whose finite differences are not troubled by kinks."""
 
     def loss(grid):
-        return (pipeline.scene_autoencoder.render(grid, given.cameras).rgb - given.images).square().mean()
+        return (pipeline.scene_autoencoder.render(grid, given.cameras).rgb - given.images).double().square().mean()
 
     return loss
 
@@ -140,7 +141,6 @@ def smooth_loss(pipeline: NFLDMPipeline, given: Views):
 def test_the_gradient_of_the_guidance_is_that_of_finite_differences(given, stage):
     """Through decoder, renderer and image decoder, and for x_t through the denoiser, too; codes would make steps."""
     pipeline = lively_pipeline(quantize=False)
-    pipeline.requires_grad_ = None  # type: ignore[assignment]
     latents = pipeline.latent_autoencoder.encode(random_grid(1))
     guide = RenderingGuide(pipeline, smooth_loss(pipeline, given), latents, GuidanceConfig())
     denoiser = getattr(pipeline, f"{stage}_denoiser")
@@ -165,8 +165,8 @@ def test_the_gradient_of_the_guidance_is_that_of_finite_differences(given, stage
         assert float(gradient.norm()) > 0
         direction = gradient / gradient.norm()
         with torch.no_grad():
-            high, low = (float(guide.loss(decoded(point + sign * 0.02 * direction))) for sign in (1, -1))
-        assert (high - low) / 0.04 == pytest.approx(float(gradient.norm()), rel=0.1)
+            high, low = (float(guide.loss(decoded(point + sign * STEP * direction))) for sign in (1, -1))
+        assert (high - low) / (2 * STEP) == pytest.approx(float(gradient.norm()), rel=0.1)
 
 
 def test_guidance_of_no_weight_is_plain_sampling_to_the_bit(pipeline, given):
@@ -359,7 +359,7 @@ def test_se3_moves_rigidly_and_back():
     assert torch.allclose(motion[:3, :3] @ motion[:3, :3].T, torch.eye(3), atol=1e-5)
     assert torch.allclose(motion @ exponential(-tangent), torch.eye(4), atol=1e-5)
     turn = exponential(torch.tensor([0, 0, 0.3, 0, 0, 0]))
-    assert float(turn[1, 0]) == pytest.approx(math.sin(0.3), abs=1e-6)
+    assert float(turn[1, 0]) == pytest.approx(math.sin(0.3), abs=1e-5)
 
 
 def test_renderings_tell_where_a_camera_should_go(pipeline, given):

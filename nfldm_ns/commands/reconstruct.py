@@ -117,7 +117,8 @@ class Reconstruct:
             check_image_count(len(self.images) if self.scene is None else len(self.views))
         if self.pose and self.images and self.transforms is None:
             raise UserInputError(
-                "The images have no poses: name their transforms.json with --transforms, or give one photo with --no-pose."
+                "The images have no poses: name their transforms.json with --transforms, or give one photo with "
+                "--no-pose."
             )
         if not 0 <= self.guidance < float("inf"):
             raise UserInputError(f"--guidance is {self.guidance}: give 0 or more.")

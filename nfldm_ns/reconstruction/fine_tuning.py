@@ -1,8 +1,8 @@
 """Latents optimised for given images and under the prior together (SSDNeRF's fine-tuning of codes).
 
 The loss is that of rendering plus the denoisers' `w(t) |x_0(x_t) - x|^2 / 2` at random noise, with w(t) of
-`GuidanceConfig`. Its gradient counts x_0(x_t) as constant, is computed in every so many steps and kept for those between
-(SSDNeRF's cached prior gradient), as a denoiser costs more than it changes from step to step.
+`GuidanceConfig`. Its gradient counts x_0(x_t) as constant, is computed in every so many steps and kept for those
+between (SSDNeRF's cached prior gradient), as a denoiser costs more than it changes from step to step.
 """
 
 from __future__ import annotations

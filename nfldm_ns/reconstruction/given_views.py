@@ -166,16 +166,16 @@ def fit_to(views: Views, autoencoder: SceneAutoencoder, where: str, centre: bool
     if outside:
         place = views.cameras.camera_to_worlds[outside[0], :, 3].tolist()
         raise UserInputError(
-            f"Camera {outside[0]} of {where} stands at {', '.join(f'{value:.3g}' for value in place)} m, outside of the "
-            f"generator's box {[[round(v, 2) for v in corner] for corner in aabb.tolist()]}: add --centre, or set "
+            f"Camera {outside[0]} of {where} stands at {', '.join(f'{value:.3g}' for value in place)} m, outside of "
+            f"the generator's box {[[round(v, 2) for v in corner] for corner in aabb.tolist()]}: add --centre, or set "
             "--metres-per-unit or --up."
         )
     trained = float(autoencoder.config.focal_length)
     focal = views.cameras.fx.flatten()
     if bool(((focal / trained).log().abs() > math.log(2)).any()):
         raise UserInputError(
-            f"The focal length of {where} is {float(focal[0]):.4g} pixels at {views.image_size[1]} pixels of width, but "
-            f"the generator was trained with {trained:.4g}: crop the images, or give ones of a wider or narrower lens."
+            f"The focal length of {where} is {float(focal[0]):.4g} pixels at {views.image_size[1]} pixels of width, "
+            f"but the generator was trained with {trained:.4g}: crop them, or give images of another lens."
         )
     return Views.stack([views])
 

@@ -47,7 +47,7 @@ class ReconstructionConfig:
     """
 
     num_inference_steps: int = 20
-    code_strength: float = 0.5
+    code_strength: float = 0.0
     resamplings: int = 2
     jump_length: int = 3
     inpaint: bool = True
@@ -118,10 +118,9 @@ def reconstruct_scene(
 ) -> Reconstruction:
     """One answer of as many as there are seeds.
 
-    Stage 1 lifts the images to V, and stage 2 encodes it. psi_g makes a likely scene code of that. c and f of what the
-    images show are kept, those of the rest are inpainted, and images guide all of it through what they would show of the
-    denoised estimate. Then the latents are fine-tuned under rendering and diffusion losses. Voxels that the images show
-    are those of stage 1 in the end, where `keep_seen` says so.
+    Stage 1 lifts the images to V, and stage 2 encodes it. c and f of what the images show are kept, those of the rest
+    are inpainted, and images guide all of it through what they would show of the denoised estimate. Then the latents
+    are fine-tuned under rendering and diffusion losses. Voxels that the images show are those of stage 1 in the end.
 
     Args:
         views: 1 to 4 posed images of one place, batch shape `[1, N]`, of the size that stage 1 was trained on, with
@@ -179,8 +178,8 @@ def mix_voxels(
 ) -> VoxelGrid:
     """Voxels of `first` where the weight is 0, of `second` where it is 1, and between them otherwise.
 
-    Densities are interpolated; features too, each counting as much as its density (see `blend_voxels`, whose weights are
-    of columns). The background is that of `first`.
+    Densities are interpolated; features too, each counting as much as its density, as in `blend_voxels`, whose weights
+    are of columns. The background is that of `first`.
     """
     share = weights.to(first.density)
     kept, added = ((grid.density + empty_density) * part for grid, part in ((first, 1 - share), (second, share)))

@@ -4,8 +4,8 @@ SSDNeRF moves the estimate of x_0 against the gradient of the rendering loss wit
 
     x_0 <- x_0 - lambda (sigma^2 / alpha) grad_{x_t} [ (alpha / sigma)^(2 omega) L(x_0(x_t)) ].
 
-Here lambda is relative: the step that would make L zero were it linear, `L / |grad L|^2`, times a share, so that it does
-not depend on the number of pixels, the units of the loss, or the sizes of a generator's latents.
+Here lambda is relative: the step that would make L zero were it linear, `L / |grad L|^2`, times a share. So it does not
+depend on the number of pixels, the units of the loss, or the sizes of a generator's latents.
 """
 
 from __future__ import annotations

@@ -15,6 +15,37 @@ from nfldm_ns.scenes.voxel_grid import voxel_centres
 MARGIN = 0.75  # diagonals of a voxel that a surface may lie before the centre of the voxel that stands for it
 
 
+def seen_points(
+    points: Float[Tensor, "*shape 3"],
+    cameras: Cameras,
+    depths: Float[Tensor, "views 1 height width"],
+    margin: float,
+    masks: Bool[Tensor, "views 1 height width"] | None = None,
+) -> Bool[Tensor, "*shape"]:
+    """Points that at least one view shows: in its image, and at most `margin` metres behind what its ray ends on.
+
+    Args:
+        cameras: batch shape `[N]`.
+        depths: planar, in metres: where each pixel's ray ends.
+        masks: pixels that are not masked; masked ones show nothing.
+    """
+    ends = depths if masks is None else torch.where(masks, depths, -torch.inf)
+    seen = torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
+    height, width = depths.shape[-2:]
+    for i in range(cameras.shape[0]):
+        pose = cameras.camera_to_worlds[i]
+        x, y, back = ((points - pose[:, 3]) @ pose[:, :3]).unbind(-1)
+        depth = -back
+        safe = depth.clamp(min=1e-6)
+        column = (cameras.fx[i] * x / safe + cameras.cx[i]) / cameras.width[i]
+        row = (cameras.cy[i] - cameras.fy[i] * y / safe) / cameras.height[i]
+        inside = (depth > 0) & (column >= 0) & (column < 1) & (row >= 0) & (row < 1)
+        # The nearest pixel: a mean across an edge would lie where nothing is.
+        r, c = ((part * size).long().clamp(0, size - 1) for part, size in ((row, height), (column, width)))
+        seen |= inside & (depth <= ends[i, 0][r, c] + margin)
+    return seen
+
+
 def seen_voxels(
     cameras: Cameras,
     depths: Float[Tensor, "views 1 height width"],
@@ -22,32 +53,9 @@ def seen_voxels(
     aabb: Float[Tensor, "2 3"],
     masks: Bool[Tensor, "views 1 height width"] | None = None,
 ) -> Bool[Tensor, "z y x"]:
-    """Voxels whose centres at least one view shows, or the surface in them.
-
-    Args:
-        cameras: batch shape `[N]`.
-        depths: planar, in metres: where each pixel's ray ends.
-        shape: voxels (Z, Y, X).
-        masks: pixels that are not masked; masked ones show nothing.
-    """
-    centres = voxel_centres(shape, aabb)
+    """Voxels of a `(Z, Y, X)` grid whose centres at least one view shows, or the surface in them; see `seen_points`."""
     voxel = (aabb[1] - aabb[0]) / aabb.new_tensor(shape[::-1])
-    margin = MARGIN * float(voxel.norm())
-    ends = depths if masks is None else torch.where(masks, depths, -torch.inf)
-    seen = torch.zeros(shape, dtype=torch.bool, device=centres.device)
-    height, width = depths.shape[-2:]
-    for i in range(cameras.shape[0]):
-        pose = cameras.camera_to_worlds[i]
-        x, y, back = ((centres - pose[:, 3]) @ pose[:, :3]).unbind(-1)
-        depth = -back
-        safe = depth.clamp(min=1e-6)
-        column = (cameras.fx[i] * x / safe + cameras.cx[i]) / cameras.width[i]
-        row = (cameras.cy[i] - cameras.fy[i] * y / safe) / cameras.height[i]
-        inside = (depth > 0) & (column >= 0) & (column < 1) & (row >= 0) & (row < 1)
-        # nearest pixels: a mean across an edge would lie where nothing is
-        r, c = ((part * size).long().clamp(0, size - 1) for part, size in ((row, height), (column, width)))
-        seen |= inside & (depth <= ends[i, 0][r, c] + margin)
-    return seen
+    return seen_points(voxel_centres(shape, aabb), cameras, depths, MARGIN * float(voxel.norm()), masks)
 
 
 def ends_of_rays(
