@@ -2,8 +2,8 @@
 
 A photo alone fixes no place: whatever is seen can be put anywhere. What tells poses apart is the prior: rooms stand
 with their walls along the axes, and around the origin. So every start, a yaw and a position at eye height, gets the
-code that stages 1 and 2 encode the photo to from there. It is judged by how likely the denoisers find that and by what is
-lost of the photo in it. The best ones are optimised: pose and code together, under rendering and diffusion losses.
+code that stages 1 and 2 encode the photo to from there. It is judged by how likely the denoisers find that and by what
+is lost of the photo in it. The best ones are optimised: pose and code together, under rendering and diffusion losses.
 """
 
 from __future__ import annotations
