@@ -475,7 +475,7 @@ def test_reconstructions_are_measured_once_and_drawn(
     reconstruction = script("reconstruction")
     monkeypatch.setattr(reconstruction, "load_inception", MeanColor)
     monkeypatch.setattr(reconstruction, "fetch_weights", lambda name: None)
-    monkeypatch.setattr(reconstruction, "load_lpips", lambda net: MeanDifference(net))
+    monkeypatch.setattr(reconstruction, "load_lpips", lambda net: MeanDifference())
     small_pipeline().save_pretrained(tmp_path / "pipeline")
     options = reconstruction.Options(
         pipeline=tmp_path / "pipeline",
