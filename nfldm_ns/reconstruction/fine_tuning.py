@@ -33,7 +33,7 @@ class FineTuningConfig:
         min_time, max_time: range of the noise, as shares of the timesteps.
     """
 
-    steps: int = 40
+    steps: int = 20
     learning_rate: float = 0.03
     prior_mult: float = 0.3
     prior_every: int = 4

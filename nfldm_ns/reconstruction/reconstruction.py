@@ -46,18 +46,18 @@ class ReconstructionConfig:
         loss: weights of the rendering loss.
     """
 
-    num_inference_steps: int = 20
+    num_inference_steps: int = 10
     code_strength: float = 0.0
-    resamplings: int = 2
+    resamplings: int = 1
     jump_length: int = 3
     inpaint: bool = True
-    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    guidance: GuidanceConfig = field(default_factory=lambda: GuidanceConfig(scale=0.0))
     fine_tuning: FineTuningConfig = field(default_factory=FineTuningConfig)
-    temperatures: tuple[float, float, float] | None = None
+    temperatures: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
     keep_seen: bool = True
     voxel_steps: int = 0
-    column_share: float = 0.2
-    cell_share: float = 0.5
+    column_share: float = 0.1
+    cell_share: float = 0.25
     loss: StageOneLossConfig = field(default_factory=lambda: LOSS)
 
 

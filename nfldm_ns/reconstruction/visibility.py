@@ -77,8 +77,8 @@ class Visibility:
     """
 
     voxels: Bool[Tensor, "z y x"]
-    column_share: float = 0.2
-    cell_share: float = 0.5
+    column_share: float = 0.1
+    cell_share: float = 0.25
 
     @property
     def columns(self) -> Bool[Tensor, "y x"]:
