@@ -41,7 +41,7 @@ from nfldm_ns.reconstruction.visibility import seen_points
 from nfldm_ns.reports.galleries import write_png
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.scenes.views import Views, camera_rays, evenly_spread_views
+from nfldm_ns.scenes.views import Views, camera_rays, evenly_spread_views, stack_cameras
 from nfldm_ns.scenes.writing import require_writable
 from shared.comparisons import stored, use_threads
 from shared.edited_views import fingerprint_of
@@ -246,7 +246,7 @@ def _sampled_views(places: Places) -> Tensor:
         grid = places.pipeline(1, scene_generators(places.options.seed + i, 1), steps).grids
         cameras = surround_cameras(places.options.num_views, stage1.image_size, float(stage1.config.focal_length))
         with torch.no_grad():
-            rendered = stage1.render(grid, cameras[None].to(places.device))
+            rendered = stage1.render(grid, stack_cameras([cameras]).to(places.device))
         images.append(rendered.rgb[0].clamp(0, 1).cpu())
     return torch.cat(images)
 

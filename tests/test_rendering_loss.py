@@ -95,7 +95,7 @@ def test_a_perfect_denoiser_has_the_error_of_the_latents_themselves(stage, memor
 
     draws = ItemDraws(0, range(2))
     turns = draws.integers(4)
-    clean, conditions = losses.sample_and_conditions(indices, draws, turns=turns)
+    clean, _ = losses.sample_and_conditions(indices, draws, turns=turns)
     noise = draws.normal(clean)
     order = draws.permutation(0, 12)
     oracle.target = losses.scheduler.get_velocity(clean, noise, timestep)
