@@ -17,6 +17,7 @@ from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.commands import reconstruct
 from nfldm_ns.diffusion.guiding import GuidedStep, guided_prediction
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.generated.scene_files import load_generated_scene
@@ -33,7 +34,6 @@ from nfldm_ns.reconstruction.poses import (
 from nfldm_ns.reconstruction.reconstruction import (
     ReconstructionConfig,
     SeenPlace,
-    mix_voxels,
     reconstruct_scene,
     reconstruct_seen,
 )
@@ -259,7 +259,7 @@ def test_mixed_voxels_are_those_of_either_where_weights_say_so():
     first, second = random_grid(1, 0), random_grid(1, 1)
     weights = torch.zeros(1, 1, *first.shape)
     weights[..., :8] = 1
-    mixed = mix_voxels(first, second, weights)
+    mixed = blend_voxels(first, second, weights)
     for name in ("density", "features"):
         assert same(getattr(mixed, name)[..., :8], getattr(second, name)[..., :8])
         assert same(getattr(mixed, name)[..., 8:], getattr(first, name)[..., 8:])

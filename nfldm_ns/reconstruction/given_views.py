@@ -10,6 +10,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
@@ -180,7 +181,7 @@ def fit_to(views: Views, autoencoder: SceneAutoencoder, where: str, centre: bool
     return Views.stack([views])
 
 
-def _moved(views: Views, poses: Float[Tensor, "views 3 4"]):
+def _moved(views: Views, poses: Float[Tensor, "*views 3 4"]) -> Cameras:
     cameras, (height, width) = views.cameras, views.image_size
     numbers = [getattr(cameras, name)[..., 0] for name in ("fx", "fy", "cx", "cy")]
     return make_cameras(poses, *numbers, height, width)

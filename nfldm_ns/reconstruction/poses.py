@@ -22,6 +22,7 @@ from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig, fine_tune, noised_step
 from nfldm_ns.reconstruction.given_views import posed
+from nfldm_ns.reconstruction.reconstruction import frozen
 from nfldm_ns.reconstruction.rendering_guide import RenderingLoss
 from nfldm_ns.reconstruction.scene_code import scene_code_of_views
 from nfldm_ns.reconstruction.visibility import Visibility, seen_voxels
@@ -205,7 +206,8 @@ def _optimise(
         return RenderingLoss(stage1, posed(views, moved_pose(start, tangent)), config.loss)(grid)
 
     generator = torch.Generator().manual_seed(noise_seed)
-    fine_tune(pipeline, latents, code, loss, config.code, generator, [(tangent, config.learning_rate)])
+    with frozen(pipeline):
+        fine_tune(pipeline, latents, code, loss, config.code, generator, [(tangent, config.learning_rate)])
     pose = moved_pose(start, tangent).cpu()
     return PoseEstimate(pose, score_pose(pipeline, photo, pose, noise_seed, config))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
@@ -14,16 +15,16 @@ from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.diffusion.inpainting import Inpainting
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_code import VoxelCode
 from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig, fine_tune
 from nfldm_ns.reconstruction.rendering_guide import GuidanceConfig, RenderingGuide, RenderingLoss
 from nfldm_ns.reconstruction.scene_code import cameras_around, sample_scene_code, scene_code_of_views
 from nfldm_ns.reconstruction.visibility import Visibility, ends_of_rays, seen_voxels
-from nfldm_ns.scenes.views import Views, resize_cameras
+from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
-MAX_VIEWS = 4
 LOSS = StageOneLossConfig(lpips_mult=0.0, rgb_mult=1.0, depth_mult=0.1, depth_norm="l1")
 
 
@@ -143,7 +144,7 @@ def reconstruct_seen(
     generator = torch.Generator().manual_seed(seed)
     loss = RenderingLoss(stage1, seen.views, config.loss, perceptual)
     guide = RenderingGuide(pipeline, loss, seen.latents, config.guidance)
-    with _frozen(pipeline):
+    with frozen(pipeline):
         code = scene_code_of_views(pipeline, seen.latents.global_latent, seen.views[0].cameras)
         code = sample_scene_code(pipeline, code, config.code_strength, config.num_inference_steps, generator, guide)
         inpainting = None
@@ -165,29 +166,12 @@ def reconstruct_seen(
         with torch.no_grad():
             grid = stage2.decode(latents)
         if config.keep_seen:
-            grid = mix_voxels(grid, seen.grid, seen.visibility.weights())
+            grid = blend_voxels(grid, seen.grid, seen.visibility.weights())
         if config.voxel_steps:
             grid = _optimise_voxels(pipeline, grid, seen.views, config, perceptual, seed)
     count = pipeline.global_denoiser.config.num_cameras
     cameras = cameras_around(seen.views[0].cameras, max(count, seen.views.shape[1]))
     return Reconstruction(grid, latents, cameras, seen.visibility)
-
-
-def mix_voxels(
-    first: VoxelGrid, second: VoxelGrid, weights: Float[Tensor, "1 1 z y x"], empty_density: float = 0.05
-) -> VoxelGrid:
-    """Voxels of `first` where the weight is 0, of `second` where it is 1, and between them otherwise.
-
-    Densities are interpolated; features too, each counting as much as its density, as in `blend_voxels`, whose weights
-    are of columns. The background is that of `first`.
-    """
-    share = weights.to(first.density)
-    kept, added = ((grid.density + empty_density) * part for grid, part in ((first, 1 - share), (second, share)))
-    return replace(
-        first,
-        density=torch.lerp(first.density, second.density, share),
-        features=torch.lerp(first.features, second.features, (added / (kept + added)).expand_as(first.features)),
-    )
 
 
 def _optimise_voxels(
@@ -208,32 +192,15 @@ def _optimise_voxels(
     return optimise_grid(pipeline.scene_autoencoder, grid, views, config.loss, perceptual, settings, anchor).grid
 
 
-def fit_views(views: Views, image_size: tuple[int, int]) -> Views:
-    """Views of batch shape `[N]` at another (height, width) of the same shape, as stage 1 wants them."""
-    height, width = image_size
-    if views.image_size == image_size:
-        return views
-    images = torch.nn.functional.interpolate(views.images, image_size, mode="bilinear", antialias=True)
-
-    def nearest(maps: Tensor) -> Tensor:
-        return torch.nn.functional.interpolate(maps.float(), image_size, mode="nearest-exact")
-
-    depths = None if views.depths is None else nearest(views.depths)
-    masks = None if views.masks is None else nearest(views.masks) > 0.5
-    return Views(resize_cameras(views.cameras, height, width), images.clamp(0, 1), depths, masks)
-
-
-class _frozen:
-    """No gradients for the pipeline's weights while it is used, as graphs through them cost memory and time."""
-
-    def __init__(self, pipeline: NFLDMPipeline) -> None:
-        modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
-        self.wanted = [p for module in modules for p in module.parameters() if p.requires_grad]
-
-    def __enter__(self) -> None:
-        for parameter in self.wanted:
-            parameter.requires_grad_(False)
-
-    def __exit__(self, *_: object) -> None:
-        for parameter in self.wanted:
+@contextmanager
+def frozen(pipeline: NFLDMPipeline) -> Iterator[None]:
+    """No gradients for the pipeline's weights within, as graphs through them cost memory and time."""
+    modules = [module for module in pipeline.components.values() if isinstance(module, torch.nn.Module)]
+    wanted = [parameter for module in modules for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
             parameter.requires_grad_(True)
