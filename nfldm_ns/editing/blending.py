@@ -14,7 +14,7 @@ EMPTY_DENSITY = 0.05  # 1/m: how much the features of an empty voxel count, for 
 
 
 def blend_voxels(first: VoxelGrid, second: VoxelGrid, weights: Float[Tensor, "*voxels y x"]) -> VoxelGrid:
-    """Voxels that are those of `first` where a column's (or a voxel's own) weight is 0, of `second` where it is 1, and mixed between.
+    """Voxels that are those of `first` where the weight is 0, of `second` where it is 1, and mixed between.
 
     Densities are interpolated; features likewise, but each counts as much as its density, so that what empty voxels
     hold does not stain surfaces. With weights of 0, with weights of 1, and where both grids agree, the values are

@@ -139,12 +139,13 @@ def fine_tune(
             value = loss(pipeline.latent_autoencoder.decode(_latents(pipeline, free, latents)))
             optimised = [*others, *free.values()]
             gradients = torch.autograd.grad(value, optimised, allow_unused=True)
-            for tensor, gradient in zip(optimised, gradients, strict=True):
-                tensor.grad = torch.zeros_like(tensor) if gradient is None else gradient
             if config.prior_mult and step % config.prior_every == 0:
                 cached = prior({name: tensor.detach() for name, tensor in free.items()}, generator)
-            for name, gradient in cached.items():
-                free[name].grad = free[name].grad + config.prior_mult * gradient
+            pulls = [None] * len(others) + [cached.get(name) for name in free]
+            for tensor, gradient, pull in zip(optimised, gradients, pulls, strict=True):
+                tensor.grad = torch.zeros_like(tensor) if gradient is None else gradient
+                if pull is not None:
+                    tensor.grad += config.prior_mult * pull
             optimiser.step()
     for tensor in others:
         tensor.requires_grad_(False)

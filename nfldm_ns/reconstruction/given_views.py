@@ -183,8 +183,8 @@ def fit_to(views: Views, autoencoder: SceneAutoencoder, where: str, centre: bool
 
 def _moved(views: Views, poses: Float[Tensor, "*views 3 4"]) -> Cameras:
     cameras, (height, width) = views.cameras, views.image_size
-    numbers = [getattr(cameras, name)[..., 0] for name in ("fx", "fy", "cx", "cy")]
-    return make_cameras(poses, *numbers, height, width)
+    fx, fy, cx, cy = (getattr(cameras, name)[..., 0] for name in ("fx", "fy", "cx", "cy"))
+    return make_cameras(poses, fx, fy, cx, cy, height, width)
 
 
 def posed(views: Views, pose: Float[Tensor, "3 4"]) -> Views:

@@ -38,8 +38,10 @@ def cameras_around(given: Cameras, count: int) -> Cameras:
         apart = (around - yaws[i] + math.pi).remainder(2 * math.pi) - math.pi
         place = int(torch.where(free, apart.abs(), torch.inf).argmin())
         poses[place], free[place] = given.camera_to_worlds[i], False
-    first = [getattr(given, name).reshape(-1)[0] for name in ("fx", "fy", "cx", "cy", "height", "width")]
-    return make_cameras(poses, *first[:4], int(first[4]), int(first[5]))
+    fx, fy, cx, cy, height, width = (
+        getattr(given, name).reshape(-1)[0] for name in ("fx", "fy", "cx", "cy", "height", "width")
+    )
+    return make_cameras(poses, fx, fy, cx, cy, int(height), int(width))
 
 
 def scene_code_of_views(
