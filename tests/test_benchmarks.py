@@ -36,6 +36,9 @@ from nfldm_ns.metrics.images import kernel_distance
 from nfldm_ns.metrics.layout import LayoutSettings, map_layout
 from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
+from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig
+from nfldm_ns.reconstruction.poses import PoseConfig
+from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.views import make_cameras
@@ -463,6 +466,47 @@ def test_editing_is_measured_once_and_drawn(edit_options: Any, capsys: pytest.Ca
     assert results(options.output_dir) == found
     with pytest.raises(UserInputError, match="other settings"):
         editing.main(replace(options, what=("combine",), seam=1.0))
+
+
+@pytest.mark.slow
+def test_reconstructions_are_measured_once_and_drawn(
+    box_room_collection: SceneCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    reconstruction = script("reconstruction")
+    monkeypatch.setattr(reconstruction, "load_inception", MeanColor)
+    monkeypatch.setattr(reconstruction, "fetch_weights", lambda name: None)
+    monkeypatch.setattr(reconstruction, "load_lpips", lambda net: MeanDifference())
+    small_pipeline().save_pretrained(tmp_path / "pipeline")
+    options = reconstruction.Options(
+        pipeline=tmp_path / "pipeline",
+        data=box_room_collection.root,
+        output_dir=tmp_path / "out",
+        counts=(1, 2),
+        num_scenes=1,
+        num_views=4,
+        config=ReconstructionConfig(num_inference_steps=2, fine_tuning=FineTuningConfig(steps=1)),
+        num_photos=1,
+        poses=PoseConfig(num_yaws=2, grid=1, kept=1, code=FineTuningConfig(steps=1)),
+        threads=torch.get_num_threads(),
+    )
+    for change, said in (
+        ({"num_views": 1}, "--num-views is 1: give at least 2"),
+        ({"num_scenes": 5}, "has 2 places in its test split, too few"),
+    ):
+        with pytest.raises(UserInputError, match=said):
+            reconstruction.main(replace(options, **change))
+    reconstruction.main(options)
+    found = results(options.output_dir)
+    assert set(found) == {"views", "poses"} and set(found["views"]["counts"]) == {"1", "2"}
+    for part in found["views"]["counts"].values():
+        assert part["views"] == 4 and set(part["rows"]) == {"stage1", "stage2", "prior"}
+        assert all(math.isfinite(value) for row in part["rows"].values() for value in row.values())
+    assert len(found["poses"]["errors"]["estimated"]) == 1
+    assert "| 1 | stage 1 |" in capsys.readouterr().out and len(list(options.output_dir.glob("*.png"))) == 2
+    reconstruction.main(replace(options, num_photos=1))
+    assert results(options.output_dir) == found
+    with pytest.raises(UserInputError, match="other settings"):
+        reconstruction.main(replace(options, seed=1))
 
 
 def test_maps_that_are_followed_score_like_real_scenes(edit_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,11 +51,12 @@ def render_feature_maps(
     ray: near surfaces few samples matter. With None features are read everywhere and the sum is exact.
 
     Args:
-        cameras: batch shape `[B, M]`.
+        cameras: batch shape `[B, M]`; where their poses want gradients, the samples' places carry them.
         near: planar depth of the first sample in metres.
     """
     batch, views = cameras.shape
-    with torch.no_grad():
+    moving = torch.is_grad_enabled() and cameras.camera_to_worlds.requires_grad
+    with torch.set_grad_enabled(moving):
         origins, directions = camera_rays(cameras, height, width)
         origins = origins[:, :, None, None].expand_as(directions).reshape(batch, -1, 3)
         directions = directions.reshape(batch, -1, 3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -163,6 +163,18 @@ def load_capture(capture: Capture, options: ImportOptions) -> tuple[Views, Views
         for chosen in (sources, targets)
     ]
     return views[0], views[1], {"origin": origin.tolist()}
+
+
+def load_frames(capture: Capture, chosen: Sequence[int], options: ImportOptions) -> Views:
+    """Some frames of a capture in its own place, in metres; depth where all of them have it.
+
+    Raises:
+        UserInputError: if files are missing, broken or contradictory.
+    """
+    frames = [capture.frames[i] for i in chosen]
+    if not all(frame.has_depth for frame in frames):
+        frames = [replace(frame, depth=None, points=None) for frame in frames]
+    return _load_views(capture, frames, np.stack([_metric_pose(f, capture, options) for f in frames]), options)
 
 
 def _chosen_frames(capture: Capture, options: ImportOptions) -> tuple[list[int], list[int]]:
