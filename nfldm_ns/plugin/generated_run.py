@@ -81,7 +81,7 @@ def write_generated_scene(
     with atomic_path(folder) as temporary:
         write_scene(temporary, render_views(scene, cameras), render_views(scene, eval_cameras))
         write_scene_files(temporary, scene)
-        (temporary / "config.yml").write_text(_config_yml(folder.resolve()), encoding="utf-8")
+        (temporary / "config.yml").write_text(yaml.dump(scene_run_config(folder.resolve())), encoding="utf-8")
         _write_checkpoint(temporary / "nerfstudio_models", scene)
         for name, content in (attachments or {}).items():
             (temporary / name).write_bytes(content)
@@ -100,7 +100,8 @@ def render_views(scene: GeneratedScene, cameras: Cameras) -> Views:
     return Views(cameras, torch.cat(images), torch.cat(depths))
 
 
-def _config_yml(folder: Path) -> str:
+def scene_run_config(folder: Path) -> GeneratedSceneTrainerConfig:
+    """The configuration of a generated scene's folder as a run."""
     config = copy.deepcopy(scene_trainer_config())
     config.folder = folder
     config.data = folder
@@ -109,7 +110,7 @@ def _config_yml(folder: Path) -> str:
     config.pipeline.datamanager.data = folder
     config.pipeline.datamanager.dataparser.data = folder
     config.pipeline.model.scene = folder
-    return yaml.dump(config)
+    return config
 
 
 def _write_checkpoint(folder: Path, scene: GeneratedScene) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, scene_generators
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of
 from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.scenes.collection import BEV_FILE
 from nfldm_ns.scenes.views import index_cameras
@@ -58,39 +59,88 @@ def sample_scenes(
         UserInputError: if the pipeline refuses the call, or what it samples is not finite.
     """
     pipeline.set_progress_bar_config(disable=True)
-    record = {"command": "nfldm-sample", **sampling_record(pipeline, num_inference_steps, source)}
-    if guidance_scale != 1:
-        record["guidance_scale"] = guidance_scale
     if maps:
-        record["bev"] = BEV_FILE
         maps = list(maps) * num_scenes if len(maps) == 1 else maps
     for first in range(0, num_scenes, batch_size):
         count = min(batch_size, num_scenes - first)
         chosen = maps[first : first + count]
-        try:
-            output = pipeline(
-                count,
-                scene_generators(seed + first, count),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                bev=torch.from_numpy(np.stack(chosen)) if chosen else None,
-            )
-        except ValueError as error:  # what a call must not be, or a scheduler that does not fit
-            raise UserInputError(
-                f"{source or 'The pipeline'} samples no scenes from seed {seed + first} on: {error}."
-            ) from error
-        grids = output.grids
-        assert grids is not None
-        for i in range(count):
-            scene_seed = seed + first + i
-            folder = Path(output_dir) / f"scene_{scene_seed:06d}"
+        scenes = draw_scenes(
+            pipeline,
+            count,
+            seed + first,
+            num_inference_steps=num_inference_steps,
+            source=source,
+            guidance_scale=guidance_scale,
+            maps=chosen,
+        )
+        for i, scene in enumerate(scenes):
+            folder = Path(output_dir) / f"scene_{seed + first + i:06d}"
+            assert scene.cameras is not None
             write_generated_scene(
                 folder,
-                grids[i].to("cpu"),
-                pipeline.scene_autoencoder,
-                index_cameras(output.cameras.to("cpu"), i),
-                {name: value[i] for name, value in output.latents.to("cpu").state_dict().items()},
-                {"seed": scene_seed, **record},
+                scene.grid,
+                scene.renderer,
+                scene.cameras,
+                scene.latents,
+                scene.provenance,
                 attachments={BEV_FILE: bev_png(chosen[i], pipeline.bev_classes)} if chosen else None,
             )
             yield folder
+
+
+def draw_scenes(
+    pipeline: NFLDMPipeline,
+    num_scenes: int,
+    seed: int = 0,
+    *,
+    num_inference_steps: int = 30,
+    source: str = "",
+    guidance_scale: float = 1.0,
+    temperatures: Sequence[float] | None = None,
+    maps: Sequence[UInt8[np.ndarray, "height width"]] = (),
+    callback_on_step_end: StepCallback | None = None,
+    command: str = "nfldm-sample",
+) -> list[GeneratedScene]:
+    """Samples scenes of the seeds `seed`, `seed + 1`, ... together; with one renderer, on the CPU, as files hold them.
+
+    Args:
+        source: where the pipeline is from, for the record.
+        guidance_scale, temperatures, callback_on_step_end: of the pipeline's call.
+        maps: semantic maps, north up: none, or one per scene.
+        command: what samples them, for the record.
+
+    Raises:
+        UserInputError: if the pipeline refuses the call, or what it samples is not finite.
+    """
+    record = {"command": command, **sampling_record(pipeline, num_inference_steps, source)}
+    if guidance_scale != 1:
+        record["guidance_scale"] = guidance_scale
+    if temperatures is not None:
+        record["temperatures"] = list(temperatures)
+    if maps:
+        record["bev"] = BEV_FILE
+    try:
+        output = pipeline(
+            num_scenes,
+            scene_generators(seed, num_scenes),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            temperatures=temperatures,
+            bev=torch.from_numpy(np.stack(maps)) if maps else None,
+            callback_on_step_end=callback_on_step_end,
+        )
+    except ValueError as error:  # what a call must not be, or a scheduler that does not fit
+        raise UserInputError(f"{source or 'The pipeline'} samples no scenes from seed {seed} on: {error}.") from error
+    grids, renderer = output.grids, renderer_of(pipeline.scene_autoencoder)
+    assert grids is not None
+    cameras, latents = output.cameras.to("cpu"), output.latents.to("cpu").state_dict()
+    return [
+        GeneratedScene(
+            half_precision(grids[i]),
+            renderer,
+            index_cameras(cameras, i),
+            {name: value[i] for name, value in latents.items()},
+            {"seed": seed + i, **record},
+        )
+        for i in range(num_scenes)
+    ]
