@@ -312,10 +312,11 @@ class StudioPanel:
         """Another scene is on show: its voxels, its cameras."""
         self.pipeline.model.show(entry.scene)
         self.viewer._trigger_rerender()
-        if entry.images is not None:
-            shown = self.viewer.hide_images.visible
-            self.viewer.init_scene(SceneViews(entry), "completed")  # type: ignore[arg-type]
-            self.viewer.set_camera_visibility(shown)
+        shown = self.viewer.hide_images.visible
+        first = self.pipeline.datamanager.train_dataset
+        views: Any = first if entry.images is None else SceneViews(entry)
+        self.viewer.init_scene(views, "completed")
+        self.viewer.set_camera_visibility(shown)
 
     def _refresh(self) -> None:
         """Shows what the session's state is now; from any thread."""
