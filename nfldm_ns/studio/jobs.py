@@ -86,8 +86,8 @@ class Worker:
             job = self._job = Job(self._report, what)
             self.status = Status(running=True, what=what)
             self._thread = threading.Thread(target=self._run, args=(job, what, work), daemon=True)
+            self._thread.start()
         self._changed()
-        self._thread.start()
 
     def cancel(self) -> None:
         """Lets the job stop at its next step; nothing happens where none runs."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,7 @@ class StudioPanel:
         folder = pipeline.config.model.scene
         assert folder is not None
         scene = pipeline.model.on_show
-        self._built = False
+        self._built, self._refreshing = False, threading.RLock()
         self.session = StudioSession(
             scene, folder.name, options.output_dir, options.generator, folder, self._show, self._refresh
         )
@@ -127,7 +128,7 @@ class StudioPanel:
         self.show_box = gui.add_checkbox("Show the box", False, hint="drag its arrows; it is as high as the scene")
         self.show_box.on_update(lambda _: self.box.show(self.show_box.value))
         self.centre = gui.add_vector2("Middle x, y [m]", self.box.centre, step=0.1)
-        self.centre.on_update(lambda event: self._move_box(event))
+        self.centre.on_update(self._move_box)
         self.width = gui.add_slider("Size in x [m]", 0.5, extent[0], 0.1, round(self.box.size[0], 1))
         self.depth = gui.add_slider("Size in y [m]", 0.5, extent[1], 0.1, round(self.box.size[1], 1))
         for slider in (self.width, self.depth):
@@ -320,8 +321,11 @@ class StudioPanel:
 
     def _refresh(self) -> None:
         """Shows what the session's state is now; from any thread."""
-        if not self._built:
-            return
+        if self._built:
+            with self._refreshing:
+                self._show_state()
+
+    def _show_state(self) -> None:
         status = self.session.worker.status
         self.bar.value = 100 * status.share
         self.bar.visible = self.cancel.visible = status.running
