@@ -85,8 +85,9 @@ class GeneratedSceneModel(VoxelModel):
         scene = load_generated_scene(self.config.scene)
         self.scene_box = SceneBox(aabb=scene.grid.aabb.clone())
         super().populate_modules()
+        self.field = VoxelGridField(scene.grid, trainable=True)
         self.decoder = scene.renderer
-        self.show(scene)
+        self.on_show = scene
 
     def show(self, scene: GeneratedScene) -> None:
         """Puts another scene, of the same box and renderer, in the place of the one on show.
