@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -27,18 +28,28 @@ from nfldm_ns.models import GENERATOR
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
 from nfldm_ns.studio.generator import Generator
 from nfldm_ns.studio.launch import Studio, first_scene, open_studio
+from nfldm_ns.studio.scene_tools import FILL
 from shared.chromium import Page, find_chromium, open_page
 from shared.running import run
 
-WINDOW = (1080, 640)
-GIF_SIZE, GIF_COLOURS = (720, 427), 96
-SETTLE_S = 3.0
+WINDOW, TITLE_BAR = (1080, 640), 51
+GIF_SIZE, GIF_COLOURS = (720, 393), 96
+PATIENCE_S = 60
+BOX_M, CARES = 5.0, (1, 3)
+DRAWN = (("void", (-6, -6, 6, 6)), ("floor", (-2, -3, 2, 6)), ("floor", (2, 2, 6, 5)), ("step up", (-2, -3, 2, -1.5)))
+CANVAS = """(() => {
+    const all = [...document.querySelectorAll('canvas')].map(e => e.getBoundingClientRect());
+    const box = all.reduce((a, b) => a.width * a.height > b.width * b.height ? a : b);
+    return [box.x, box.y, box.width, box.height];
+})()"""
+SETTLED = "Number((document.body.innerText.match(/Resolution: (\\d+)x/) || [0, 0])[1]) > 200"
 ANSWER = """new Promise(resolve => {
     const button = [...document.querySelectorAll('button')].find(
         e => e.innerText.trim() === %(label)s && e.offsetParent !== null);
     const changed = () => document.body.innerText.includes(%(text)s);
     const begun = performance.now();
     const end = () => resolve(performance.now() - begun);
+    setTimeout(() => resolve(null), %(patience_ms)d);
     const observer = new MutationObserver(() => { if (changed()) { observer.disconnect(); end(); } });
     observer.observe(document.body, {subtree: true, childList: true, characterData: true, attributes: true});
     button.click();
@@ -61,8 +72,8 @@ class Options:
     """clicks of each kind"""
     threads: int = 2
     """CPU threads"""
-    settle_s: float = SETTLE_S
-    """wait for the viewer's fine picture, before one of the page is taken"""
+    settle_s: float = 2.0
+    """wait before a picture of the page is taken, beside that for the viewer's fine picture"""
 
 
 @dataclass
@@ -80,9 +91,11 @@ class Film:
     settle_s: float
     frames: list[tuple[Image.Image, int]] = field(default_factory=list)
 
-    def take(self, name: str, show_ms: int = 1200, settle: bool = True) -> None:
-        time.sleep(self.settle_s if settle else 0)
+    def take(self, name: str, show_ms: int = 1200) -> None:
+        time.sleep(self.settle_s)
+        self.page.wait_for(SETTLED)
         picture = self.page.picture()
+        picture = picture.crop((0, TITLE_BAR, *picture.size))
         picture.save(self.folder / f"{len(self.frames):02d}_{name}.png")
         self.frames.append((picture, show_ms))
 
@@ -104,7 +117,11 @@ class Film:
 
 def answer_ms(page: Page, label: str, text: str) -> float:
     """Milliseconds from a click on a button to a text on the page."""
-    return page.evaluate(ANSWER % {"label": json.dumps(label), "text": json.dumps(text)})
+    words = {"label": json.dumps(label), "text": json.dumps(text), "patience_ms": 1000 * PATIENCE_S}
+    found = page.evaluate(ANSWER % words)
+    if found is None:
+        raise TimeoutError(f"'{label}' is not answered by '{text}'; the page says: {page.text()[:1000]}")
+    return found
 
 
 def work(studio: Studio, begin: Callable[[], None]) -> dict[str, float]:
@@ -112,7 +129,7 @@ def work(studio: Studio, begin: Callable[[], None]) -> dict[str, float]:
     worker = studio.panel.session.worker
     wall, cpu = time.monotonic(), time.process_time()
     begin()
-    while not worker.status.running and time.monotonic() - wall < SETTLE_S:
+    while not worker.status.running and time.monotonic() - wall < PATIENCE_S:
         time.sleep(0.01)
     worker.wait()
     if worker.status.failed:
@@ -120,46 +137,78 @@ def work(studio: Studio, begin: Callable[[], None]) -> dict[str, float]:
     return {"seconds": time.monotonic() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
-def answers(studio: Studio, page: Page, count: int) -> dict[str, list[float]]:
-    """Milliseconds of answers at rest, and while a scene is sampled."""
-    page.place_of("Sample a scene")
-    found: dict[str, list[float]] = {"at rest": [], "while sampling": []}
-    for _ in range(count):
-        found["at rest"].append(answer_ms(page, "Sample a scene", "Cancel"))
-        time.sleep(0.5)
-        found["while sampling"].append(answer_ms(page, "Sample a scene", "is not finished"))
-        studio.panel.session.worker.cancel()
-        studio.panel.session.worker.wait()
-        page.wait_for_text("cancelled, nothing changed")
+def time_callbacks(handle: Any) -> dict[str, list[float]]:
+    """Milliseconds of what the server does at each click on a button from now on, by the clock and of a CPU."""
+    found: dict[str, list[float]] = {"ms": [], "cpu_ms": []}
+    callbacks = list(handle._impl.update_cb)
+
+    def timed(event: Any) -> None:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        for callback in callbacks:
+            callback(event)
+        found["ms"].append(1000 * (time.perf_counter() - wall))
+        found["cpu_ms"].append(1000 * (time.thread_time() - cpu))
+
+    handle._impl.update_cb[:] = [timed]
     return found
 
 
-def mark_and_resample(studio: Studio, page: Page, film: Film) -> dict[str, float]:
-    """A box before the visitor, sampled anew."""
+def answers(studio: Studio, page: Page, count: int) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds of answers at rest, and while a scene is sampled: on the page, and of the server alone."""
+    page.place_of("Sample a scene")
+    panel = studio.panel
+    steps, panel.steps.value = panel.steps.value, 100  # long enough to ask again meanwhile
+    server = time_callbacks(panel.sample)
+    on_page: dict[str, list[float]] = {"at rest": [], "while sampling": []}
+    for _ in range(count):
+        on_page["at rest"].append(answer_ms(page, "Sample a scene", "Cancel"))
+        time.sleep(0.5)
+        on_page["while sampling"].append(answer_ms(page, "Sample a scene", "is not finished"))
+        panel.session.worker.cancel()
+        panel.session.worker.wait()
+        page.wait_for_text("cancelled, nothing changed")
+    panel.steps.value = steps
+    return {
+        name: {
+            "page_ms": on_page[name],
+            "server_ms": server["ms"][first::2],
+            "server_cpu_ms": server["cpu_ms"][first::2],
+        }
+        for first, name in enumerate(on_page)
+    }
+
+
+def mark_and_resample(studio: Studio, page: Page, film: Film) -> dict[str, dict[str, float]]:
+    """A box before the visitor, sampled anew, with several kinds of care."""
     panel = studio.panel
     page.click("Box")
+    panel.width.value = panel.depth.value = BOX_M
+    page.click("Bring it before me")
+    film.take("box", 1800)
+    found = {}
+    for care in CARES:
+        panel.chosen.value = panel.chosen.options[1]
+        panel.walks.value = care
+        found[f"care {care}"] = work(studio, lambda: page.click("Resample the box"))
+        film.take("resampled", 1400)
     page.click("Show the box")
-    panel.box.move((0.0, 4.5))
-    panel.width.value, panel.depth.value = 5.0, 5.0
-    film.take("box")
-    measured = work(studio, lambda: page.click("Resample the box"))
-    film.take("resampled")
-    page.click("Show the box")
-    film.take("resampled_without_box", 1800)
-    return measured
+    film.take("without_the_box", 1400)
+    return found
 
 
-def draw_and_sample(page: Page, studio: Studio, film: Film) -> dict[str, float]:
-    """A map with two rooms and a way between them, and a scene of it."""
+def draw_and_sample(studio: Studio, page: Page, film: Film) -> dict[str, float]:
+    """A map of a room with a passage to the east, and a scene of it."""
     panel = studio.panel
     page.click("Map")
     page.click("Draw")
     film.take("map")
-    centre, pixels = page.evaluate("[window.innerWidth / 2, window.innerHeight / 2]"), WINDOW[1] / 16
-    for x0, y0, x1, y1 in ((-1, 1, 1, 6), (-5, 3, -2, 6), (-2, 4, -1, 5)):
-        corners = [(centre[0] + x * pixels, centre[1] - y * pixels) for x, y in ((x0, y0), (x1, y1))]
+    left, top, width, height = page.evaluate(CANVAS)
+    pixels = height * FILL / (panel.session.grid_box[3] - panel.session.grid_box[1])
+    for class_name, (x0, y0, x1, y1) in DRAWN:
+        panel.brush.value = class_name
+        corners = [(left + width / 2 + x * pixels, top + height / 2 - y * pixels) for x, y in ((x0, y0), (x1, y1))]
         page.drag(corners[0], corners[1])
-        film.take("drawn", 500)
+        film.take("drawn", 700)
     page.click("Draw")
     page.click("New")
     measured = work(studio, lambda: page.click("Sample a scene"))
@@ -193,13 +242,16 @@ def main(options: Options) -> None:
             film = Film(page, options.output_dir, options.settle_s)
             film.take("first", 1800)
             results["answers_ms"] = times = answers(studio, page, options.answers)
-            for name, values in times.items():
-                print(f"answer {name}: median {statistics.median(values):.0f} ms, longest {max(values):.0f} ms")
+            for name, kinds in times.items():
+                shown = {
+                    kind: [round(f(values), 1) for f in (statistics.median, max)] for kind, values in kinds.items()
+                }
+                print(f"answers {name}, median and longest: {json.dumps(shown)}")
             results["sample"] = work(studio, lambda: page.click("Sample a scene"))
             page.click("Go to its first view")
             film.take("sampled", 1800)
             results["resample"] = mark_and_resample(studio, page, film)
-            results["sample by a map"] = draw_and_sample(page, studio, film)
+            results["sample by a map"] = draw_and_sample(studio, page, film)
     finally:
         studio.close()
     film.write(options.output_dir / "studio.gif")

@@ -30,6 +30,7 @@ OPTIONS = (
     "--remote-debugging-port=0",
 )
 PATIENCE_S = 240.0
+TEXT = "(document.body?.innerText ?? '')"  # a page has no body before it is loaded
 FIND = """(() => {
     const all = [...document.querySelectorAll('button, [role=tab], label, input, a')];
     const found = all.filter(e => (e.innerText || e.value || '').trim() === %s && e.offsetParent !== null);
@@ -76,7 +77,7 @@ class Page:
 
     def text(self) -> str:
         """All that can be read on the page."""
-        return self.evaluate("document.body.innerText")
+        return self.evaluate(TEXT)
 
     def wait_for(self, script: str, timeout_s: float = PATIENCE_S, every_s: float = 0.2) -> Any:
         """The value of an expression as soon as it is true; `TimeoutError` after some time."""
@@ -89,7 +90,7 @@ class Page:
         raise TimeoutError(f"{script} is not true after {timeout_s:g} s; the page says: {self.text()[:2000]}")
 
     def wait_for_text(self, text: str, timeout_s: float = PATIENCE_S, every_s: float = 0.2) -> None:
-        self.wait_for(f"document.body.innerText.includes({json.dumps(text)})", timeout_s, every_s)
+        self.wait_for(f"{TEXT}.includes({json.dumps(text)})", timeout_s, every_s)
 
     def place_of(self, label: str) -> tuple[float, float]:
         """The middle of the visible button, tab or label with this text, in pixels."""

@@ -97,7 +97,8 @@ class Worker:
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Until no job runs; whether that is so."""
-        thread = self._thread
+        with self._lock:  # so that one that begins has begun
+            thread = self._thread
         if thread is not None:
             thread.join(timeout_s)
         return self._job is None

@@ -71,6 +71,7 @@ class StudioPanel:
         assert folder is not None
         scene = pipeline.model.on_show
         self._built, self._refreshing = False, threading.RLock()
+        self._said, self._was_running = "", False
         self.session = StudioSession(
             scene, folder.name, options.output_dir, options.generator, folder, self._show, self._refresh
         )
@@ -127,6 +128,8 @@ class StudioPanel:
         self.box = MarkedBox(self.viewer.viser_server, aabb, self._box_moved)
         self.show_box = gui.add_checkbox("Show the box", False, hint="drag its arrows; it is as high as the scene")
         self.show_box.on_update(lambda _: self.box.show(self.show_box.value))
+        self.bring = gui.add_button("Bring it before me")
+        self.bring.on_click(self._bring_box)
         self.centre = gui.add_vector2("Middle x, y [m]", self.box.centre, step=0.1)
         self.centre.on_update(self._move_box)
         self.width = gui.add_slider("Size in x [m]", 0.5, extent[0], 0.1, round(self.box.size[0], 1))
@@ -254,6 +257,11 @@ class StudioPanel:
     def _box_moved(self) -> None:
         self.centre.value = tuple(round(value, 2) for value in self.box.centre)
 
+    def _bring_box(self, event: GuiEvent) -> None:
+        self.box.bring_before(event.client)
+        self._box_moved()
+        self.show_box.value = True
+
     def _move_box(self, event: GuiEvent) -> None:
         if event.client is not None:  # by hand, not by `_box_moved`
             self.box.move(self.centre.value)
@@ -307,7 +315,10 @@ class StudioPanel:
         return guarded
 
     def _say(self, sentence: str) -> None:
-        self.status.content = plain(sentence)
+        """Shows a sentence: until something else happens, below the progress of what goes on."""
+        with self._refreshing:
+            self._said = sentence
+            self._show_state()
 
     def _show(self, entry: StudioScene) -> None:
         """Another scene is on show: its voxels, its cameras."""
@@ -329,10 +340,10 @@ class StudioPanel:
         status = self.session.worker.status
         self.bar.value = 100 * status.share
         self.bar.visible = self.cancel.visible = status.running
-        if status.running:
-            self.status.content = f"**{plain(status.what)}** {status.share:.0%}"
-        elif status.message:
-            self.status.content = plain(status.message)
+        if status.running != self._was_running:
+            self._said, self._was_running = "", status.running
+        said = plain(self._said or status.message)
+        self.status.content = f"**{plain(status.what)}** {status.share:.0%}\n\n{said}" if status.running else said
         if self.session.generator.ready:
             self._generator_is_ready()
         if not status.running:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 BOX_COLOR = (255, 211, 105)  # nerfstudio's own
 EDGES = (0, 1, 2, 3, 0, 4, 5, 1, 5, 6, 2, 6, 7, 3, 7, 4)  # one way along all edges of a box
+BEFORE = 1.0  # metres
 ABOVE_BOX = 0.05  # metres: the map lies so far above the scene, so that nothing hides it
 FILL = 0.98  # share of the window that the map fills
 FACE_UP = SO3.from_x_radians(
@@ -71,6 +72,15 @@ class MarkedBox:
 
     def move(self, centre: tuple[float, float]) -> None:
         self._gizmo.position = np.array([SCALE * centre[0], SCALE * centre[1], SCALE * self._height])
+
+    def bring_before(self, client: ClientHandle) -> None:
+        """Moves it to where a visitor looks, so that its near side is `BEFORE` metres away; its middle stays inside."""
+        position = np.asarray(client.camera.position) / SCALE
+        ahead = SO3(client.camera.wxyz).as_matrix()[:2, 2]
+        ahead = ahead / max(float(np.linalg.norm(ahead)), 1e-6)
+        middle = position[:2] + ahead * (BEFORE + float(np.dot(np.abs(ahead), self.size)) / 2)
+        x, y = np.clip(middle, self._aabb[0, :2], self._aabb[1, :2])
+        self.move((float(x), float(y)))
 
     def resize(self, size: tuple[float, float]) -> None:
         self.size = size
