@@ -38,8 +38,7 @@ PATIENCE_S = 60
 BOX_M, CARES = 5.0, (1, 3)
 DRAWN = (("void", (-6, -6, 6, 6)), ("floor", (-2, -3, 2, 6)), ("floor", (2, 2, 6, 5)), ("step up", (-2, -3, 2, -1.5)))
 CANVAS = """(() => {
-    const all = [...document.querySelectorAll('canvas')].map(e => e.getBoundingClientRect());
-    const box = all.reduce((a, b) => a.width * a.height > b.width * b.height ? a : b);
+    const box = document.querySelector('canvas[data-engine]').getBoundingClientRect();
     return [box.x, box.y, box.width, box.height];
 })()"""
 SETTLED = "Number((document.body.innerText.match(/Resolution: (\\d+)x/) || [0, 0])[1]) > 200"
@@ -204,7 +203,7 @@ def draw_and_sample(studio: Studio, page: Page, film: Film) -> dict[str, float]:
     film.take("map")
     left, top, width, height = page.evaluate(CANVAS)
     pixels = height * FILL / (panel.session.grid_box[3] - panel.session.grid_box[1])
-    for class_name, (x0, y0, x1, y1) in DRAWN:
+    for class_name, (x0, y0, x1, y1) in (part for part in DRAWN if part[0] in panel.brush.options):
         panel.brush.value = class_name
         corners = [(left + width / 2 + x * pixels, top + height / 2 - y * pixels) for x, y in ((x0, y0), (x1, y1))]
         page.drag(corners[0], corners[1])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import studio as studio_benchmark
 import torch
 import trimesh
 from PIL import Image
@@ -35,7 +38,7 @@ from nfldm_ns.studio.jobs import Job, Worker
 from nfldm_ns.studio.launch import open_port, open_studio
 from nfldm_ns.studio.panel import plain
 from nfldm_ns.studio.session import IN_THE_BOX, StudioScene, StudioSession, free_path
-from shared.chromium import find_chromium, open_page
+from shared.chromium import find_chromium
 from tests.small_models import random_grid, small_pipeline, small_scene_autoencoder
 from tests.synthetic import AABB, BEV_CLASSES
 
@@ -473,27 +476,24 @@ def test_the_panel_does_what_its_buttons_say(folder, pipeline, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(find_chromium() is None, reason="needs chromium")
-def test_the_panel_in_a_browser(folder, pipeline, tmp_path):
-    scenes = sample_scenes(pipeline, tmp_path, 1, 0, num_inference_steps=2, source=str(folder))
-    studio = open_studio(list(scenes), tmp_path / "kept", free_port(), browser=None)
-    try:
-        session = studio.panel.session
-        with open_page(studio.url, (1000, 700)) as page:
-            page.wait_for_text("Ready.")
-            page.click("Sample a scene")
-            page.wait_for_text("scene_000001 is ready.")
-            before = session.map.cells.copy()
-            page.click("Map")
-            page.click("Draw")
-            until(lambda: studio.panel.canvas.visible)
-            time.sleep(2.0)
-            page.drag((330, 300), (420, 380))
-            until(lambda: not np.array_equal(session.map.cells, before) or session.follow_map)
-            extrema = page.picture().crop((100, 200, 600, 600)).getextrema()
-        assert session.on_show.name == "scene_000001" and session.follow_map
-        assert any(high - low > 30 for low, high in extrema)
-    finally:
-        studio.close()
+def test_the_panel_in_a_browser(folder, tmp_path):
+    """The script behind the numbers and the animation samples, cancels, marks a box, draws a map by clicks alone."""
+    studio_benchmark.main(
+        studio_benchmark.Options(tmp_path, folder, num_inference_steps=4, answers=1, threads=1, settle_s=0.3)
+    )
+    found = json.loads((tmp_path / "studio.json").read_text())
+    assert all(math.isfinite(value) for value in found["sample"].values())
+    assert len(found["answers_ms"]["while sampling"]["page_ms"]) == 1
+    with Image.open(tmp_path / "studio.gif") as film:
+        assert film.size == studio_benchmark.GIF_SIZE and film.n_frames >= 8
+    colours = [
+        np.asarray(Image.open(path))[:, : studio_benchmark.WINDOW[0] // 2] for path in sorted(tmp_path.glob("*.png"))
+    ]
+    assert all(picture.std() > 5 for picture in colours)
+    names = [path.stem.partition("_")[2] for path in sorted(tmp_path.glob("*.png"))]
+    drawn = colours[names.index("drawn") + 1]
+    floor = np.array(BEV_CLASSES[1].color)
+    assert 0.01 < (np.abs(drawn - floor.astype(int)).max(axis=-1) < 12).mean() < 0.9
 
 
 @pytest.mark.slow
