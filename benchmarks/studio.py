@@ -28,15 +28,15 @@ from nfldm_ns.models import GENERATOR
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
 from nfldm_ns.studio.generator import Generator
 from nfldm_ns.studio.launch import Studio, first_scene, open_studio
-from nfldm_ns.studio.scene_tools import FILL
+from nfldm_ns.studio.scene_tools import FILL, SCALE
 from shared.chromium import Page, find_chromium, open_page
 from shared.running import run
 
 WINDOW, TITLE_BAR = (1080, 640), 51
 GIF_SIZE, GIF_COLOURS = (720, 393), 96
 PATIENCE_S = 60
-BOX_M, CARES = 5.0, (1, 3)
-DRAWN = (("void", (-6, -6, 6, 6)), ("floor", (-2, -3, 2, 6)), ("floor", (2, 2, 6, 5)), ("step up", (-2, -3, 2, -1.5)))
+BOX_M, CARES = 4.0, (1, 3)
+DRAWN = (("void", (-6, -6, 6, 6)), ("floor", (-3, -3, 3, 6)), ("floor", (3, 2, 6, 5)), ("step up", (-3, 5, 3, 6)))
 CANVAS = """(() => {
     const box = document.querySelector('canvas[data-engine]').getBoundingClientRect();
     return [box.x, box.y, box.width, box.height];
@@ -71,8 +71,8 @@ class Options:
     """clicks of each kind"""
     threads: int = 2
     """CPU threads"""
-    settle_s: float = 2.0
-    """wait before a picture of the page is taken, beside that for the viewer's fine picture"""
+    settle_s: float = 0.7
+    """wait before a picture of the page is taken, thrice, beside that for the viewer's fine picture"""
 
 
 @dataclass
@@ -91,8 +91,9 @@ class Film:
     frames: list[tuple[Image.Image, int]] = field(default_factory=list)
 
     def take(self, name: str, show_ms: int = 1200) -> None:
-        time.sleep(self.settle_s)
-        self.page.wait_for(SETTLED)
+        for _ in range(3):  # the fine picture may be that of before
+            time.sleep(self.settle_s)
+            self.page.wait_for(SETTLED)
         picture = self.page.picture()
         picture = picture.crop((0, TITLE_BAR, *picture.size))
         picture.save(self.folder / f"{len(self.frames):02d}_{name}.png")
@@ -166,7 +167,7 @@ def answers(studio: Studio, page: Page, count: int) -> dict[str, dict[str, list[
         panel.session.worker.cancel()
         panel.session.worker.wait()
         page.wait_for_text("cancelled, nothing changed")
-    panel.steps.value = steps
+    panel.steps.value, panel.seed.value = steps, 1
     return {
         name: {
             "page_ms": on_page[name],
@@ -188,6 +189,7 @@ def mark_and_resample(studio: Studio, page: Page, film: Film) -> dict[str, dict[
     for care in CARES:
         panel.chosen.value = panel.chosen.options[1]
         panel.walks.value = care
+        panel.box_seed.value = 1
         found[f"care {care}"] = work(studio, lambda: page.click("Resample the box"))
         film.take("resampled", 1400)
     page.click("Show the box")
@@ -211,7 +213,8 @@ def draw_and_sample(studio: Studio, page: Page, film: Film) -> dict[str, float]:
     page.click("Draw")
     page.click("New")
     measured = work(studio, lambda: page.click("Sample a scene"))
-    page.click("Go to its first view")
+    for client in studio.viewer.viser_server.get_clients().values():
+        client.camera.position, client.camera.look_at = ((0.0, -2 * SCALE, 0.0), (0.0, 5 * SCALE, -SCALE))
     film.take("by_the_map", 2500)
     assert panel.session.on_show.bev is not None
     return measured

@@ -140,7 +140,7 @@ class StudioPanel:
         self.resample = gui.add_button("Resample the box")
         self.resample.on_click(self._guarded(lambda _: self._resample()))
         self.strength = gui.add_slider("Strength", 0.1, 1.0, 0.05, 1.0, hint="below 1 something of it stays")
-        self.walks = gui.add_slider("Care", 1, 5, 1, 1, hint="how often steps are walked, so that it fits around")
+        self.walks = gui.add_slider("Care", 1, 5, 1, 3, hint="how often steps are walked, so that it fits around")
         self.seam = gui.add_slider("Seam [m]", 0.0, 3.0, 0.1, 1.0)
 
     def _build_join(self) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 BOX_COLOR = (255, 211, 105)  # nerfstudio's own
 EDGES = (0, 1, 2, 3, 0, 4, 5, 1, 5, 6, 2, 6, 7, 3, 7, 4)  # one way along all edges of a box
-BEFORE = 1.0  # metres
+BEFORE = 2.0  # metres
 ABOVE_BOX = 0.05  # metres: the map lies so far above the scene, so that nothing hides it
 FILL = 0.98  # share of the window that the map fills
 FACE_UP = SO3.from_x_radians(

@@ -213,7 +213,7 @@ class StudioSession:
         settings: Settings = DEFAULTS,
         *,
         strength: float = 1.0,
-        resamplings: int = 1,
+        resamplings: int = 3,
         seam_m: float = SEAM_M,
     ) -> None:
         """Samples a box of the scene on show anew and shows the result; by the map, if that is to be followed.
