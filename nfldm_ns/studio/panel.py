@@ -237,6 +237,7 @@ class StudioPanel:
 
     def _take_picture(self, event: GuiEvent) -> None:
         client = event.client
+        assert client is not None
         height = int(self.height.value)
         camera = ViewerControl()
         camera._setup(self.viewer)
@@ -258,6 +259,7 @@ class StudioPanel:
         self.centre.value = tuple(round(value, 2) for value in self.box.centre)
 
     def _bring_box(self, event: GuiEvent) -> None:
+        assert event.client is not None
         self.box.bring_before(event.client)
         self._box_moved()
         self.show_box.value = True
