@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nerfstudio.configs import base_config  # noqa: F401  # before `writer`, as the two import each other
 from nerfstudio.utils import writer
 from nerfstudio.viewer.viewer import Viewer
 
