@@ -83,16 +83,21 @@ class Film:
         page: that is shown.
         folder: for them.
         settle_s: wait before each.
+        settled: whether the viewer is at its fine picture.
     """
 
     page: Page
     folder: Path
     settle_s: float
+    settled: Callable[[], bool]
     frames: list[tuple[Image.Image, int]] = field(default_factory=list)
 
     def take(self, name: str, show_ms: int = 1200) -> None:
         for _ in range(3):  # the fine picture may be that of before
             time.sleep(self.settle_s)
+            end = time.monotonic() + PATIENCE_S
+            while not self.settled() and time.monotonic() < end:
+                time.sleep(0.1)
             self.page.wait_for(SETTLED)
         picture = self.page.picture()
         picture = picture.crop((0, TITLE_BAR, *picture.size))
@@ -113,6 +118,12 @@ class Film:
                 loop=0,
                 optimize=True,
             )
+
+
+def shows_fine_picture(studio: Studio) -> bool:
+    """Whether the viewer has nothing better to render for anybody."""
+    machines = list(studio.viewer.render_statemachines.values())
+    return all(machine.state == "high" and machine.next_action is None for machine in machines)
 
 
 def answer_ms(page: Page, label: str, text: str) -> float:
@@ -241,7 +252,7 @@ def main(options: Options) -> None:
         with open_page(studio.url, WINDOW) as page:
             page.wait_for_text("Ready.")
             studio.panel.steps.value = options.num_inference_steps
-            film = Film(page, options.output_dir, options.settle_s)
+            film = Film(page, options.output_dir, options.settle_s, lambda: shows_fine_picture(studio))
             film.take("first", 1800)
             results["answers_ms"] = times = answers(studio, page, options.answers)
             for name, kinds in times.items():
