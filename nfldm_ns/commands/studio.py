@@ -79,11 +79,14 @@ class Studio:
 
     def _generator(self, device: str) -> Generator | None:
         """What was asked for, read; None leaves it to the scene, and reading to the panel."""
+        import diffusers
+
         from nfldm_ns.diffusion.pipeline import load_pipeline
         from nfldm_ns.studio.generator import Generator
 
         if self.pipeline is None and self.scene:
             return None
+        diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         source = self.pipeline or Path(GENERATOR)
         return Generator(str(source), device, load_pipeline(source).to(device))
 
