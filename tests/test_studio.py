@@ -502,7 +502,13 @@ def test_the_command_samples_opens_and_closes(folder, tmp_path):
     port = free_port()
     options = ["--pipeline", folder, "--output-dir", tmp_path, "--port", port, "--num-inference-steps", 2]
     arguments = [sys.executable, "-m", "nfldm_ns.commands.studio", *map(str, options)]
-    running = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    running = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     try:
         assert running.stdout is not None
         lines = []
