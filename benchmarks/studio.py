@@ -36,6 +36,7 @@ WINDOW, TITLE_BAR = (1080, 640), 51
 GIF_SIZE, GIF_COLOURS = (720, 393), 96
 PATIENCE_S = 60
 BOX_M, CARES = 4.0, (1, 3)
+MAP_UNITS = 16  # of what is drawn, on each side of the map
 DRAWN = (("void", (-6, -6, 6, 6)), ("floor", (-3, -3, 3, 6)), ("floor", (3, 2, 6, 5)), ("step up", (-3, 5, 3, 6)))
 CANVAS = """(() => {
     const box = document.querySelector('canvas[data-engine]').getBoundingClientRect();
@@ -139,8 +140,9 @@ def work(studio: Studio, begin: Callable[[], None]) -> dict[str, float]:
     """Seconds of a job and of CPU time, from the click to its end."""
     worker = studio.panel.session.worker
     wall, cpu = time.monotonic(), time.process_time()
+    before = worker.status
     begin()
-    while not worker.status.running and time.monotonic() - wall < PATIENCE_S:
+    while worker.status is before and time.monotonic() - wall < PATIENCE_S:
         time.sleep(0.01)
     worker.wait()
     if worker.status.failed:
@@ -215,7 +217,7 @@ def draw_and_sample(studio: Studio, page: Page, film: Film) -> dict[str, float]:
     page.click("Draw")
     film.take("map")
     left, top, width, height = page.evaluate(CANVAS)
-    pixels = height * FILL / (panel.session.grid_box[3] - panel.session.grid_box[1])
+    pixels = height * FILL / MAP_UNITS
     for class_name, (x0, y0, x1, y1) in (part for part in DRAWN if part[0] in panel.brush.options):
         panel.brush.value = class_name
         corners = [(left + width / 2 + x * pixels, top + height / 2 - y * pixels) for x, y in ((x0, y0), (x1, y1))]
