@@ -30,7 +30,8 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.exports.voxels import read_voxels
 from nfldm_ns.generated.cameras import surround_cameras
 from nfldm_ns.generated.scene_files import GeneratedScene, load_generated_scene
-from nfldm_ns.plugin.generated_run import scene_run_config, write_generated_scene
+from nfldm_ns.plugin.generated_run import write_generated_scene
+from nfldm_ns.plugin.scene_config import scene_run_config
 from nfldm_ns.sampling.scenes import draw_scenes, sample_scenes
 from nfldm_ns.studio.drawn_map import DrawnMap
 from nfldm_ns.studio.generator import Generator, Settings
