@@ -24,8 +24,8 @@ from nfldm_ns.autoencoder.skipping import (
 from nfldm_ns.scenes.views import camera_rays
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, sample_voxels
 
-FEW_SAMPLES = 2**16
-"""Samples per image up to which, on the CPU, reading all of them is as fast as finding out which matter."""
+FEW_SAMPLES = {"compiled": 2**15, "torch": 2**19}
+"""Samples per image up to which, on the CPU, reading all of them is about as fast as finding out which matter."""
 
 
 @dataclass
@@ -95,7 +95,8 @@ def skips(grid: VoxelGrid, samples_per_camera: int) -> bool:
     """
     if grid.device.type == "cuda" and nerfacc_works():
         return True
-    return not learns(grid) and samples_per_camera > FEW_SAMPLES
+    few = FEW_SAMPLES["torch" if compiled() is None else "compiled"]
+    return not learns(grid) and samples_per_camera > few
 
 
 def learns(grid: VoxelGrid) -> bool:

@@ -175,14 +175,10 @@ def _march_some(
             passed[here] = before + depth
         number += 1 + ((distance.float() - 1).clamp(min=0) * reach).floor()
         alive = (number < rays.num_samples) & (passed < opaque)
-        if int(alive.sum()) < 0.8 * len(ray):
+        if not bool(alive.all()):
             alive = alive.nonzero()[:, 0]
             ray, number, passed, delta, reach = (v[alive] for v in (ray, number, passed, delta, reach))
             first, step = first[:, alive], step[:, alive]
-        else:
-            ended = ~alive
-            number.masked_fill_(ended, rays.num_samples - 1)
-            passed.masked_fill_(ended, math.inf)
     return _in_order(seen, counts, begin)
 
 
@@ -213,7 +209,8 @@ def largest(samples: RaySamples, num_rays: int, kept: int) -> RaySamples:
     weight, index = weight.topk(kept, dim=-1)
     weight = weight * (total / (weight.sum(-1, keepdim=True) + EPS))
     ray = torch.arange(num_rays, device=counts.device)[:, None].expand_as(index)
-    return RaySamples(ray.flatten(), number.gather(-1, index).flatten(), weight.flatten())
+    found = weight > 0
+    return RaySamples(ray[found], number.gather(-1, index)[found], weight[found])
 
 
 def significant(samples: RaySamples, num_rays: int) -> RaySamples:

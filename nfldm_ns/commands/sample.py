@@ -37,6 +37,8 @@ class Sample:
     """Above 1 scenes follow their code and map more than the training's."""
     batch_size: int = 1
     """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
+    compact: bool = False
+    """Round the features of scenes to 5 bits, and leave out those that no ray reads: files of about half the size."""
     device: str | None = None
     """cpu or cuda; by default what is there."""
 
@@ -67,6 +69,7 @@ class Sample:
             source=str(self.pipeline),
             guidance_scale=self.guidance_scale,
             maps=maps,
+            compact=self.compact,
         )
         folders = []
         for folder in track(scenes, "Sampling scenes", total=self.num_scenes):

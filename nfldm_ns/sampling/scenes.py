@@ -42,6 +42,7 @@ def sample_scenes(
     source: str = "",
     guidance_scale: float = 1.0,
     maps: Sequence[UInt8[np.ndarray, "height width"]] = (),
+    compact: bool = False,
 ) -> Iterator[Path]:
     """Samples scenes and writes each as a folder `scene_<seed + i>`, as it becomes ready.
 
@@ -50,6 +51,7 @@ def sample_scenes(
         guidance_scale: of the pipeline's call.
         maps: semantic maps, north up: none, one for all scenes, or one per scene. A scene's folder gets its own as
             `bev.png`, as scenes of collections have them.
+        compact: rounds features so that files are about half as large, see `write_generated_scene`.
 
     Yields:
         the folders.
@@ -92,5 +94,6 @@ def sample_scenes(
                 {name: value[i] for name, value in output.latents.to("cpu").state_dict().items()},
                 {"seed": scene_seed, **record},
                 attachments={BEV_FILE: bev_png(chosen[i], pipeline.bev_classes)} if chosen else None,
+                compact=compact,
             )
             yield folder
