@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench.render_cpu
 
-The scene is 32 x 128 x 128 voxels of 32 features (the preset `paper`, 128 samples per ray, all features read), made of a
+The scene is 32 x 128 x 128 voxels of 32 features (as in the preset `paper`, with its 128 samples per ray), made of a
 maze that `vizdoom-stage1` encoded (`data/mazes`, or where that is not, a room that `vizdoom-rooms` samples): upsampled,
 channels twice. Its rays are those that stage 1 asks for a picture of 256 x 256 pixels at a stride of 2, 128 x 128, and
 256 x 256 beside them. All ways have the same decoder, and take turns in one process.
@@ -170,8 +170,9 @@ def decoder_flops(decoder: nn.Module, features: Tensor, accumulation: Tensor) ->
 
 @torch.no_grad()
 def measure(repeats: int = REPEATS, all_rays: bool = False) -> dict[str, Any]:
-    """`ratio`: plain by ours; `psnr` between both (dB); `peak_gib` of ours; `of_limit`: the least time that the bytes of
-    the features and the FLOPs of the decoder need, by ours.
+    """`ratio`: plain by ours; `psnr` between both (dB); `peak_gib` of ours; `of_limit`: the least time by ours.
+
+    The least time is what the bytes of V take at the measured bandwidth, and the decoder's FLOPs at the measured rate.
 
     Args:
         all_rays: also 256 x 256 rays.

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from nerfacc.estimators.occ_grid import OccGridEstimator
 from nerfstudio.cameras.rays import RayBundle
-from nerfstudio.model_components.ray_samplers import VolumetricSampler
 from torch import Tensor
 
 from nfldm_ns.autoencoder.skipping import WEIGHT_BOUND, RaySamples, SampledRays, density_at
@@ -60,6 +59,8 @@ def traversed_samples(density: Float[Tensor, "1 1 z y x"], space: EmptySpace, ra
 @torch.no_grad()
 def _traverse(space: EmptySpace, rays: SampledRays) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Rays and numbers of the samples in occupied cells, ray by ray and front to back."""
+    from nerfstudio.model_components.ray_samplers import VolumetricSampler
+
     hits = (rays.delta > 0).nonzero()[:, 0]
     if not len(hits):
         return hits, rays.delta[hits]

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nfldm_ns.scenes.schema import Checked
 
-STEPS = 16
-"""Steps of compact files between 0 and the power of two at or above a channel's largest value: 5 bits with the sign."""
+STEPS = 32
+"""Steps of compact files between 0 and the power of two at or above a channel's largest value: 6 bits with the sign."""
 _TYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
