@@ -20,6 +20,7 @@ from nfldm_ns.diffusion.training import (
     diffusion_target,
     evaluate_denoiser,
     load_denoiser,
+    load_initial_denoiser,
     loss_weights,
     make_scheduler,
     predicted_velocity,
@@ -309,6 +310,19 @@ def test_training_begins_from_a_given_denoiser(memory, latent_autoencoder, tmp_p
     with pytest.raises(UserInputError, match=r"does not fit .*\(condition_dropout\)"):
         train("coarse", memory, latent_autoencoder, tmp_path / "other", other, initial=first)
     assert not (tmp_path / "other" / "run.json").exists()
+
+
+def test_initial_denoisers_are_those_of_a_run_or_of_a_saved_pipeline(memory, latent_autoencoder, tmp_path):
+    trained = train("coarse", memory, latent_autoencoder, tmp_path / "coarse")
+    saved = tmp_path / "pipeline"
+    trained.save_pretrained(saved / "coarse_denoiser")
+    (saved / "model_index.json").write_text("{}")
+    for folder in (tmp_path, saved):
+        initial = load_initial_denoiser(folder, "coarse")
+        assert all(torch.equal(value, initial.state_dict()[name]) for name, value in trained.state_dict().items())
+    for folder in (tmp_path, saved):
+        with pytest.raises(UserInputError, match="holds no trained denoiser: give the --output-dir"):
+            load_initial_denoiser(folder, "fine")
 
 
 @pytest.mark.parametrize("stage", STAGES)

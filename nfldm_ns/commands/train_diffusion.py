@@ -53,7 +53,8 @@ class TrainDiffusion:
     bev_dropout: float | None = None
     """Share of scenes whose map they do not see (0.15 by default), drawn apart from `--condition-dropout`."""
     initial_weights: Path | None = None
-    """The output folder of an earlier training, of the same preset and options, to begin from."""
+    """What to begin from, of the same preset and options: the output folder of an earlier training, a pipeline folder,
+    or the name of a model that comes with this package."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
     ema_profiles: tuple[float, ...] = ()
@@ -118,17 +119,12 @@ class TrainDiffusion:
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
 
     def _initial(self, stage: "Stage") -> "Denoiser | None":
-        from nfldm_ns.diffusion.training import load_denoiser
+        from nfldm_ns.diffusion.training import load_initial_denoiser
+        from nfldm_ns.models import resolve_model
 
         if self.initial_weights is None:
             return None
-        denoiser = load_denoiser(self.initial_weights / stage)
-        if denoiser is None:
-            raise UserInputError(
-                f"{self.initial_weights / stage} holds no trained denoiser: give the --output-dir of a finished "
-                "training."
-            )
-        return denoiser
+        return load_initial_denoiser(resolve_model(self.initial_weights), stage)
 
     def _require_its_voxels(self, store: "VoxelStore") -> None:
         """Raises `UserInputError` where the run of stage 2 says that it learned voxels of another stage 1."""

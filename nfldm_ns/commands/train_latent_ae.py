@@ -38,7 +38,8 @@ class TrainLatentAutoencoder:
     quarter_turns: bool | None = None
     """Turn scenes by random multiples of 90 degrees."""
     initial_weights: Path | None = None
-    """The run of a trained latent auto-encoder to begin from; sizes, latents and codebooks are then its own."""
+    """The run of a trained latent auto-encoder to begin from, a pipeline folder, or the name of a generator that comes
+    with this package; sizes, latents and codebooks are then its own."""
     decoder_only: bool = False
     """With `--initial-weights`: leave latents and codes as they are; denoisers that were trained on them still fit."""
     lpips_mult: float | None = None
@@ -51,7 +52,6 @@ class TrainLatentAutoencoder:
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
-        from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
         from nfldm_ns.latents.training import public_config, train_latent_autoencoder
         from nfldm_ns.latents.voxel_store import VoxelStore
         from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
@@ -68,7 +68,7 @@ class TrainLatentAutoencoder:
         given_weights = {name: value for name, value in weights.items() if value is not None}
         training = replace(training, losses=replace(training.losses, **given_weights))
         training = replace(training, decoder_only=self.decoder_only)
-        initial = load_latent_autoencoder(self.initial_weights) if self.initial_weights is not None else None
+        initial = self._initial()
         lpips = load_lpips("vgg") if training.losses.lpips_mult else None
         model_config = {
             **preset.model,
@@ -84,6 +84,12 @@ class TrainLatentAutoencoder:
         print(f"The latent auto-encoder is in {self.output_dir / 'latent_autoencoder'}")
         if self.evaluate and store.splits["test"]:
             self.report(store, model, lpips)
+
+    def _initial(self) -> "LatentAutoencoder | None":
+        from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
+        from nfldm_ns.models import resolve_model
+
+        return load_latent_autoencoder(resolve_model(self.initial_weights)) if self.initial_weights else None
 
     def _require_own_sizes(self) -> None:
         off = [name for name in ("quantize", "use_fine", "use_global") if not getattr(self, name)]

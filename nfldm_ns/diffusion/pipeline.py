@@ -47,6 +47,8 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 STAGES = ("global", "coarse", "fine")
+PIPELINE_INDEX = "model_index.json"
+"""File of diffusers that a saved pipeline has."""
 Generators = torch.Generator | Sequence[torch.Generator] | None
 StepCallback = Callable[["NFLDMPipeline", int, int, dict[str, Any]], dict[str, Any]]
 
@@ -478,16 +480,16 @@ def load_pipeline(folder: Path | str = GENERATOR, variant: str | None = None) ->
         UserInputError: if a component is missing, truncated, or does not fit the others.
     """
     folder = resolve_model(folder)
-    if not (folder / "model_index.json").is_file():
+    if not (folder / PIPELINE_INDEX).is_file():
         names = ", ".join(shipped_models("model_index.json"))
         raise UserInputError(
             f"{folder} has no model_index.json, so it is not a trained generator: fix the path, or name one that comes "
             f"with this package ({names})."
         )
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / PIPELINE_INDEX)
     if not isinstance(index, dict) or index.get("_class_name") != "NFLDMPipeline":
         raise UserInputError(f"{folder} holds another kind of pipeline: give the folder of an NFLDMPipeline.")
-    validated_json(_Index, index, folder / "model_index.json", "save the pipeline again")
+    validated_json(_Index, index, folder / PIPELINE_INDEX, "save the pipeline again")
     components = {
         name: _load_component(folder / name, cls, variant)
         for name, cls in COMPONENTS.items()
@@ -515,9 +517,7 @@ def _load_scheduler(folder: Path, entry: Sequence[str]) -> SchedulerMixin:
     library, name = entry
     cls = getattr(diffusers, name, None) if library == "diffusers" else None
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
-        raise UserInputError(
-            f"The scheduler of {folder / 'model_index.json'} is no scheduler of diffusers: restore it."
-        )
+        raise UserInputError(f"The scheduler of {folder / PIPELINE_INDEX} is no scheduler of diffusers: restore it.")
     path = folder / "scheduler" / "scheduler_config.json"
     if not path.is_file():
         raise UserInputError(f"{folder} lacks scheduler/scheduler_config.json: restore it or save the pipeline again.")

@@ -20,7 +20,7 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.flow import FLOW, FlowNoise, make_flow_scheduler
 from nfldm_ns.diffusion.latent_memory import LatentMemory
-from nfldm_ns.diffusion.pipeline import assemble_pipeline
+from nfldm_ns.diffusion.pipeline import PIPELINE_INDEX, assemble_pipeline
 from nfldm_ns.diffusion.validation import DenoiserPictures
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
@@ -590,9 +590,26 @@ def load_denoiser(folder: Path) -> Denoiser | None:
     Raises:
         UserInputError: if its files are broken.
     """
-    if not (folder / DENOISER_FOLDER / "config.json").is_file():
-        return None
     folder = folder / DENOISER_FOLDER
+    return _read_denoiser(folder) if (folder / "config.json").is_file() else None
+
+
+def load_initial_denoiser(folder: Path, stage: Stage) -> Denoiser:
+    """The denoiser of a stage of a finished training, given its output folder, or of a saved pipeline.
+
+    Raises:
+        UserInputError: if there is none, or its files are broken.
+    """
+    saved = folder / f"{stage}_denoiser" if (folder / PIPELINE_INDEX).is_file() else folder / stage / DENOISER_FOLDER
+    if not (saved / "config.json").is_file():
+        raise UserInputError(
+            f"{saved} holds no trained denoiser: give the --output-dir of a finished training, a pipeline folder, or "
+            "the name of a model that comes with this package."
+        )
+    return _read_denoiser(saved)
+
+
+def _read_denoiser(folder: Path) -> Denoiser:
     path, weights = folder / "config.json", folder / WEIGHTS
     config = read_json(path)
     classes = {cls.__name__: cls for cls in DENOISERS.values()}
