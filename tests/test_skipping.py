@@ -228,6 +228,22 @@ def test_on_cuda_it_agrees_with_the_dense_way(name):
 # The compiled function
 
 
+@pytest.mark.parametrize("channels", [1, 8, 21, 61])
+@pytest.mark.parametrize("features", [None, 6])
+def test_the_compiled_function_sums_any_number_of_channels(monkeypatch, channels, features):
+    if compiled_march.compiled() is None:
+        pytest.skip("there is no C++ compiler")
+    generator = torch.Generator().manual_seed(3)
+    grid = replace(scenes()["clouds"], features=torch.randn(1, channels, *SHAPE, generator=generator))
+    with torch.no_grad():
+        found = render(grid, camera(), features, True)
+        monkeypatch.setattr(renderer, "compiled", lambda: None)
+        expected = render(grid, camera(), features, True)
+    assert torch.allclose(found.features, expected.features, atol=1e-4)
+    assert torch.allclose(found.accumulation, expected.accumulation, atol=1e-5)
+    assert torch.allclose(found.depth, expected.depth, atol=1e-4)
+
+
 def test_a_compiler_that_fails_is_told_and_done_without(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", "false")
@@ -236,6 +252,22 @@ def test_a_compiler_that_fails_is_told_and_done_without(monkeypatch, tmp_path):
     assert not list(tmp_path.rglob("*.so"))
     monkeypatch.setenv("NFLDM_COMPILED", "0")
     assert compiled_march.compiled.__wrapped__() is None
+
+
+def test_a_cache_that_cannot_be_written_is_told_and_nothing_printed(monkeypatch, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("CXX", "c++")
+    with pytest.warns(UserWarning, match="Not a directory.*: scenes are rendered by PyTorch alone"):
+        assert compiled_march.compiled.__wrapped__() is None
+    assert capfd.readouterr().out == ""
+
+
+def test_without_a_compiler_nothing_is_said(monkeypatch, recwarn):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(compiled_march.shutil, "which", lambda name: None)
+    assert compiled_march.compiled.__wrapped__() is None
+    assert not recwarn.list
 
 
 def test_largest_weights_stand_for_the_whole_ray():

@@ -1,6 +1,8 @@
 """`skipping.march` and `skipping.what_rays_see` as one compiled function, where there is a C++ compiler.
 
-`march.cpp` is compiled once per machine, within seconds, and kept in the user's cache. `NFLDM_COMPILED=0` turns it off.
+`march.cpp` is compiled once per machine, within seconds, and kept in the user's cache (`$XDG_CACHE_HOME` or `~/.cache`).
+Without a compiler PyTorch does the same, more slowly, and nothing is said; where compiling fails or the cache cannot be
+written, a warning says so once. `NFLDM_COMPILED=0` turns it off.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nfldm_ns.autoencoder.lifting import EPS
-from nfldm_ns.autoencoder.skipping import WEIGHT_BOUND, FeatureTable, SampledRays
+from nfldm_ns.autoencoder.skipping import WEIGHT_BOUND, SampledRays
 from nfldm_ns.scenes.empty_space import EmptySpace
 from nfldm_ns.scenes.writing import atomic_path
 
 SOURCE = Path(__file__).with_name("march.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffast-math", "-march=native", "-shared", "-fPIC", "-pthread")
 _WHOLE, _REAL, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
-_ARGUMENTS = [_POINTER] * 4 + [_WHOLE] * 4 + [_POINTER] * 3 + [_WHOLE] * 3 + [_REAL] * 2 + [_WHOLE] + [_POINTER] * 3
+_ARGUMENTS = [_POINTER] * 3 + [_WHOLE] * 4 + [_POINTER] * 3 + [_WHOLE] * 3 + [_REAL] * 2 + [_WHOLE] + [_POINTER] * 3
 
 
 @cache
@@ -37,24 +39,29 @@ def compiled() -> Callable[..., None] | None:
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
     if os.environ.get("NFLDM_COMPILED", "1") == "0" or compiler is None:
         return None
-    library = _cache_folder() / f"march-{_fingerprint(compiler)}.so"
     try:
+        library = _cache_folder() / f"march-{_fingerprint(compiler)}.so"
         if not library.is_file():
             library.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(library) as temporary:
                 command = [*compiler.split(), *FLAGS, str(SOURCE), "-o", str(temporary)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
         function = ctypes.CDLL(str(library)).nfldm_what_rays_see
-    except (OSError, subprocess.SubprocessError) as error:
-        told = getattr(error, "stderr", None) or str(error)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: a user without a home
         warnings.warn(
-            f"{SOURCE.name} could not be compiled by {compiler} ({told.strip().splitlines()[0]}): scenes are rendered "
-            "by PyTorch alone, more slowly. NFLDM_COMPILED=0 leaves this message out.",
+            f"{SOURCE.name} could not be compiled by {compiler} ({_first_line(error)}): scenes are rendered by PyTorch "
+            "alone, more slowly. NFLDM_COMPILED=0 leaves this message out.",
             stacklevel=2,
         )
         return None
     function.argtypes, function.restype = _ARGUMENTS, None
     return function
+
+
+def _first_line(error: Exception) -> str:
+    """What a compiler said, or else what went wrong with it."""
+    told = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+    return (told.strip() or str(error)).splitlines()[0]
 
 
 def _cache_folder() -> Path:
@@ -75,7 +82,7 @@ def compiled_what_rays_see(
     density: Float[Tensor, "z y x"],
     space: EmptySpace,
     rays: SampledRays,
-    table: FeatureTable,
+    table: Float[Tensor, "voxels channels"],
     num_feature_samples: int | None,
 ) -> tuple[Float[Tensor, "rays channels"], Float[Tensor, " rays"], Float[Tensor, " rays"]]:
     """As `skipping.what_rays_see` of what `skipping.march` finds, on the CPU and without gradients.
@@ -87,13 +94,12 @@ def compiled_what_rays_see(
     assert function is not None
     shape = tuple(size - 2 for size in density.shape)
     kept = num_feature_samples if num_feature_samples is not None and num_feature_samples < rays.num_samples else 0
-    features = torch.empty(rays.count, table.rows.shape[1])
+    features = torch.empty(rays.count, table.shape[1])
     accumulation, ended = torch.empty(rays.count), torch.empty(rays.count)
-    inputs = [v.contiguous() for v in (space.distance, density, table.rows, rays.first, rays.step, rays.delta)]
-    row_of = None if table.row_of is None else table.row_of.to(torch.int32).contiguous()
+    inputs = [v.contiguous() for v in (space.distance, density, table, rays.first, rays.step, rays.delta)]
     distance, dense, rows, first, step, delta = (v.data_ptr() for v in inputs)
     function(
-        *(distance, dense, rows, None if row_of is None else row_of.data_ptr(), *shape, table.rows.shape[1]),
+        *(distance, dense, rows, *shape, table.shape[1]),
         *(first, step, delta, rays.count, rays.num_samples, kept, WEIGHT_BOUND, EPS, torch.get_num_threads()),
         *(features.data_ptr(), accumulation.data_ptr(), ended.data_ptr()),
     )

@@ -67,20 +67,6 @@ class RaySamples:
     weight: Float[Tensor, " n"]
 
 
-@dataclass
-class FeatureTable:
-    """Features as rows, of which a table over all voxels and a border around them tells the number.
-
-    Attributes:
-        rows: `[R, C]`.
-        row_of: `[(Z + 2) (Y + 2) (X + 2)]`, the row of each voxel of the grid with its border; None if rows are in just
-            this order.
-    """
-
-    rows: Float[Tensor, "rows channels"]
-    row_of: Int[Tensor, " voxels"] | None = None
-
-
 def sampled_rays(
     grid: VoxelGrid,
     start_points: Float[Tensor, "rays 3"],
@@ -123,12 +109,15 @@ def bordered_density(grid: VoxelGrid) -> Float[Tensor, "z y x"]:
     return _densities.get(grid.density, None, lambda: F.pad(density[0, 0].float(), (1,) * 6))
 
 
-def feature_table(grid: VoxelGrid) -> FeatureTable:
-    """The features of a grid of one scene, zeros around them; kept while they stay what they are."""
+def feature_table(grid: VoxelGrid) -> Float[Tensor, "voxels channels"]:
+    """The features of a grid of one scene and of a border of zeros, a row per voxel; kept while they stay what they are.
+
+    Shape `[(Z + 2) (Y + 2) (X + 2), C]`. All voxels have a row, as rays can read nearly all of a generated scene.
+    """
     features = grid.features
 
-    def make() -> FeatureTable:
-        return FeatureTable(F.pad(features[0].float(), (1,) * 6).flatten(1).T.contiguous())
+    def make() -> Float[Tensor, "voxels channels"]:
+        return F.pad(features[0].float(), (1,) * 6).flatten(1).T.contiguous()
 
     if torch.is_grad_enabled() and features.requires_grad:
         return make()
@@ -226,7 +215,7 @@ def _sum(values: Float[Tensor, " n"], ray: Int[Tensor, " n"], num_rays: int) -> 
 
 
 def summed_features(
-    table: FeatureTable, shape: tuple[int, int, int], rays: SampledRays, samples: RaySamples
+    table: Float[Tensor, "voxels channels"], shape: tuple[int, int, int], rays: SampledRays, samples: RaySamples
 ) -> Float[Tensor, "rays channels"]:
     """Sums of weights times trilinear features, read and summed at once.
 
@@ -242,12 +231,8 @@ def summed_features(
         begin, end = int(ends[first] - counts[first]), int(ends[last - 1])
         ray, number, weight = (v[begin:end] for v in (samples.ray, samples.number, samples.weight))
         rows, weights = _corners(rays.at(ray, number), shape, weight)
-        if table.row_of is not None:
-            rows = table.row_of[rows]
         offsets = (ends[first:last] - counts[first:last] - begin) * 8
-        parts.append(
-            F.embedding_bag(rows.flatten(), table.rows, offsets, mode="sum", per_sample_weights=weights.flatten())
-        )
+        parts.append(F.embedding_bag(rows.flatten(), table, offsets, mode="sum", per_sample_weights=weights.flatten()))
     return torch.cat(parts)
 
 
@@ -273,7 +258,7 @@ def _corners(
 def what_rays_see(
     rays: SampledRays,
     samples: RaySamples,
-    table: FeatureTable,
+    table: Float[Tensor, "voxels channels"],
     shape: tuple[int, int, int],
     num_feature_samples: int | None,
 ) -> tuple[Float[Tensor, "rays channels"], Float[Tensor, " rays"], Float[Tensor, " rays"]]:
