@@ -1,6 +1,6 @@
 """`skipping.march` and `skipping.what_rays_see` as one compiled function, where there is a C++ compiler.
 
-`march.cpp` is compiled once per machine, within seconds, and kept in the user's cache (`$XDG_CACHE_HOME` or `~/.cache`).
+`march.cpp` is compiled once per machine, within seconds, and kept in the user's cache, `$XDG_CACHE_HOME` or `~/.cache`.
 Without a compiler PyTorch does the same, more slowly, and nothing is said; where compiling fails or the cache cannot be
 written, a warning says so once. `NFLDM_COMPILED=0` turns it off.
 """

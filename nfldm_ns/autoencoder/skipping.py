@@ -110,7 +110,7 @@ def bordered_density(grid: VoxelGrid) -> Float[Tensor, "z y x"]:
 
 
 def feature_table(grid: VoxelGrid) -> Float[Tensor, "voxels channels"]:
-    """The features of a grid of one scene and of a border of zeros, a row per voxel; kept while they stay what they are.
+    """Features of a grid of one scene with zeros around it, a row per voxel; kept while they stay what they are.
 
     Shape `[(Z + 2) (Y + 2) (X + 2), C]`. All voxels have a row, as rays can read nearly all of a generated scene.
     """
