@@ -159,8 +159,15 @@ def _skipped(
     seen = []
     for index in range(grid.batch_size):
         scene = grid if grid.batch_size == 1 else grid[index]
-        fields = (rays.start_points, rays.slopes, rays.start, rays.step, rays.delta)
-        sampled = sampled_rays(scene, *(values[index] for values in fields), num_samples)
+        sampled = sampled_rays(
+            scene,
+            rays.start_points[index],
+            rays.slopes[index],
+            rays.start[index],
+            rays.step[index],
+            rays.delta[index],
+            num_samples,
+        )
         seen.append(_skipped_scene(scene, sampled, num_feature_samples))
     features, accumulation, numbers = (torch.stack(values) for values in zip(*seen, strict=True))
     expected_depth = accumulation * rays.start + numbers * rays.step + (1 - accumulation) * rays.leave
