@@ -198,7 +198,9 @@ class GeneratedScenePipeline(VanillaPipeline):
         dataset = self.datamanager.train_dataset
         index = int(np.random.default_rng((0, step)).integers(len(dataset)))
         cameras = single_camera(dataset.cameras[index : index + 1].to(self.device))
-        outputs = picture_dict(self.model.renderer().render(self.model.shown_grid(), cameras), cameras)
+        # Density that is clamped at 0 can grow in empty space only if rays look there.
+        rendered = self.model.renderer().render(self.model.shown_grid(), cameras, skipping=False)
+        outputs = picture_dict(rendered, cameras)
         batch = {"image": dataset[index]["image"]}
         return outputs, self.model.get_loss_dict(outputs, batch), {}
 

@@ -46,6 +46,7 @@ def sample_scenes(
     guidance_scale: float = 1.0,
     maps: Sequence[UInt8[np.ndarray, "height width"]] = (),
     processes: Processes = ALONE,
+    compact: bool = False,
 ) -> Iterator[Path]:
     """Samples scenes and writes each as a folder `scene_<seed + i>`, as it becomes ready.
 
@@ -58,6 +59,7 @@ def sample_scenes(
         maps: semantic maps, north up: none, one for all scenes, or one per scene. A scene's folder gets its own as
             `bev.png`, as scenes of collections have them.
         processes: those that share the batches.
+        compact: rounds features so that files are about half as large, see `write_generated_scene`.
 
     Yields:
         the folders that this process wrote.
@@ -87,7 +89,7 @@ def sample_scenes(
                 bev = bev_png(chosen[i], pipeline.bev_classes) if chosen else None
                 if written is not None:
                     yield written.result()
-                written = writer.submit(_write, scene_folder(output_dir, seed + first + i), scene, bev)
+                written = writer.submit(_write, scene_folder(output_dir, seed + first + i), scene, bev, compact)
         if written is not None:
             yield written.result()
 
@@ -97,7 +99,7 @@ def scene_folder(output_dir: Path | str, seed: int) -> Path:
     return Path(output_dir) / f"scene_{seed:06d}"
 
 
-def _write(folder: Path, scene: GeneratedScene, bev: bytes | None) -> Path:
+def _write(folder: Path, scene: GeneratedScene, bev: bytes | None, compact: bool) -> Path:
     assert scene.cameras is not None
     write_generated_scene(
         folder,
@@ -107,6 +109,7 @@ def _write(folder: Path, scene: GeneratedScene, bev: bytes | None) -> Path:
         scene.latents,
         scene.provenance,
         attachments=None if bev is None else {BEV_FILE: bev},
+        compact=compact,
     )
     return folder
 
