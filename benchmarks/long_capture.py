@@ -2,11 +2,11 @@
 
     python benchmarks/long_capture.py --output-dir OUT [--frames 480 --steps 300 --initial-weights vizdoom-stage1]
 
-There is no capture to download, so one is recorded: a walk through the rooms of a maze, looking left and right, rendered
-by VizDoom with exact depth and written in ScanNet's layout. From there on nothing knows of Doom: `nfldm-collect scannet
---cut` makes a collection of it, `nfldm-collect check` judges that, and a preset of stage 1 is trained, from random
-weights or from those of `--initial-weights`. Held-out places, a stretch of the walk of its own, are judged beside the
-nearest source view, and beside the initial weights as they are.
+There is no capture to download, so one is recorded: a walk through the rooms of a maze, looking left and right, which
+VizDoom renders with exact depth, in ScanNet's layout. From there on nothing knows of Doom: a collection is made of it
+as by `nfldm-collect scannet --cut` and judged as by `nfldm-collect check`, and a preset of stage 1 is trained, from
+random weights or those of `--initial-weights`. Held-out places, a stretch of the walk of its own, are judged beside
+the nearest source view, and beside the initial weights as they are.
 
 Writes `capture/`, `collection/`, `long_capture.json`, `long_capture.md` and `long_capture.png`. Needs the weights of
 LPIPS (`nfldm-weights get lpips-vgg`). Recording, cutting and training each take some minutes on two cores.

@@ -432,7 +432,7 @@ def _resize_mask(
 
 
 def check_depth_unit(folder: Path, median: float, options: ImportOptions, sparse: bool) -> None:
-    """Raises `UserInputError` if the median of a capture's known depths (metres) shows that they are of another unit."""
+    """Raises `UserInputError` if the median of a capture's known depths (metres) shows that their unit is another."""
     if not options.near < median < options.far:
         remedy = "--metres-per-unit" if sparse else "--depth-unit-scale to metres per unit of its depth files"
         raise UserInputError(

@@ -189,8 +189,8 @@ def _read(folder: Path, read: ReadCapture, options: ImportOptions) -> Capture:
     needed = options.num_source_views + options.num_target_views
     if len(capture.frames) < needed:
         raise UserInputError(
-            f"{folder} has {len(capture.frames)} frames, too few to cut scenes of {options.num_source_views} source and "
-            f"{options.num_target_views} target views from it: ask for fewer views, or give a longer capture."
+            f"{folder} has {len(capture.frames)} frames, too few for scenes of {options.num_source_views} source and "
+            f"{options.num_target_views} target views: ask for fewer views, or give a longer capture."
         )
     if not any(frame.has_depth for frame in capture.frames):
         raise UserInputError(
@@ -288,7 +288,7 @@ def _plan(work: _Work, captures: list[Capture], cut: CutOptions) -> CutReport:
     aabb = cut.box or found_box([c.survey for c in cuts], by_stretch and sum(held_out.values()) > 0)
     if aabb is None:
         raise UserInputError(
-            f"The cameras of {work.folders[0]} stand in one spot or see no depth, so that no box can be found: give --box."
+            f"The cameras of {work.folders[0]} stand in one spot or see no depth, so no box can be found: give --box."
         )
     extent = max(aabb[1][axis] - aabb[0][axis] for axis in (0, 1))
     spacing = cut.spacing or _SPACING * extent
@@ -328,8 +328,8 @@ def _check_report(report: CutReport) -> None:
         return
     reasons = sorted({reason for cut in report.captures for reason, *_ in cut.dropped()})
     raise UserInputError(
-        f"No place of {report.captures[0].capture.folder} became a training scene ({'; '.join(reasons) or 'no place'}): "
-        "ask for fewer views, or lower --spacing, --min-inside or --min-overlap, or give another --box."
+        f"No place of {report.captures[0].capture.folder} became a training scene ({'; '.join(reasons)}): "
+        "ask for fewer views, lower --spacing, --min-inside or --min-overlap, or give another --box."
     )
 
 

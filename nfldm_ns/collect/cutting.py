@@ -15,7 +15,7 @@ Aabb = tuple[tuple[float, ...], tuple[float, ...]]
 GRID = 24
 """At most so many rows and columns of a frame's depth are looked at."""
 _WALL_CELLS = 64  # of surfaces to a box's width, for lines of sight
-_REACH = 0.5  # of half the box's width: views stand no farther from their place
+_REACHES = (0.25, 0.35, 0.5)  # of half the box's width: views stand no farther from their place; the first that will do
 _TOLERANCE = 0.1  # of depth, by which a surface may lie behind what another view sees and still be that
 _APART = 0.2  # least difference of a target view from every source: a turn by 11 degrees, or 0.2 of the reach
 _HORIZONTAL = 0.8  # quantile of the distance of surfaces that a found box reaches
@@ -103,7 +103,10 @@ def coarse_depth(depth: Float[np.ndarray, "height width"]) -> Float[np.ndarray, 
 
 def coarse_intrinsics(intrinsics: Float[np.ndarray, " 4"], size: tuple[int, int]) -> Float[np.ndarray, " 4"]:
     """fx, fy, cx, cy in the cells of `coarse_depth` of an image of this (width, height)."""
-    return intrinsics / max(1, -(-max(size) // GRID))
+    step = max(1, -(-max(size) // GRID))
+    fx, fy, cx, cy = intrinsics
+    shift = 0.5 - (step // 2 + 0.5) / step  # the middle pixel of an even number is not in the middle
+    return np.array([fx / step, fy / step, cx / step + shift, cy / step + shift])
 
 
 class Walls:
@@ -241,22 +244,26 @@ def plan_places(survey: Survey, options: PlaceOptions) -> list[Place]:
 
 
 def _plan_place(survey: Survey, walls: Walls, frame: int, options: PlaceOptions) -> Place:
+    """A place with views as near to it as there are enough of: the nearer, the less is hidden from some of them."""
+    half = min(min(-options.aabb[0][axis], options.aabb[1][axis]) for axis in (0, 1))
+    for share in _REACHES:
+        place = _plan_within(survey, walls, frame, share * half, options)
+        if not place.dropped:
+            break
+    return place
+
+
+def _plan_within(survey: Survey, walls: Walls, frame: int, reach: float, options: PlaceOptions) -> Place:
     place = Place(frame, float(survey.path_length[frame]), survey.eyes[frame].copy())
-    reach = _reach(options.aabb)
     seeing = views_of_place(survey, walls, place.origin, options.aabb, reach, options.min_inside)
     place.sources = spread_views(survey, seeing, frame, reach, options.num_source_views)
     if len(place.sources) == options.num_source_views:
         place.origin = survey.eyes[place.sources].mean(axis=0)
         place.targets = _target_views(survey, seeing, place, reach, options)
     place.dropped = _why_not(survey, place, len(seeing), options)
-    drops = (place.origin[2] - survey.points[seeing, :, 2])[survey.known[seeing]]
-    drop = floor_drop(drops)
+    drop = floor_drop((place.origin[2] - survey.points[seeing, :, 2])[survey.known[seeing]])
     place.floor = None if drop is None else -drop
     return place
-
-
-def _reach(aabb: Aabb) -> float:
-    return _REACH * min(min(-aabb[0][axis], aabb[1][axis]) for axis in (0, 1))
 
 
 def views_of_place(

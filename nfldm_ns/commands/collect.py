@@ -168,8 +168,7 @@ class _Captures:
     scenes: tuple[Path, ...]
     """Folders of the captures."""
     image_size: tuple[int, int] = (64, 64)
-    """Width and height of the resulting images in pixels; a 0 is found by the captures' own aspect, 0 0 is their own
-    size, both as multiples of 16."""
+    """Width and height of the images in pixels; a 0 keeps the captures' aspect, 0 0 their size, in multiples of 16."""
     num_source_views: int = 8
     """What the encoder sees: evenly spaced frames of each capture, or as different ones as see a box."""
     num_target_views: int = 4
@@ -179,15 +178,13 @@ class _Captures:
     depth_unit_scale: float | None = None
     """Metres per unit of the depth files; by default what the format or the capture says."""
     up: Up = "z"
-    """The captures' axis that points up; cameras: at right angles to the cameras' horizontal axes; path: the direction in
-    which the path varies least."""
+    """The captures' axis that points up; cameras: as the cameras were held; path: across the plane of the path."""
     box: Box | None = None
-    """The box around each place: minimum x, y, z, then maximum x, y, z, in metres; by default -10 -10 -2.5 10 10 4, and
-    with --cut what the cameras see around them."""
+    """Minimum x, y, z, then maximum, in metres around each place; by default -10 -10 -2.5 10 10 4, found with --cut."""
     near: float = 0.1
     far: float = 30.0
     test_fraction: float = 0.1
-    """Share of the captures held out for testing."""
+    """Share held out for testing, of the captures, or with --cut of each one's places."""
     val_fraction: float = 0.0
     test_scenes: tuple[str, ...] = ()
     """Names of capture folders held out for testing, instead of a share."""
@@ -197,8 +194,7 @@ class _Captures:
     monocular_depth: str | None = None
     """Depth model of transformers, a name or a folder, that fills in between the points of frames with sparse depth."""
     cut: bool = False
-    """Makes as many scenes of each capture as there are places along its path that enough views see, instead of one; run
-    again, it continues."""
+    """Makes a scene of each place along a capture's path that enough views see, instead of one; resumable."""
     spacing: float | None = None
     """With --cut: metres between places along the path; by default an eighth of the box's width."""
     camera_height: float | None = None
@@ -272,9 +268,9 @@ _OF_CUTS = ("spacing", "camera_height", "min_inside", "min_overlap", "hold_out",
 
 @dataclass
 class Import(_Captures):
-    """Turns one's own captures, folders with nerfstudio's transforms.json, into a collection of one scene each, or many.
+    """Turns one's own captures, folders with nerfstudio's transforms.json, into a collection of one scene each.
 
-    The same as nfldm-collect nerfstudio.
+    With --cut of many each. nfldm-collect import and nfldm-collect nerfstudio are the same.
     """
 
     depth_unit_scale: float | None = None
