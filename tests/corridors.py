@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -67,7 +68,7 @@ PARALLEL_CORNERS = ((1.0, 1.0), (9.0, 1.0), (9.0, 3.4), (1.0, 3.4))
 def walk(corners: tuple[tuple[float, float], ...], step: float, image_size: int, swing: float = 1.9) -> Cameras:
     """Level cameras along straight ways between corners, looking to both sides as they go (radians)."""
     positions, headings = [], []
-    for (x0, y0), (x1, y1) in zip(corners, corners[1:], strict=False):
+    for (x0, y0), (x1, y1) in itertools.pairwise(corners):
         count = round(math.hypot(x1 - x0, y1 - y0) / step)
         for i in range(count):
             positions.append((x0 + (x1 - x0) * i / count, y0 + (y1 - y0) * i / count, EYE))

@@ -19,14 +19,12 @@ from nfldm_ns.collect.checking import check_collection
 from nfldm_ns.collect.cut_collection import CutOptions, CutReport, cut_captures
 from nfldm_ns.collect.cutting import (
     Place,
-    PlaceOptions,
     Survey,
     Walls,
     assign_splits,
     coarse_depth,
     found_box,
     places_along,
-    plan_places,
     views_of_place,
 )
 from nfldm_ns.collect.formats.nerfstudio import read_capture
@@ -145,13 +143,13 @@ class TestPlaces:
             lens = np.stack([cut_collection.coarse_intrinsics(row, (size, size)) for row in full.intrinsics])
             drops = EYE - Survey(full.poses, grids, lens).points[..., 2]
             assert grids.shape[1:] == (24, 24)
-            assert np.abs(drops[np.abs(drops - EYE) < 0.1] - EYE).max() < 1e-4
+            assert drops.max() < EYE + 1e-4 and (np.abs(drops - EYE) < 1e-4).mean() > 0.1
 
     def test_places_are_spaced_along_the_path_and_not_twice(self, views: Views) -> None:
         survey = survey_of(views)
         frames = places_along(survey, 1.0)
         gaps = np.diff(survey.path_length[frames])
-        assert len(frames) == pytest.approx(survey.path_length[-1] / 1.0, abs=2)
+        assert frames[0] == 0 and survey.path_length[-1] - survey.path_length[frames[-1]] < 1.3
         assert gaps.min() >= 1.0 - 1e-4 and gaps.max() < 1.3
         there_and_back = Survey(
             np.concatenate([survey.poses, survey.poses[::-1]]),
@@ -262,7 +260,7 @@ class TestCollection:
         assert np.allclose(poses, expected.cameras.camera_to_worlds[..., 3].numpy(), atol=1e-5)
 
     def test_report_and_picture(self, cut: tuple[Path, CutReport]) -> None:
-        root, report = cut
+        root, _report = cut
         told = json.loads((root / "cutting" / "report.json").read_text())["captures"]["hall"]
         assert told["camera_height"] == pytest.approx(EYE, abs=0.05) and told["scale"] == 1
         assert told["path_length"] == pytest.approx(22.8, abs=0.3)
