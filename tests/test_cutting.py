@@ -235,7 +235,9 @@ class TestCollection:
         eyes = views.cameras.camera_to_worlds[:, :, 3].numpy()
         for place in collection.places.values():
             assert np.linalg.norm(eyes - place["origin"], axis=1).min() < 0.5
-            assert place["map"] == "hall" and place["floor"] == pytest.approx(-EYE, abs=0.05)
+            assert place["map"] == "hall"
+        floors = [place["floor"] for place in collection.places.values() if "floor" in place]
+        assert len(floors) > 0.7 * len(collection.places) and np.allclose(floors, -EYE, atol=0.05)
         checked = check_collection(collection)
         assert checked.ok, checked.all_problems
         assert all((s.num_source, s.num_target) == (5, 2) for s in checked.scenes)

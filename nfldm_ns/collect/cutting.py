@@ -261,9 +261,18 @@ def _plan_within(survey: Survey, walls: Walls, frame: int, reach: float, options
         place.origin = survey.eyes[place.sources].mean(axis=0)
         place.targets = _target_views(survey, seeing, place, reach, options)
     place.dropped = _why_not(survey, place, len(seeing), options)
-    drop = floor_drop((place.origin[2] - survey.points[seeing, :, 2])[survey.known[seeing]])
-    place.floor = None if drop is None else -drop
+    place.floor = _floor(survey, place, options.aabb)
     return place
+
+
+def _floor(survey: Survey, place: Place, aabb: Aabb) -> float | None:
+    """Height of the floor in a place's box relative to its origin, of what all frames within the box see of it."""
+    apart = (survey.eyes - place.origin)[:, :2]
+    frames = np.flatnonzero(((apart >= aabb[0][:2]) & (apart <= aabb[1][:2])).all(axis=1))
+    offsets = (survey.points[frames] - place.origin)[survey.known[frames]]
+    offsets = offsets[((offsets >= aabb[0]) & (offsets <= aabb[1])).all(axis=-1)]
+    drop = floor_drop(-offsets[:, 2])
+    return None if drop is None else -drop
 
 
 def views_of_place(
