@@ -18,6 +18,7 @@ _WALL_CELLS = 64  # of surfaces to a box's width, for lines of sight
 _REACHES = (0.25, 0.35, 0.5)  # of half the box's width: views stand no farther from their place; the first that will do
 _TOLERANCE = 0.1  # of depth, by which a surface may lie behind what another view sees and still be that
 _APART = 0.2  # least difference of a target view from every source: a turn by 11 degrees, or 0.2 of the reach
+_ELSEWHERE = 0.7  # of the spacing, which is along the path: least distance of any two places, as at corners
 _HORIZONTAL = 0.8  # quantile of the distance of surfaces that a found box reaches
 _ABOVE, _BELOW = 0.9, 0.98
 _BOXES_ALONG = 3.0  # a found box fits so many times along the path, or no place could be held out
@@ -224,13 +225,13 @@ def found_box(surveys: Sequence[Survey], held_out: bool) -> Aabb | None:
 
 
 def places_along(survey: Survey, spacing: float) -> list[int]:
-    """Frames at whose eyes there are places: so far apart along the path, and no nearer than half of it elsewhere."""
+    """Frames at whose eyes there are places: so far apart along the path, and hardly nearer where it comes back."""
     chosen: list[int] = []
     since = np.inf
     for i, eye in enumerate(survey.eyes):
         since += survey.path_length[i] - survey.path_length[i - 1] if i else 0.0
         near = np.linalg.norm(survey.eyes[chosen] - eye, axis=1) if chosen else np.array([np.inf])
-        if since >= spacing and near.min() >= spacing / 2:
+        if since >= spacing and near.min() >= _ELSEWHERE * spacing:
             chosen.append(i)
             since = 0.0
     return chosen
