@@ -302,7 +302,8 @@ def load_frame(capture: Capture, frame: CapturedFrame, options: ImportOptions) -
         scale = capture.units * options.metres_per_unit
         depth = _sparse_depth(frame.points * scale, intrinsics, options.image_size)
         if options.monocular_depth is not None:
-            crop = Image.fromarray(pixels).crop(tuple(round(edge) for edge in box))
+            left, top, right, bottom = (round(edge) for edge in box)
+            crop = Image.fromarray(pixels).crop((left, top, right, bottom))
             depth = completed_depth(crop, depth, options.monocular_depth)
     return LoadedFrame(image, depth, _resize_mask(mask, box, options.image_size, frame), intrinsics)
 

@@ -62,7 +62,7 @@ def _draw_surfaces(axes, survey: Survey, low: np.ndarray, high: np.ndarray) -> N
     points = survey.points[shown][:, :2]
     cell = float((high - low).max()) / _CELLS
     bins = np.maximum(np.ceil((high - low) / cell).astype(int), 1)
-    counts, *_ = np.histogram2d(*points.T, bins=bins, range=np.stack([low, high], axis=1))
+    counts, *_ = np.histogram2d(points[:, 0], points[:, 1], bins=bins.tolist(), range=np.stack([low, high], axis=1))
     extent = (low[0], high[0], low[1], high[1])
     axes.imshow(np.log1p(counts).T, origin="lower", extent=extent, cmap="Greys", vmax=np.log1p(counts).max() * 1.3 or 1)
 

@@ -40,8 +40,8 @@ def completed_depth(
     if known.sum() < MIN_POINTS:
         return sparse
     guess = torch.from_numpy(load_predictor(model)(image).astype(np.float32))[None, None]
-    guess = torch.nn.functional.interpolate(guess, sparse.shape, mode="bilinear", align_corners=False)[0, 0].numpy()
-    aligned = aligned_depth(guess.astype(np.float64), sparse)
+    guess = torch.nn.functional.interpolate(guess, sparse.shape, mode="bilinear", align_corners=False)
+    aligned = aligned_depth(guess[0, 0].double().numpy(), sparse)
     return sparse if aligned is None else np.where(known, sparse, aligned)
 
 
