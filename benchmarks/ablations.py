@@ -117,6 +117,18 @@ class Options(VariantOptions):
     """test scenes, evenly chosen; by default all"""
 
 
+def begun(
+    collection: SceneCollection, network: dict[str, Any], seed: int, initial_weights: Path | None = None
+) -> SceneAutoencoder:
+    """An auto-encoder with random weights, or those of a trained one."""
+    torch.manual_seed(seed)
+    model = make_autoencoder(collection, SceneNetworkConfig(**network))
+    if initial_weights is not None:
+        weights = scene_autoencoder_folder(initial_weights) / WEIGHTS
+        load_initial_weights(model, read_safetensors(weights), weights)
+    return model
+
+
 def train(
     collection: SceneCollection,
     preset: SceneAutoencoderPreset,
@@ -130,11 +142,7 @@ def train(
     loss = {**preset.loss, **variant.loss}
     settings = scene_autoencoder_config("ablation", replace(preset, loss=loss)).optimizers
     loss_config = StageOneLossConfig(**loss)
-    torch.manual_seed(seed)
-    model = make_autoencoder(collection, SceneNetworkConfig(**{**preset.network, **variant.network}))
-    if initial_weights is not None:
-        weights = scene_autoencoder_folder(initial_weights) / WEIGHTS
-        load_initial_weights(model, read_safetensors(weights), weights)
+    model = begun(collection, {**preset.network, **variant.network}, seed, initial_weights)
     model.to(perceptual_device(perceptual), memory_format=torch.channels_last)
     sampling = SceneSamplerConfig(**{**preset.sampling, **variant.sampling, "seed": seed})
     training = ShortTraining(

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from ablations import Variant, score, score_baselines, train
+from ablations import Variant, begun, score, score_baselines, train
 from jaxtyping import Float
 from PIL import Image
 from rich.progress import track
@@ -217,8 +217,10 @@ def judged(collection: SceneCollection, options: Options, perceptual: Perceptual
     preset = SCENE_AUTOENCODER[options.base]
     rows: dict[str, Any] = score_baselines(collection, None, perceptual)
     if options.initial_weights is not None:
-        as_it_is, _ = train(collection, preset, Variant(), 0, options.seed, perceptual, options.initial_weights)
+        as_it_is = begun(collection, preset.network, options.seed, options.initial_weights).eval()
         rows[f"{options.initial_weights.name} as it is"] = score(as_it_is, collection, None, perceptual).mean()
+    for name, scores in rows.items():
+        print(name, {key: round(scores[key], 3) for key in METRICS if key in scores}, flush=True)
     model, training = train(
         collection, preset, Variant(), options.steps, options.seed, perceptual, options.initial_weights
     )
