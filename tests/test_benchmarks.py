@@ -777,3 +777,32 @@ def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
     assert made["seed"] == 3 and made["data"] is None and made["device"]["cores"] >= 1 and made["seconds"] >= 0
     assert made["commit"] == running.commit() and running.commit(tmp_path) == "unknown"
     assert capsys.readouterr().out.splitlines()[0] == "seed 3"
+
+
+# A long capture
+
+
+def test_a_walk_through_a_maze_is_a_capture_in_scannet_s_layout(tmp_path):
+    from nfldm_ns.collect.capture_import import ImportOptions, load_views, world_poses
+    from nfldm_ns.collect.checking import reprojection_agreement
+    from nfldm_ns.collect.doom_collection import wad_path
+    from nfldm_ns.collect.doom_geometry import UNITS_PER_METRE, DoomGeometry
+    from nfldm_ns.collect.doom_mazes import MazeWad
+    from nfldm_ns.collect.doom_places import can_stand
+    from nfldm_ns.collect.formats.scannet import read_scannet
+
+    long_capture = script("long_capture")
+    geometry = DoomGeometry(MazeWad(wad_path("freedoom2")).read_map("MAZE7001"))
+    spots = long_capture.walk(geometry, 0.3, 480, 0)
+    steps = np.linalg.norm(np.diff(spots, axis=0), axis=1) / UNITS_PER_METRE
+    assert len(spots) == 480 and steps.max() < 0.3 + 1e-6 and can_stand(geometry, spots).mean() > 0.95
+    assert len(set(geometry.sector_at(spots).tolist())) > 5, "several rooms"
+
+    options = long_capture.Options(tmp_path, frames=16, recorded_size=32)
+    count = long_capture.record(tmp_path / "capture", options)
+    capture = read_scannet(tmp_path / "capture")
+    assert count == len(capture.frames) > 10
+    imported = ImportOptions(image_size=(32, 32))
+    views = load_views(capture, list(range(count)), world_poses(capture, imported), imported)
+    assert reprojection_agreement(views).median_error < 0.05
+    assert long_capture.record(tmp_path / "capture", options) == count, "once recorded, it is kept"

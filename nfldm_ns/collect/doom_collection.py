@@ -7,13 +7,9 @@ number of workers or on interruptions.
 from __future__ import annotations
 
 import fnmatch
-import json
 import multiprocessing
 import multiprocessing.util
-import os
 import shutil
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -34,9 +30,10 @@ from nfldm_ns.collect.doom_places import NUM_SOURCE_VIEWS, can_stand, candidate_
 from nfldm_ns.collect.doom_renderer import DoomRenderer
 from nfldm_ns.collect.doom_scenes import SceneMaker, SceneOptions
 from nfldm_ns.collect.doom_wad import DoomMap, Wad
+from nfldm_ns.collect.workers import claim_folder, leave_interrupts_to_parent
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SPLITS, read_json
-from nfldm_ns.scenes.writing import write_collection, write_json
+from nfldm_ns.scenes.writing import write_collection
 
 LICENCE = "rendered from Freedoom, BSD-3-Clause, https://freedoom.github.io"
 WAD_NAMES = ("freedoom1", "freedoom2")
@@ -127,7 +124,9 @@ def collect(
     """
     begun = time.monotonic()
     _check_options(options)
-    _claim_folder(root, options)
+    wanted = asdict(options)
+    del wanted["num_scenes"]  # which may change
+    claim_folder(root, root / _OPTIONS_FILE, wanted)
     existing = {path.parent.name for path in root.glob("scenes/*/transforms.json")}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, _start_worker, (str(root), options)) as pool:
@@ -160,26 +159,6 @@ def _check_options(options: CollectionOptions) -> None:
         )
     if options.test_maps and len(options.test_maps) == len(options.maps):
         raise UserInputError("All maps are held out for testing: leave some for training.")
-
-
-def _claim_folder(root: Path, options: CollectionOptions) -> None:
-    """Makes sure that scenes of two different runs never mix in one folder; the number of scenes may change."""
-    path = root / _OPTIONS_FILE
-    wanted = json.loads(json.dumps(asdict(options)))
-    del wanted["num_scenes"]
-    if path.exists():
-        begun = read_json(path)
-        changed = [key for key in wanted if begun.get(key) != wanted[key]]
-        if changed:
-            raise UserInputError(
-                f"{root} was begun with other options ({', '.join(changed)}): repeat those in {path} "
-                "or choose another folder."
-            )
-    elif root.exists() and any(root.iterdir()):
-        raise UserInputError(f"{root} is not empty and was not begun by this command: choose another folder.")
-    else:
-        root.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
 
 
 def _write_description(root: Path, options: CollectionOptions, splits: dict[str, list[str]]) -> None:
@@ -428,17 +407,8 @@ def _start_worker(root: str, options: CollectionOptions) -> None:
     global _worker
     torch.set_num_threads(1)
     _worker = _Worker(Path(root), options)
-    os.setpgrp()  # Ctrl-C is for the parent only, which then lets its workers finish their chunks
+    leave_interrupts_to_parent()
     multiprocessing.util.Finalize(None, _worker.close, exitpriority=10)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Leaves no process behind when the parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.killpg(0, signal.SIGKILL)  # this worker and its games
 
 
 @cache
