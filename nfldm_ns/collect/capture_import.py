@@ -215,10 +215,10 @@ def load_frames(capture: Capture, chosen: Sequence[int], options: ImportOptions)
     Raises:
         UserInputError: if files are missing, broken or contradictory.
     """
-    frames = [capture.frames[i] for i in chosen]
-    if not all(frame.has_depth for frame in frames):
-        frames = [replace(frame, depth=None, points=None) for frame in frames]
-    return _load_views(capture, frames, np.stack([_metric_pose(f, capture, options) for f in frames]), options)
+    poses = world_poses(capture, options)[list(chosen)]
+    if not all(capture.frames[i].has_depth for i in chosen):
+        capture = replace(capture, frames=[replace(frame, depth=None, points=None) for frame in capture.frames])
+    return load_views(capture, chosen, poses, options)
 
 
 def _chosen_frames(capture: Capture, options: ImportOptions) -> tuple[list[int], list[int]]:
