@@ -160,7 +160,7 @@ def _require_same(grid: VoxelGrid, aabb: Tensor, shape: tuple[int, int, int], wh
 
 
 def _require_decoder(scene: GeneratedScene, autoencoder: SceneAutoencoder, whose: str) -> None:
-    expected = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("encoder.")}
+    expected = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith(("encoder.", "refiner."))}
     found = scene.renderer.state_dict()
     if found.keys() != expected.keys() or not all(torch.equal(found[k], v.cpu()) for k, v in expected.items()):
         raise UserInputError(
