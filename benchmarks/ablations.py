@@ -22,6 +22,7 @@ from typing import Any, get_args, get_type_hints
 import torch
 from rich.progress import track
 
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_initial_weights, read_safetensors, scene_autoencoder_folder
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.novel_views import (
     MEAN_IMAGE_SCENES,
@@ -116,6 +117,18 @@ class Options(VariantOptions):
     """test scenes, evenly chosen; by default all"""
 
 
+def begun(
+    collection: SceneCollection, network: dict[str, Any], seed: int, initial_weights: Path | None = None
+) -> SceneAutoencoder:
+    """An auto-encoder with random weights, or those of a trained one."""
+    torch.manual_seed(seed)
+    model = make_autoencoder(collection, SceneNetworkConfig(**network))
+    if initial_weights is not None:
+        weights = scene_autoencoder_folder(initial_weights) / WEIGHTS
+        load_initial_weights(model, read_safetensors(weights), weights)
+    return model
+
+
 def train(
     collection: SceneCollection,
     preset: SceneAutoencoderPreset,
@@ -123,13 +136,13 @@ def train(
     steps: int,
     seed: int,
     perceptual: PerceptualNetwork,
+    initial_weights: Path | None = None,
 ) -> tuple[SceneAutoencoder, dict[str, Any]]:
-    """A trained variant, and what `ShortTraining.run` says of it."""
+    """A trained variant, perhaps begun from a trained one, and what `ShortTraining.run` says of it."""
     loss = {**preset.loss, **variant.loss}
     settings = scene_autoencoder_config("ablation", replace(preset, loss=loss)).optimizers
     loss_config = StageOneLossConfig(**loss)
-    torch.manual_seed(seed)
-    model = make_autoencoder(collection, SceneNetworkConfig(**{**preset.network, **variant.network}))
+    model = begun(collection, {**preset.network, **variant.network}, seed, initial_weights)
     model.to(perceptual_device(perceptual), memory_format=torch.channels_last)
     sampling = SceneSamplerConfig(**{**preset.sampling, **variant.sampling, "seed": seed})
     training = ShortTraining(

@@ -36,6 +36,9 @@ from nfldm_ns.metrics.images import kernel_distance
 from nfldm_ns.metrics.layout import LayoutSettings, map_layout
 from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
+from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig
+from nfldm_ns.reconstruction.poses import PoseConfig
+from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.views import make_cameras
@@ -465,6 +468,47 @@ def test_editing_is_measured_once_and_drawn(edit_options: Any, capsys: pytest.Ca
         editing.main(replace(options, what=("combine",), seam=1.0))
 
 
+@pytest.mark.slow
+def test_reconstructions_are_measured_once_and_drawn(
+    box_room_collection: SceneCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    reconstruction = script("reconstruction")
+    monkeypatch.setattr(reconstruction, "load_inception", MeanColor)
+    monkeypatch.setattr(reconstruction, "fetch_weights", lambda name: None)
+    monkeypatch.setattr(reconstruction, "load_lpips", lambda net: MeanDifference())
+    small_pipeline().save_pretrained(tmp_path / "pipeline")
+    options = reconstruction.Options(
+        pipeline=tmp_path / "pipeline",
+        data=box_room_collection.root,
+        output_dir=tmp_path / "out",
+        counts=(1, 2),
+        num_scenes=1,
+        num_views=4,
+        config=ReconstructionConfig(num_inference_steps=2, fine_tuning=FineTuningConfig(steps=1)),
+        num_photos=1,
+        poses=PoseConfig(num_yaws=2, grid=1, kept=1, code=FineTuningConfig(steps=1)),
+        threads=torch.get_num_threads(),
+    )
+    for change, said in (
+        ({"num_views": 1}, "--num-views is 1: give at least 2"),
+        ({"num_scenes": 5}, "has 2 places in its test split, too few"),
+    ):
+        with pytest.raises(UserInputError, match=said):
+            reconstruction.main(replace(options, **change))
+    reconstruction.main(options)
+    found = results(options.output_dir)
+    assert set(found) == {"views", "poses"} and set(found["views"]["counts"]) == {"1", "2"}
+    for part in found["views"]["counts"].values():
+        assert part["views"] == 4 and set(part["rows"]) == {"stage1", "stage2", "prior"}
+        assert all(math.isfinite(value) for row in part["rows"].values() for value in row.values())
+    assert len(found["poses"]["errors"]["estimated"]) == 1
+    assert "| 1 | stage 1 |" in capsys.readouterr().out and len(list(options.output_dir.glob("*.png"))) == 2
+    reconstruction.main(replace(options, num_photos=1))
+    assert results(options.output_dir) == found
+    with pytest.raises(UserInputError, match="other settings"):
+        reconstruction.main(replace(options, seed=1))
+
+
 def test_maps_that_are_followed_score_like_real_scenes(edit_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     editing, options = edit_options
     monkeypatch.setattr("shared.edited_views.load_pipeline", lambda folder: drawing_pipeline())
@@ -733,3 +777,32 @@ def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
     assert made["seed"] == 3 and made["data"] is None and made["device"]["cores"] >= 1 and made["seconds"] >= 0
     assert made["commit"] == running.commit() and running.commit(tmp_path) == "unknown"
     assert capsys.readouterr().out.splitlines()[0] == "seed 3"
+
+
+# A long capture
+
+
+def test_a_walk_through_a_maze_is_a_capture_in_scannet_s_layout(tmp_path):
+    from nfldm_ns.collect.capture_import import ImportOptions, load_views, world_poses
+    from nfldm_ns.collect.checking import reprojection_agreement
+    from nfldm_ns.collect.doom_collection import wad_path
+    from nfldm_ns.collect.doom_geometry import UNITS_PER_METRE, DoomGeometry
+    from nfldm_ns.collect.doom_mazes import MazeWad
+    from nfldm_ns.collect.doom_places import can_stand
+    from nfldm_ns.collect.formats.scannet import read_scannet
+
+    long_capture = script("long_capture")
+    geometry = DoomGeometry(MazeWad(wad_path("freedoom2")).read_map("MAZE7001"))
+    spots = long_capture.walk(geometry, 0.3, 480, 0)
+    steps = np.linalg.norm(np.diff(spots, axis=0), axis=1) / UNITS_PER_METRE
+    assert len(spots) == 480 and steps.max() < 0.3 + 1e-6 and can_stand(geometry, spots).mean() > 0.95
+    assert len(set(geometry.sector_at(spots).tolist())) > 5, "several rooms"
+
+    options = long_capture.Options(tmp_path, frames=16, recorded_size=32)
+    count = long_capture.record(tmp_path / "capture", options)
+    capture = read_scannet(tmp_path / "capture")
+    assert count == len(capture.frames) > 10
+    imported = ImportOptions(image_size=(32, 32))
+    views = load_views(capture, list(range(count)), world_poses(capture, imported), imported)
+    assert reprojection_agreement(views).median_error < 0.05
+    assert long_capture.record(tmp_path / "capture", options) == count, "once recorded, it is kept"

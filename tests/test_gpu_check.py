@@ -53,7 +53,7 @@ def test_without_a_gpu_it_says_so_and_ends_well(
 
 def test_a_device_agrees_with_itself(gpu_check: ModuleType, batch: SceneBatch) -> None:
     found = gpu_check.compare(small_pipeline(), batch, "cpu")
-    assert len({comparison.name for comparison in found}) == 9
+    assert len({comparison.name for comparison in found}) == 10
     assert all(comparison.error == 0 and comparison.agrees for comparison in found)
     assert all(comparison.cpu_s > 0 and comparison.gpu_s > 0 for comparison in found)
 

@@ -89,7 +89,7 @@ def imports(file: Path) -> set[str]:
 LAYERS = [
     *("models", "scenes", "reports", "collect", "pretrained", "metrics", "training"),
     *("autoencoder", "latents", "diffusion", "generated", "exports", "refine", "plugin"),
-    *("sampling", "editing", "evaluation", "demo"),
+    *("sampling", "editing", "reconstruction", "evaluation", "demo", "studio"),
 ]
 FORBIDDEN: dict[str, list[str]] = {
     "dataparsers": ["nfldm_ns.method_configs", "nfldm_ns.commands"],

@@ -267,27 +267,39 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
 
     @apply_forward_hook
     def render(
-        self, grid: VoxelGrid, cameras: Cameras, height: int | None = None, width: int | None = None
+        self,
+        grid: VoxelGrid,
+        cameras: Cameras,
+        height: int | None = None,
+        width: int | None = None,
+        skipping: bool | None = None,
     ) -> RenderedViews:
         """Renders a grid from cameras of batch shape `[B, M]`.
 
         Args:
             height, width: size of the images; by default that of the cameras. Features are rendered at the ray density
                 of training and the decoded image is resized to what was asked for.
+            skipping: whether rays skip empty and hidden space, see `render_feature_maps`.
         """
         height = height or int(cameras.height.reshape(-1)[0])
         width = width or int(cameras.width.reshape(-1)[0])
         rows, columns = self._ray_grid(cameras)
-        maps = self.feature_maps(grid, cameras, rows, columns, self.config.num_feature_samples)
+        maps = self.feature_maps(grid, cameras, rows, columns, self.config.num_feature_samples, skipping)
         return self.decode(maps, height, width)
 
     @apply_forward_hook
     def feature_maps(
-        self, grid: VoxelGrid, cameras: Cameras, rows: int, columns: int, num_feature_samples: int | None
+        self,
+        grid: VoxelGrid,
+        cameras: Cameras,
+        rows: int,
+        columns: int,
+        num_feature_samples: int | None,
+        skipping: bool | None = None,
     ) -> FeatureMaps:
         """What `rows` x `columns` rays of cameras of shape `[B, M]` see: voxels, and beyond them the background."""
         maps = render_feature_maps(
-            grid, cameras, rows, columns, self.config.near, self.config.num_samples, num_feature_samples
+            grid, cameras, rows, columns, self.config.near, self.config.num_samples, num_feature_samples, skipping
         )
         beyond = self.background(maps.directions, grid.background)
         return replace(maps, features=maps.features + (1 - maps.accumulation) * beyond, background=beyond)

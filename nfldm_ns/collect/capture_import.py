@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 
 from nfldm_ns.collect.captures import Capture, CapturedFrame
+from nfldm_ns.collect.monocular_depth import completed_depth
+from nfldm_ns.collect.orientation import Up, upright
 from nfldm_ns.collect.undistortion import undistort
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, SPLITS, BevClass
@@ -23,11 +25,8 @@ from nfldm_ns.scenes.writing import atomic_path, write_collection, write_scene
 ReadCapture = Callable[[Path], Capture]
 """Of a capture's folder; or, if it has `named_within`, of a capture's name within the folder of a whole dataset."""
 BEV_SIZE = 64
-_UP = {
-    "z": np.eye(3),
-    "y": np.array([[1.0, 0, 0], [0, 0, -1], [0, 1, 0]]),
-    "-y": np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]]),
-}
+DEFAULT_AABB = ((-10.0, -10.0, -2.5), (10.0, 10.0, 4.0))
+SIZE_STEP = 16  # widths and heights that are found are multiples of it, so that every preset's encoder divides them
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,17 @@ class ImportOptions:
     """How captures become scenes.
 
     Attributes:
-        image_size: width and height of the result; images are cropped to its aspect and averaged down.
+        image_size: width and height of the result; images are cropped to its aspect and averaged down. A 0 is found
+            (see `resolved_size`).
         num_source_views, num_target_views: per scene, evenly spaced over the capture's frames.
         metres_per_unit: scale of the poses.
         depth_unit_scale: metres per unit of the depth files (0.001 for millimetres); None follows the capture's
             `depth_unit_scale_factor`, and is 0.001 where it says nothing.
-        up: the capture's axis that points up.
+        up: the capture's axis that points up, or how it is found (see `nfldm_ns.collect.orientation`).
         fractions: share of the captures by held-out split, chosen by the seed.
         test_scenes: captures held out for testing, by folder name; takes the place of the fraction.
+        monocular_depth: a depth model of transformers, by name or folder, that fills in between the points of frames
+            with sparse depth; None leaves them sparse.
     """
 
     image_size: tuple[int, int] = (64, 64)
@@ -50,8 +52,8 @@ class ImportOptions:
     num_target_views: int = 4
     metres_per_unit: float = 1.0
     depth_unit_scale: float | None = None
-    up: Literal["z", "y", "-y"] = "z"
-    aabb: tuple[tuple[float, ...], tuple[float, ...]] = ((-10.0, -10.0, -2.5), (10.0, 10.0, 4.0))
+    up: Up = "z"
+    aabb: tuple[tuple[float, ...], tuple[float, ...]] = DEFAULT_AABB
     near: float = 0.1
     far: float = 30.0
     test_fraction: float = 0.1
@@ -60,6 +62,7 @@ class ImportOptions:
     seed: int = 0
     name: str = "imported captures"
     licence: str = "unknown"
+    monocular_depth: str | None = None
 
 
 def import_captures(
@@ -87,22 +90,21 @@ def import_captures(
     """
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserInputError(f"{root} is not empty: choose a new folder for the collection.")
-    ids = _scene_ids(captures)
-    splits = _split(ids, options)
+    ids = scene_ids(captures)
+    splits = split_captures(ids, options)
     places = {}
-    bev_classes: tuple[BevClass, ...] = ()
+    classes: tuple[BevClass, ...] = ()
     with atomic_path(root) as temporary:
         for scene_id, folder in zip(ids, captures, strict=True):
-            if not (folder.parent if getattr(read, "named_within", False) else folder).is_dir():
-                raise UserInputError(f"There is no capture folder {folder}: give the folders of captures.")
+            require_folder(folder, read)
             capture = read(folder)
+            options = replace(options, image_size=resolved_size(capture, options.image_size))
             source, target, place = load_capture(capture, options)
             places[scene_id] = {"map": scene_id, **place}
             bev = bev_map(capture, np.array(place["origin"]), options)
-            if bev is not None and capture.ground is not None:
-                bev_classes = capture.ground.classes
+            classes = classes or bev_classes([capture], options)
             write_scene(
-                temporary / "scenes" / scene_id, source, target, bev, bev_classes, extra={"place": places[scene_id]}
+                temporary / "scenes" / scene_id, source, target, bev, classes, extra={"place": places[scene_id]}
             )
             on_scene(capture)
         write_collection(
@@ -115,7 +117,7 @@ def import_captures(
             image_size=options.image_size,
             splits=splits,
             places=places,
-            bev_classes=bev_classes,
+            bev_classes=classes,
             made_by={
                 **made_by,
                 "scenes": [path.name for path in captures],
@@ -125,7 +127,50 @@ def import_captures(
     return splits
 
 
-def _scene_ids(captures: Sequence[Path]) -> list[str]:
+def require_folder(folder: Path, read: ReadCapture) -> None:
+    """Raises `UserInputError` where there is no folder that the reader could read this capture from."""
+    if not (folder.parent if getattr(read, "named_within", False) else folder).is_dir():
+        raise UserInputError(f"There is no capture folder {folder}: give the folders of captures.")
+
+
+def resolved_size(capture: Capture, wanted: tuple[int, int]) -> tuple[int, int]:
+    """Width and height where a 0 stands for what the capture's own aspect gives, and two for its own size.
+
+    What is found is a multiple of `SIZE_STEP`; images are cropped to that aspect like to any other.
+
+    Raises:
+        UserInputError: for a negative size, or images that are too small to be divided.
+    """
+    width, height = wanted
+    if min(wanted) < 0:
+        raise UserInputError(f"The image size {width} x {height} is negative: give pixels, or 0 for what fits.")
+    if width and height:
+        return wanted
+    frame = capture.frames[0]
+    own_height, own_width = read_rgb(frame.image, "restore it or remove its frame").shape[:2]
+    if not width and not height:
+        found = own_width - own_width % SIZE_STEP, own_height - own_height % SIZE_STEP
+    elif not width:
+        found = _rounded(height * own_width / own_height), height
+    else:
+        found = width, _rounded(width * own_height / own_width)
+    if min(found) < 1:
+        raise UserInputError(
+            f"{frame.image} is {own_width} x {own_height}, too small to keep its own size: set --image-size."
+        )
+    return found
+
+
+def _rounded(pixels: float) -> int:
+    return max(1, round(pixels / SIZE_STEP)) * SIZE_STEP
+
+
+def scene_ids(captures: Sequence[Path]) -> list[str]:
+    """Names of captures: of their folders, with their parents' where those are equal.
+
+    Raises:
+        UserInputError: if there is none, or two are still equal.
+    """
     ids = [path.resolve().name for path in captures]
     if len(set(ids)) < len(ids):
         ids = [f"{path.resolve().parent.name}-{path.resolve().name}" for path in captures]
@@ -134,7 +179,8 @@ def _scene_ids(captures: Sequence[Path]) -> list[str]:
     return ids
 
 
-def _split(ids: Sequence[str], options: ImportOptions) -> dict[str, list[str]]:
+def split_captures(ids: Sequence[str], options: ImportOptions) -> dict[str, list[str]]:
+    """Whole captures by split, those held out chosen by name or by the seed."""
     unknown = [name for name in options.test_scenes if name not in ids]
     if unknown:
         raise UserInputError(f"The test scene {unknown[0]} is not among the captures: give the name of its folder.")
@@ -154,14 +200,20 @@ def _split(ids: Sequence[str], options: ImportOptions) -> dict[str, list[str]]:
 def bev_map(
     capture: Capture, origin: Float[np.ndarray, " 3"], options: ImportOptions
 ) -> UInt8[np.ndarray, "size size"] | None:
-    """The semantic map of the box around a place, in metres of the turned world; None if the capture has no ground.
-
-    Turned worlds have none, either: maps are of captures whose z points up.
-    """
-    if capture.ground is None or options.up != "z":
+    """The semantic map of the box around a place, in metres of the world; None where `bev_classes` knows none."""
+    if capture.ground is None or not bev_classes([capture], options):
         return None
     corners = origin[:2] + np.array(options.aabb)[:, :2]
     return capture.ground.draw(corners / (capture.units * options.metres_per_unit), BEV_SIZE)
+
+
+def bev_classes(captures: Sequence[Capture], options: ImportOptions) -> tuple[BevClass, ...]:
+    """Classes of the semantic maps of captures, which are of one format; none where there are no maps.
+
+    Turned worlds have none: maps are of captures whose z points up.
+    """
+    grounds = [capture.ground for capture in captures if capture.ground is not None and options.up == "z"]
+    return grounds[0].classes if grounds else ()
 
 
 def load_capture(capture: Capture, options: ImportOptions) -> tuple[Views, Views, dict[str, Any]]:
@@ -171,7 +223,7 @@ def load_capture(capture: Capture, options: ImportOptions) -> tuple[Views, Views
         UserInputError: if files are missing, broken or contradictory, or there are too few frames.
     """
     sources, targets = _chosen_frames(capture, options)
-    poses = np.stack([_metric_pose(frame, capture, options) for frame in capture.frames])
+    poses = world_poses(capture, options)
     origin = poses[sources][:, :, 3].mean(axis=0)
     poses[:, :, 3] -= origin
     with_depth = {capture.frames[i].has_depth for i in (*sources, *targets)}
@@ -179,11 +231,20 @@ def load_capture(capture: Capture, options: ImportOptions) -> tuple[Views, Views
         raise UserInputError(
             f"Some frames of {capture.folder} have a depth file and others have none: give all of them one, or none."
         )
-    views = [
-        _load_views(capture, [capture.frames[i] for i in chosen], poses[chosen], options)
-        for chosen in (sources, targets)
-    ]
+    views = [load_views(capture, chosen, poses[chosen], options) for chosen in (sources, targets)]
     return views[0], views[1], {"origin": origin.tolist()}
+
+
+def load_frames(capture: Capture, chosen: Sequence[int], options: ImportOptions) -> Views:
+    """Some frames of a capture in its own place, in metres; depth where all of them have it.
+
+    Raises:
+        UserInputError: if files are missing, broken or contradictory.
+    """
+    poses = world_poses(capture, options)[list(chosen)]
+    if not all(capture.frames[i].has_depth for i in chosen):
+        capture = replace(capture, frames=[replace(frame, depth=None, points=None) for frame in capture.frames])
+    return load_views(capture, chosen, poses, options)
 
 
 def _chosen_frames(capture: Capture, options: ImportOptions) -> tuple[list[int], list[int]]:
@@ -229,40 +290,93 @@ def _middles(length: int, count: int) -> list[int]:
     return [int((i + 0.5) * length / count) for i in range(count)]
 
 
-def _metric_pose(frame: CapturedFrame, capture: Capture, options: ImportOptions) -> Float[np.ndarray, "3 4"]:
-    pose = _UP[options.up] @ frame.pose
-    pose[:, 3] *= capture.units * options.metres_per_unit
-    return pose
+def world_poses(capture: Capture, options: ImportOptions) -> Float[np.ndarray, "frames 3 4"]:
+    """Camera-to-world of all frames, z up, in metres as far as the options say how long those are.
+
+    Raises:
+        UserInputError: if up is to be found where the cameras do not tell it.
+    """
+    poses = np.stack([frame.pose for frame in capture.frames])
+    poses = upright(poses, options.up, str(capture.folder)) @ poses
+    poses[:, :, 3] *= capture.units * options.metres_per_unit
+    return poses
 
 
-def _load_views(capture: Capture, frames: Sequence[CapturedFrame], poses: np.ndarray, options: ImportOptions) -> Views:
-    images, depths, masks, intrinsics = [], [], [], []
-    for frame in frames:
-        pixels = read_rgb(frame.image, "restore it or remove its frame")
-        size = (pixels.shape[1], pixels.shape[0])
-        lens = frame.lens.intrinsics(size, str(frame.image))
-        depth = None if frame.depth is None else _read_depth(frame, size[::-1], lens, options)
-        pixels, depth, mask, lens = undistort(
-            pixels, depth, _read_mask(frame, size), lens, frame.lens.distortion, frame.lens.fisheye, str(frame.image)
-        )
-        box = _crop_box(size, options.image_size)
-        images.append(np.asarray(Image.fromarray(pixels).resize(options.image_size, Image.Resampling.BOX, box=box)))
-        intrinsics.append(_fit_intrinsics(lens, box, options.image_size))
-        if depth is not None:
-            depths.append(_resize_depth(depth, box, size, options.image_size))
-        elif frame.points is not None:
-            scale = capture.units * options.metres_per_unit
-            depths.append(_sparse_depth(frame.read_points() * scale, intrinsics[-1], options.image_size))
-        masks.append(_resize_mask(mask, box, options.image_size, frame))
+@dataclass(frozen=True)
+class LoadedFrame:
+    """One frame at the wanted size, its lens undone.
+
+    Attributes:
+        depth: planar, in metres, 0 where unknown; None if the frame has none.
+        mask: False for what is not of the scene.
+        intrinsics: fx, fy, cx, cy in pixels.
+    """
+
+    image: UInt8[np.ndarray, "height width 3"]
+    depth: Float[np.ndarray, "height width"] | None
+    mask: Bool[np.ndarray, "height width"]
+    intrinsics: Float[np.ndarray, " 4"]
+
+
+def load_frame(capture: Capture, frame: CapturedFrame, options: ImportOptions) -> LoadedFrame:
+    """Reads the files of one frame, undoes its lens, crops and averages down.
+
+    Raises:
+        UserInputError: if a file is missing, broken or contradicts another.
+    """
+    pixels = read_rgb(frame.image, "restore it or remove its frame")
+    size = (pixels.shape[1], pixels.shape[0])
+    lens = frame.lens.intrinsics(size, str(frame.image))
+    depth = None if frame.depth is None else _read_depth(frame, size[::-1], lens, options)
+    pixels, depth, mask, lens = undistort(
+        pixels, depth, _read_mask(frame, size), lens, frame.lens.distortion, frame.lens.fisheye, str(frame.image)
+    )
+    box = _crop_box(size, options.image_size)
+    image = np.asarray(Image.fromarray(pixels).resize(options.image_size, Image.Resampling.BOX, box=box))
+    intrinsics = _fit_intrinsics(lens, box, options.image_size)
+    if depth is not None:
+        depth = _resize_depth(depth, box, size, options.image_size)
+    elif frame.points is not None:
+        scale = capture.units * options.metres_per_unit
+        depth = _sparse_depth(frame.read_points() * scale, intrinsics, options.image_size)
+        if options.monocular_depth is not None:
+            left, top, right, bottom = (round(edge) for edge in box)
+            crop = Image.fromarray(pixels).crop((left, top, right, bottom))
+            depth = completed_depth(crop, depth, options.monocular_depth)
+    return LoadedFrame(image, depth, _resize_mask(mask, box, options.image_size, frame), intrinsics)
+
+
+def load_views(
+    capture: Capture,
+    chosen: Sequence[int],
+    poses: Float[np.ndarray, "views 3 4"],
+    options: ImportOptions,
+    scale: float = 1.0,
+) -> Views:
+    """Views of chosen frames, all with depth or all without.
+
+    Args:
+        poses: of these frames, in the scene.
+        scale: metres per metre of the options, where it was found later; of the depths, as poses have it already.
+
+    Raises:
+        UserInputError: if a file is missing, broken or contradicts another, or depths are of another unit.
+    """
+    frames = [load_frame(capture, capture.frames[i], options) for i in chosen]
+    depths = [frame.depth * scale for frame in frames if frame.depth is not None]
     width, height = options.image_size
-    fx, fy, cx, cy = torch.tensor(np.stack(intrinsics), dtype=torch.float32).unbind(-1)
+    fx, fy, cx, cy = torch.tensor(np.stack([f.intrinsics for f in frames]), dtype=torch.float32).unbind(-1)
     views = Views(
         make_cameras(torch.from_numpy(poses), fx, fy, cx, cy, height, width),
-        torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255,
+        torch.from_numpy(np.stack([frame.image for frame in frames])).permute(0, 3, 1, 2).float() / 255,
         torch.from_numpy(np.stack(depths)).float()[:, None] if depths else None,
-        None if all(mask.all() for mask in masks) else torch.from_numpy(np.stack(masks))[:, None],
+        None
+        if all(frame.mask.all() for frame in frames)
+        else torch.from_numpy(np.stack([frame.mask for frame in frames]))[:, None],
     )
-    _check_depth_unit(capture.folder, views, options, sparse=frames[0].points is not None)
+    if views.depths is not None and bool((views.depths > 0).any()):
+        median = float(views.depths[views.depths > 0].median())
+        check_depth_unit(capture.folder, median, options, sparse=capture.frames[chosen[0]].points is not None)
     return views
 
 
@@ -356,10 +470,8 @@ def _resize_mask(
     return valid
 
 
-def _check_depth_unit(folder: Path, views: Views, options: ImportOptions, sparse: bool) -> None:
-    if views.depths is None or not bool((views.depths > 0).any()):
-        return
-    median = float(views.depths[views.depths > 0].median())
+def check_depth_unit(folder: Path, median: float, options: ImportOptions, sparse: bool) -> None:
+    """Raises `UserInputError` if the median of a capture's known depths (metres) shows that their unit is another."""
     if not options.near < median < options.far:
         remedy = "--metres-per-unit" if sparse else "--depth-unit-scale to metres per unit of its depth files"
         raise UserInputError(

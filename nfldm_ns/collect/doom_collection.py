@@ -9,10 +9,7 @@ from __future__ import annotations
 import fnmatch
 import multiprocessing
 import multiprocessing.util
-import os
 import shutil
-import signal
-import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +31,7 @@ from nfldm_ns.collect.doom_renderer import DoomRenderer
 from nfldm_ns.collect.doom_scenes import SceneMaker, SceneOptions
 from nfldm_ns.collect.doom_wad import DoomMap, Wad
 from nfldm_ns.collect.resuming import claim_folder
+from nfldm_ns.collect.workers import leave_interrupts_to_parent
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SPLITS, read_json
 from nfldm_ns.scenes.writing import write_collection
@@ -407,17 +405,8 @@ def _start_worker(root: str, options: CollectionOptions) -> None:
     global _worker
     torch.set_num_threads(1)
     _worker = _Worker(Path(root), options)
-    os.setpgrp()  # Ctrl-C is for the parent only, which then lets its workers finish their chunks
+    leave_interrupts_to_parent()
     multiprocessing.util.Finalize(None, _worker.close, exitpriority=10)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Leaves no process behind when the parent was killed."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os.killpg(0, signal.SIGKILL)  # this worker and its games
 
 
 @cache

@@ -14,16 +14,17 @@ from nfldm_ns.scenes.writing import write_json
 OPTIONS_FILE = "collecting.json"
 
 
-def claim_folder(root: Path, options: Mapping[str, Any]) -> None:
+def claim_folder(root: Path, options: Mapping[str, Any], file: str = OPTIONS_FILE) -> None:
     """Makes sure that scenes of two different runs never mix in one folder.
 
     Args:
-        options: all that decides what a scene looks like; how many there are may change.
+        options: all that decides what a scene looks like, for JSON; how many there are may change.
+        file: in the folder, where they are kept.
 
     Raises:
         UserInputError: if the folder was begun with other options, or holds something else.
     """
-    path = root / OPTIONS_FILE
+    path = root / file
     wanted = json.loads(json.dumps(options))
     if path.exists():
         begun = read_json(path)
@@ -37,5 +38,4 @@ def claim_folder(root: Path, options: Mapping[str, Any]) -> None:
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserInputError(f"{root} is not empty and was not begun by this command: choose another folder.")
     else:
-        root.mkdir(parents=True, exist_ok=True)
         write_json(path, wanted)

@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,15 +13,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from nfldm_ns.errors import exit_on_bad_input
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 if TYPE_CHECKING:
-    from nfldm_ns.collect.capture_import import ReadCapture
+    from nfldm_ns.collect.capture_import import ImportOptions, ReadCapture
     from nfldm_ns.collect.captures import Capture
     from nfldm_ns.collect.checking import CollectionCheck, SceneCheck
+    from nfldm_ns.collect.cut_collection import CutCapture, CutReport
 
 _MAX_PROBLEMS = 20
-Up = Literal["z", "y", "-y"]
+Up = Literal["z", "y", "-y", "cameras", "path"]
 Box = tuple[float, float, float, float, float, float]
 """Minimum x, y, z, then maximum x, y, z, in metres."""
 
@@ -278,37 +279,85 @@ class _Captures:
     scenes: tuple[Path, ...]
     """Folders of the captures."""
     image_size: tuple[int, int] = (64, 64)
-    """Width and height of the resulting images in pixels."""
+    """Width and height of the images in pixels; a 0 keeps the captures' aspect, 0 0 their size, in multiples of 16."""
     num_source_views: int = 8
-    """What the encoder sees: evenly spaced frames of each capture."""
+    """What the encoder sees: evenly spaced frames of each capture, or as different ones as see a box."""
     num_target_views: int = 4
-    """Held-back views, evenly spaced between them."""
+    """Held-back views: evenly spaced between them, or apart from them in the same box."""
     metres_per_unit: float = 1.0
     """Scale of the captures' poses."""
     depth_unit_scale: float | None = None
     """Metres per unit of the depth files; by default what the format or the capture says."""
     up: Up = "z"
-    """The captures' axis that points up."""
-    box: Box = (-10, -10, -2.5, 10, 10, 4)
-    """The box around each place: minimum x, y, z, then maximum x, y, z, in metres."""
+    """The captures' axis that points up; cameras: as the cameras were held; path: across the plane of the path."""
+    box: Box | None = None
+    """Minimum x, y, z, then maximum, in metres around each place; by default -10 -10 -2.5 10 10 4, found with --cut."""
     near: float = 0.1
     far: float = 30.0
     test_fraction: float = 0.1
-    """Share of the captures held out for testing."""
+    """Share held out for testing, of the captures, or with --cut of each one's places."""
     val_fraction: float = 0.0
     test_scenes: tuple[str, ...] = ()
     """Names of capture folders held out for testing, instead of a share."""
     seed: int = 0
     name: str = "imported captures"
     licence: str = "unknown"
+    monocular_depth: str | None = None
+    """Depth model of transformers, a name or a folder, that fills in between the points of frames with sparse depth."""
+    cut: bool = False
+    """Makes a scene of each place along a capture's path that enough views see, instead of one; resumable."""
+    spacing: float | None = None
+    """With --cut: metres between places along the path; by default an eighth of the box's width."""
+    camera_height: float | None = None
+    """With --cut: metres between the floor and the cameras, which give each capture its scale."""
+    min_inside: float = 0.4
+    """With --cut: least share of a view's surfaces inside the box."""
+    min_overlap: float = 0.5
+    """With --cut: least share of a target view's surfaces that some source view sees, too."""
+    hold_out: Literal["stretches", "captures"] = "stretches"
+    """With --cut: held out are stretches of each capture's path, or whole captures."""
+    workers: int = 1
+    """With --cut: processes."""
 
     def _import(self, command: str, read: "ReadCapture") -> int:
-        from nfldm_ns.collect.capture_import import ImportOptions, import_captures
+        """Makes the collection; `read` must be something that other processes can be given."""
+        from nfldm_ns.collect.capture_import import DEFAULT_AABB, ImportOptions
 
-        values = {field.name: getattr(self, field.name) for field in fields(_Captures)}
-        out, scenes, box = (values.pop(key) for key in ("out", "scenes", "box"))
-        options = ImportOptions(**values, aabb=(box[:3], box[3:]))
         made_by = {"command": f"nfldm-collect {command}", **_recorded(self)}
+        values = {field.name: getattr(self, field.name) for field in fields(_Captures)}
+        names = {field.name for field in fields(ImportOptions)}
+        box = None if self.box is None else (self.box[:3], self.box[3:])
+        options = ImportOptions(**{k: v for k, v in values.items() if k in names}, aabb=box or DEFAULT_AABB)
+        if self.cut:
+            return self._cut(options, box, read, made_by)
+        self._refuse_options_of_cuts()
+        return self._import_whole(options, read, made_by)
+
+    def _refuse_options_of_cuts(self) -> None:
+        for field in fields(_Captures):
+            if field.name in _OF_CUTS and field.default is not MISSING and getattr(self, field.name) != field.default:
+                raise UserInputError(f"--{field.name.replace('_', '-')} is for captures that are cut: add --cut.")
+
+    def _cut(self, options: "ImportOptions", box, read: "ReadCapture", made_by: dict) -> int:
+        from nfldm_ns.collect.cut_collection import CutOptions, cut_captures
+
+        cut = CutOptions(box, self.spacing, self.camera_height, self.min_inside, self.min_overlap, self.hold_out)
+        with _progress() as progress:
+            tasks = {what: progress.add_task(what, total=None) for what in ("frames", "scenes")}
+
+            def tell(what: str, done: int, total: int) -> None:
+                progress.update(tasks[what], completed=done, total=total)
+
+            report = cut_captures(self.out, self.scenes, options, cut, read, made_by, self.workers, tell)
+        _tell_of_cuts(self.out, report)
+        _tell_of_what_was_left_out([cut.capture for cut in report.captures])
+        _write_sheet(self.out)
+        return 0
+
+    def _import_whole(self, options: "ImportOptions", read: "ReadCapture", made_by: dict) -> int:
+        from nfldm_ns.collect.capture_import import import_captures
+
+        out, scenes = self.out, self.scenes
         captures: list[Capture] = []
         with _progress() as progress:
             task = progress.add_task("scenes", total=len(scenes))
@@ -325,9 +374,15 @@ class _Captures:
         return 0
 
 
+_OF_CUTS = ("spacing", "camera_height", "min_inside", "min_overlap", "hold_out", "workers")
+
+
 @dataclass
 class Import(_Captures):
-    """Turns one's own captures, folders with nerfstudio's transforms.json, into a collection of one scene each."""
+    """Turns one's own captures, folders with nerfstudio's transforms.json, into a collection of one scene each.
+
+    With --cut of many each. nfldm-collect import and nfldm-collect nerfstudio are the same.
+    """
 
     depth_unit_scale: float | None = None
     """Metres per unit of the depth files; by default what the capture's depth_unit_scale_factor says, else 0.001."""
@@ -517,6 +572,40 @@ def _tell_of_what_was_left_out(captures: "list[Capture]") -> None:
         print(f"Not read, for nothing is known of such keys: {', '.join(map(repr, keys))} (in {first}).")
 
 
+def _tell_of_cuts(root: Path, report: "CutReport") -> None:
+    """What became of each capture, and why stretches of its path did not become scenes."""
+    low, high = report.aabb
+    box = " x ".join(f"{b - a:.3g}" for a, b in zip(low, high, strict=True))
+    counts = ", ".join(f"{len(ids)} {split}" for split, ids in report.splits.items() if ids)
+    width, height = report.image_size
+    print(f"{root}: {counts} scenes of {width} x {height} pixels in boxes of {box} m, {report.spacing:.3g} m apart")
+    for cut in report.captures:
+        print(f"{cut.name}: {_measures(cut)}")
+        for reason, begin, end, count in cut.dropped():
+            print(f"  no scene from {begin:.1f} to {end:.1f} m ({count} places): {reason}")
+    if not report.splits["test"]:
+        print("No place was held out for testing: give longer captures, a smaller --box, or --hold-out captures.")
+    print(
+        f"{root / 'cutting'} has a picture of each capture from above; 'nfldm-collect check {root}' judges the scenes"
+    )
+
+
+def _measures(cut: "CutCapture") -> str:
+    used = sum(not place.dropped for place in cut.places)
+    length = cut.survey.path_length[-1]
+    parts = [f"{used} scenes along {length:.1f} m of path, {len(cut.capture.frames)} frames"]
+    without = int((~cut.survey.known.any(axis=1)).sum())
+    if without:
+        parts.append(f"{without} of them without depth, which see nothing")
+    if cut.camera_height is None:
+        parts.append("no floor found")
+    else:
+        parts.append(f"the floor is {cut.camera_height:.2f} m below the cameras")
+    if cut.scale != 1:
+        parts.append(f"scaled by {cut.scale:.4g}")
+    return "; ".join(parts)
+
+
 def _progress() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -588,6 +677,7 @@ def main(args: list[str] | None = None) -> None:
             "carla": Carla,
             "check": Check,
             "import": Import,
+            "nerfstudio": Import,
             "gsn": Gsn,
             "tum": Tum,
             "replica": Replica,

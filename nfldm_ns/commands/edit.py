@@ -272,10 +272,11 @@ def _load_pipeline(folder: Path | None, scene: GeneratedScene | None, device: st
     import torch
 
     from nfldm_ns.diffusion.pipeline import load_pipeline
+    from nfldm_ns.editing.scenes import pipeline_named_by
     from nfldm_ns.models import resolve_model
 
-    named = scene.provenance.get("pipeline") if scene is not None else None
-    found = folder or (Path(named) if isinstance(named, str) and named else None)
+    named = pipeline_named_by(scene.provenance) if scene is not None else None
+    found = folder or (Path(named) if named else None)
     if found is None:
         raise UserInputError("No trained generator was given, and the scene names none: give one with --pipeline.")
     if folder is None and not resolve_model(found).is_dir():

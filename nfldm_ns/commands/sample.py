@@ -40,6 +40,8 @@ class Sample:
     """Above 1 scenes follow their code and map more than the training's."""
     batch_size: int = 1
     """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
+    compact: bool = False
+    """Round the features of scenes to 6 bits, and leave out those that no ray reads: files of about half the size."""
     device: str | None = None
     """cpu or cuda; by default what is there."""
 
@@ -76,6 +78,7 @@ class Sample:
             guidance_scale=self.guidance_scale,
             maps=maps,
             processes=processes,
+            compact=self.compact,
         )
         total = len(processes.share(range(0, self.num_scenes, self.batch_size))) * self.batch_size
         title = "Sampling scenes" if processes.count == 1 else f"Sampling scenes (1 of {processes.count} processes)"

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from nfldm_ns.latents.voxel_store import VoxelStore
 
 HELD_OUT_SCENES = 64
+VIEWS_GIB = 2.0  # of memory for the views that estimates are compared with
 
 
 @dataclass
@@ -46,6 +47,9 @@ class TrainDiffusion:
     """Of timesteps: all alike, or min-SNR-gamma (Hang et al. 2023)."""
     min_snr_gamma: float | None = None
     """gamma of min_snr."""
+    rendering_mult: float | None = None
+    """Weight of a further loss of the denoisers of c and f: what their estimates look like, rendered at views of the
+    scenes (DiffRF). 0 by default; costs time."""
     condition_dropout: float | None = None
     """Share of scenes whose code g the denoisers of c and f do not see, for `guidance_scale` in sampling."""
     condition: Literal["none", "bev"] = "none"
@@ -72,6 +76,7 @@ class TrainDiffusion:
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
+        from nfldm_ns.autoencoder.scene_sampler import SceneCache
         from nfldm_ns.diffusion.latent_memory import encode_latents
         from nfldm_ns.diffusion.training import (
             STAGES,
@@ -97,15 +102,16 @@ class TrainDiffusion:
         memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns, with_maps=with_maps)
         held_out = None
         if with_maps and store.splits["test"]:
-            scenes, views = store.splits["test"][:HELD_OUT_SCENES], memory.num_cameras
-            held_out = encode_latents(store, latent_autoencoder, scenes, False, views, with_maps=True)
+            scenes, cameras = store.splits["test"][:HELD_OUT_SCENES], memory.num_cameras
+            held_out = encode_latents(store, latent_autoencoder, scenes, False, cameras, with_maps=True)
         scene_autoencoder = store.load_autoencoder()
+        views = (SceneCache(store.load_collection(), VIEWS_GIB), store.splits["train"]) if self.rendering_mult else None
         given = {**self.schedule.given(), "ema_profiles": tuple(self.ema_profiles)}
         if self.ema_snapshot_every is not None:
             given["ema_snapshot_every"] = self.ema_snapshot_every
         names = (
             *("prediction_type", "flow_shift", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
-            *("condition_dropout", "condition", "bev_dropout", "ema_length"),
+            *("condition_dropout", "condition", "bev_dropout", "ema_length", "rendering_mult"),
         )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
@@ -114,7 +120,11 @@ class TrainDiffusion:
             given_to_all = (memory, latent_autoencoder, self.output_dir / stage, preset.models[stage], training)
             if teachers is None:
                 denoiser = train_denoiser(
-                    stage, *given_to_all, scene_autoencoder=scene_autoencoder, initial=self._initial(stage)
+                    stage,
+                    *given_to_all,
+                    scene_autoencoder=scene_autoencoder,
+                    initial=self._initial(stage),
+                    views=views,
                 )
             else:
                 denoiser = distil_denoiser(
@@ -151,6 +161,8 @@ class TrainDiffusion:
         rounds(self.distil_steps)
         if self.initial_weights is not None:
             raise UserInputError("--distil begins with the weights of its teacher: leave out --initial-weights.")
+        if self.rendering_mult:
+            raise UserInputError("--distil learns what its teacher does, not views: leave out --rendering-mult.")
         if self.prediction_type != "v_prediction" or not self.zero_terminal_snr:
             raise UserInputError(
                 "--distil trains denoisers that predict v, with zero terminal SNR: leave these options."

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from nfldm_ns.diffusion.call_checks import (
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.distillation import DEFAULT_STEPS
 from nfldm_ns.diffusion.flow import initial_scale, model_input, samples_flows
+from nfldm_ns.diffusion.guiding import Guide, guided_prediction
 from nfldm_ns.diffusion.inpainting import Inpainting, inpaint
 from nfldm_ns.diffusion.trajectory import trajectory_to_cameras
 from nfldm_ns.errors import UserInputError
@@ -91,6 +93,7 @@ class NFLDMPipeline(DiffusionPipeline):
     _stage = "global"
     _num_timesteps = 0
     _guidance_scale = 1.0
+    _guide: Guide | None = None
 
     model_cpu_offload_seq = "global_denoiser->coarse_denoiser->fine_denoiser->latent_autoencoder->scene_autoencoder"
 
@@ -182,6 +185,7 @@ class NFLDMPipeline(DiffusionPipeline):
         noise: Sequence[Tensor] | None = None,
         scene_code: Float[Tensor, "scenes code"] | None = None,
         inpainting: Inpainting | None = None,
+        guide: Guide | None = None,
         bev: Shaped[Tensor, "*scenes height width"] | None = None,
         callback_on_step_end: StepCallback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -206,6 +210,8 @@ class NFLDMPipeline(DiffusionPipeline):
                 f begin with the noise that they would begin with otherwise.
             inpainting: samples c and f in a region only and keeps those of a given scene elsewhere; then `scene_code`
                 is that scene's.
+            guide: changes what the denoisers predict at every step (`guiding.py`), such as `RenderingGuide` does for
+                given images.
             bev: semantic maps from above, one for all scenes or one each: class ids, whole numbers, the north in the
                 first row as in the files of collections. None samples without a map.
             callback_on_step_end: called as `callback(pipeline, step, timestep, kwargs)` after each step, as diffusers'
@@ -241,14 +247,14 @@ class NFLDMPipeline(DiffusionPipeline):
             return given.to(self._execution_device, denoiser.dtype) * initial_scale(self.scheduler)
 
         def sample(stage: str, denoiser: Any, **conditions: Tensor) -> Tensor:
-            self._stage, self._guidance_scale = stage, guidance_scale
             start = begin(stage, denoiser) * warmth[stage]
             check_start(self.scheduler, start, stage)
             cast = {name: value.to(start.dtype) for name, value in conditions.items()} | maps
             run: Callable[..., Tensor] = self.denoise
             if inpainting is not None:
                 run = partial(inpaint, self, inpainting=inpainting, stage=stage, temperature=warmth[stage])
-            latents = run(denoiser, start, steps[stage], generator, callback, **cast).float()
+            with self.sampling(stage, guidance_scale, guide):
+                latents = run(denoiser, start, steps[stage], generator, callback, **cast).float()
             check_sampled(self.scheduler, latents, stage)
             latents = latents if clip is None else latents.clamp(-clip, clip)
             normaliser = denoiser.code if stage == "global" else denoiser.latent
@@ -277,6 +283,15 @@ class NFLDMPipeline(DiffusionPipeline):
         if not return_dict:
             return grids, latents, cameras  # type: ignore[return-value]
         return NFLDMPipelineOutput(grids=grids, latents=latents, cameras=cameras)
+
+    @contextmanager
+    def sampling(self, stage: str, guidance_scale: float = 1.0, guide: Guide | None = None) -> Iterator[None]:
+        """What the steps within are told: which latent they are of, and what guides them; afterwards nothing does."""
+        self._stage, self._guidance_scale, self._guide = stage, guidance_scale, guide
+        try:
+            yield
+        finally:
+            self._guide = None
 
     @property
     def stage(self) -> str:
@@ -412,9 +427,16 @@ class NFLDMPipeline(DiffusionPipeline):
         conditions: dict[str, Tensor],
     ) -> Float[Tensor, " scenes *shape"]:
         """One step of the scheduler."""
-        scaled = model_input(self.scheduler, latents, timestep)
         batch_time = timestep.to(latents.device).expand(len(latents))
-        predicted = self._predict(denoiser, scaled, batch_time, conditions)
+
+        def predict(noisy: Tensor) -> Tensor:
+            return self._predict(denoiser, model_input(self.scheduler, noisy, timestep), batch_time, conditions)
+
+        if self._guide is None:
+            predicted = predict(latents)
+        else:
+            known = self._guide, self.scheduler, self._stage
+            predicted = guided_prediction(*known, latents, timestep, predict, conditions)
         extra = self._step_arguments(generator)
         return self.scheduler.step(predicted, timestep, latents, **extra, return_dict=False)[0]
 

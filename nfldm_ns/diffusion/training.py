@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
 from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.distillation import (
     Halving,
@@ -30,6 +32,7 @@ from nfldm_ns.diffusion.distillation import (
 from nfldm_ns.diffusion.flow import FLOW, FlowNoise, make_flow_scheduler
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.pipeline import PIPELINE_INDEX, assemble_pipeline
+from nfldm_ns.diffusion.rendering_loss import EstimateRendering, signal_share
 from nfldm_ns.diffusion.validation import DenoiserPictures
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
@@ -74,6 +77,8 @@ class DiffusionTrainingConfig:
     """Standard deviation of noise on the scene code that conditions psi_c and psi_f: a sampled one is never exact."""
     coarse_noise: float = 0.1
     """Standard deviation of noise on the normalised c that conditions psi_f."""
+    rendering_mult: float = 0.0
+    """Weight of the rendering loss of what psi_c and psi_f estimate (DiffRF), see `rendering_loss.py`."""
     condition_dropout: float = 0.0
     """Share of scenes whose code psi_c and psi_f do not see; above 0 allows a `guidance_scale` in sampling."""
     condition: Condition = "none"
@@ -185,6 +190,33 @@ def predicted_velocity(
     return (signal * noisy - predicted) / noise if kind == "sample" else predicted
 
 
+def signal_and_noise(
+    scheduler: TrainingNoise, timestep: Shaped[Tensor, " batch"]
+) -> tuple[Float[Tensor, " batch"], Float[Tensor, " batch"]]:
+    """alpha and sigma of `x_t = alpha x_0 + sigma eps`."""
+    if isinstance(scheduler, FlowNoise):
+        time = timestep / scheduler.num_timesteps
+        return 1 - time, time
+    alpha_bar = scheduler.alphas_cumprod.to(timestep.device)[timestep]
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def estimated_clean(
+    scheduler: TrainingNoise,
+    predicted: Float[Tensor, " batch *shape"],
+    noisy: Float[Tensor, " batch *shape"],
+    timestep: Shaped[Tensor, " batch"],
+) -> Float[Tensor, " batch *shape"]:
+    """x_0 as a prediction of any kind has it; "epsilon" must not have a zero terminal SNR."""
+    signal, noise = (part.view(-1, *[1] * (noisy.ndim - 1)) for part in signal_and_noise(scheduler, timestep))
+    if isinstance(scheduler, FlowNoise):
+        return noisy - noise * predicted
+    kind = scheduler.config.prediction_type
+    if kind == "sample":
+        return predicted
+    return (noisy - noise * predicted) / signal if kind == "epsilon" else signal * noisy - noise * predicted
+
+
 def spread_timesteps(count: int, num_timesteps: int, seed: int | None = None) -> Int[Tensor, " count"]:
     """Random timesteps that cover the range evenly, in random order: a steadier loss.
 
@@ -210,6 +242,7 @@ class DiffusionLosses:
     Args:
         share: what this process works on; by default everything.
         with_map: False hides the maps of all scenes from a denoiser that knows maps.
+        rendering: for `rendering_mult`.
     """
 
     def __init__(
@@ -222,8 +255,9 @@ class DiffusionLosses:
         device: torch.device,
         share: BatchShare | None = None,
         with_map: bool = True,
+        rendering: EstimateRendering | None = None,
     ) -> None:
-        self.with_map = with_map
+        self.with_map, self.rendering = with_map, rendering
         self.stage, self.wrapped, self.denoiser = stage, wrapped, denoiser
         self.memory, self.config, self.device = memory, config, device
         self.share = share or batch_share(config.schedule)
@@ -233,7 +267,25 @@ class DiffusionLosses:
         share = self.share
         step, part = share.place(number)
         timestep = self.timesteps(share.joint_batch_size, share.seed + step)[part]
-        return {"loss": self.loss(share.items(len(self.memory), number), timestep, share.draws(number, self.device))}
+        indices, draws = share.items(len(self.memory), number), share.draws(number, self.device)
+        if self.rendering is None:
+            return {"loss": self.loss(indices, timestep, draws)}
+        return self.losses_with_rendering(indices, timestep.to(self.device), draws)
+
+    def losses_with_rendering(
+        self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws
+    ) -> dict[str, Tensor]:
+        """The loss of the prediction, and that of what the estimate looks like, of one prediction."""
+        assert self.rendering is not None
+        turns = draws.integers(self.memory.num_turns)
+        clean, noise, noisy, predicted = self.predict(indices, timestep, draws, turns=turns)
+        signal, sigma = signal_and_noise(self.scheduler, timestep)
+        estimate = estimated_clean(self.scheduler, predicted, noisy, timestep)
+        rendered = self.rendering(estimate, signal_share(signal, sigma), indices, turns, draws)
+        return {
+            "loss": self._error(clean, noise, predicted, timestep),
+            "rendering_loss": self.config.rendering_mult * rendered,
+        }
 
     def timesteps(self, count: int, seed: int) -> Shaped[Tensor, " count"]:
         """Timesteps of a batch; those of a flow are no whole numbers."""
@@ -247,6 +299,9 @@ class DiffusionLosses:
         """Weighted mean squared error of the prediction for some scenes."""
         timestep = timestep.to(self.device)
         clean, noise, _, predicted = self.predict(indices, timestep, draws, augment)
+        return self._error(clean, noise, predicted, timestep)
+
+    def _error(self, clean: Tensor, noise: Tensor, predicted: Tensor, timestep: Tensor) -> Float[Tensor, ""]:
         error = F.mse_loss(predicted, diffusion_target(self.scheduler, clean, noise, timestep), reduction="none")
         weights = loss_weights(self.scheduler, timestep, self.config.loss_weighting, self.config.min_snr_gamma)
         return (weights * error.flatten(1).mean(1)).mean()
@@ -261,19 +316,28 @@ class DiffusionLosses:
         return (velocity - self.scheduler.get_velocity(clean, noise, timestep)).square().flatten(1).mean(1)
 
     def predict(
-        self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws, augment: bool = True
+        self,
+        indices: list[int],
+        timestep: Shaped[Tensor, " batch"],
+        draws: ItemDraws,
+        augment: bool = True,
+        turns: Int[Tensor, " batch"] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Clean samples in normalised units, noise, both together, and what the denoiser makes of that."""
-        clean, conditions = self.sample_and_conditions(indices, draws, augment)
+        """Clean samples in normalised units, noise, both together, and what the denoiser makes of that.
+
+        Args:
+            turns: of the scenes, where they were drawn already.
+        """
+        clean, conditions = self.sample_and_conditions(indices, draws, augment, turns)
         noise = draws.normal(clean)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
         return clean, noise, noisy, self.wrapped(noisy, timestep, **conditions).float()
 
     def sample_and_conditions(
-        self, indices: list[int], draws: ItemDraws, augment: bool = True
+        self, indices: list[int], draws: ItemDraws, augment: bool = True, turns: Int[Tensor, " batch"] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The clean sample in normalised units, and what the denoiser gets besides it."""
-        turns = draws.integers(self.memory.num_turns)
+        turns = draws.integers(self.memory.num_turns) if turns is None else turns
         pick = partial(self.memory.pick, indices=indices, turns=turns, device=self.device)
         code = pick("scene_code")
         conditions: dict[str, Tensor] = {}
@@ -419,6 +483,7 @@ def train_denoiser(
     scene_autoencoder: SceneAutoencoder | None = None,
     initial: Denoiser | None = None,
     halving: Halving | None = None,
+    views: tuple[SceneCache, Sequence[str]] | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Denoiser:
     """Trains one denoiser, continuing an interrupted run.
@@ -427,9 +492,10 @@ def train_denoiser(
         memory: latents of the training scenes.
         output_dir: becomes a run folder (see `RunFolder`) with the averaged weights in `denoiser/`.
         model_config: sizes of the denoiser; the latents' shapes come from `latent_autoencoder`.
-        scene_autoencoder: stage 1, for sample renders every `validation_steps`; None for none.
+        scene_autoencoder: stage 1, for sample renders every `validation_steps` and for `rendering_mult`; None for none.
         initial: a denoiser of the same configuration to begin from, for a longer training.
         halving: the round of a distillation; None for a training on the latents themselves.
+        views: of the memory's scenes, and their ids in its order, for `rendering_mult`.
 
     Returns:
         the denoiser with averaged weights, in evaluation mode.
@@ -439,6 +505,7 @@ def train_denoiser(
     """
     training_noise(config)  # refuses what cannot be, before anything is written
     _require_snapshots(config)
+    _require_renderings(config, scene_autoencoder, views)
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     if stage != "global":
@@ -462,6 +529,8 @@ def train_denoiser(
     }
     if config.prediction_type == FLOW:
         identity["flow_shift"] = config.flow_shift
+    if config.rendering_mult and stage != "global":
+        identity["rendering_mult"] = config.rendering_mult
     if config.schedule.ema_profiles:
         identity["ema_profiles"] = config.schedule.ema_profiles
     if config.condition == "bev":
@@ -479,7 +548,15 @@ def train_denoiser(
     def make_losses(wrapped: nn.Module) -> DiffusionLosses:
         share = batch_share(config.schedule, accelerator)
         given = (stage, wrapped, denoiser, memory, config, accelerator.device, share)
-        return DiffusionLosses(*given) if halving is None else DistillationLosses(halving, *given)
+        if halving is not None:
+            return DistillationLosses(halving, *given)
+        rendering = None
+        if config.rendering_mult and not isinstance(denoiser, GlobalDenoiser):
+            assert scene_autoencoder is not None and views is not None
+            frozen = (latent_autoencoder, scene_autoencoder)
+            frozen = tuple(model.to(accelerator.device).requires_grad_(False) for model in frozen)
+            rendering = EstimateRendering(denoiser, *frozen, memory, *views)
+        return DiffusionLosses(*given, rendering=rendering)
 
     render = None
     if scene_autoencoder is not None and config.schedule.validation_steps:
@@ -579,6 +656,13 @@ def _require_snapshots(config: DiffusionTrainingConfig) -> None:
     check_length("--ema-length", config.ema_length)
     if not config.schedule.ema_profiles:
         raise UserInputError("--ema-length is made of snapshots: add the --ema-profiles that they were taken of.")
+
+
+def _require_renderings(config: DiffusionTrainingConfig, renderer: SceneAutoencoder | None, views: object) -> None:
+    if not 0 <= config.rendering_mult < float("inf"):
+        raise UserInputError(f"--rendering-mult is {config.rendering_mult}: give a finite number of at least 0.")
+    if config.rendering_mult and (renderer is None or views is None):
+        raise ValueError("rendering_mult needs scene_autoencoder and views")
 
 
 def _begin_from(initial: Denoiser, denoiser: Denoiser) -> None:

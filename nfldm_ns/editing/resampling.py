@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import UInt8
 
 from nfldm_ns.diffusion.inpainting import Inpainting
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, scene_generators
 from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.editing.region import Region
 from nfldm_ns.editing.scenes import latents_of, require_pipeline_of, scene_code_of, with_latents
@@ -33,6 +34,8 @@ def resample_region(
     jump_length: int = 3,
     source: str = "",
     bev: UInt8[np.ndarray, "height width"] | None = None,
+    temperatures: Sequence[float] | None = None,
+    callback_on_step_end: StepCallback | None = None,
 ) -> GeneratedScene:
     """Samples c in a region anew, then f given the new c, and blends the new V into the old one.
 
@@ -45,6 +48,7 @@ def resample_region(
         strength, resamplings, jump_length: see `Inpainting`.
         source: where the pipeline is from, for the record.
         bev: a semantic map of the whole scene, north up, that the new part is to follow.
+        temperatures, callback_on_step_end: of the pipeline's call.
 
     Raises:
         UserInputError: if the scene has no latents, or is of another pipeline.
@@ -64,6 +68,8 @@ def resample_region(
     }
     if bev is not None:
         record["bev"] = BEV_FILE
+    if temperatures is not None:
+        record["temperatures"] = list(temperatures)
     if region.covers_nothing:
         return replace(scene, provenance=record)
     inpainting = region_inpainting(
@@ -76,6 +82,8 @@ def resample_region(
         scene_code=scene_code_of(pipeline, scene),
         inpainting=inpainting,
         bev=None if bev is None else torch.from_numpy(bev),
+        temperatures=temperatures,
+        callback_on_step_end=callback_on_step_end,
     )
     assert output.grids is not None
     grid = blend_voxels(scene.grid, output.grids.to("cpu"), region.weights(seam_m))

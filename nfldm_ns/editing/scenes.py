@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,16 @@ def load_scene(folder: Path | str) -> GeneratedScene:
     """`load_generated_scene`, with the folder in the provenance, so that what is made of it names it as a source."""
     scene = load_generated_scene(folder)
     return replace(scene, provenance={"folder": str(folder), **scene.provenance})
+
+
+def pipeline_named_by(provenance: Mapping[str, Any]) -> str | None:
+    """The generator that a scene's record names, or the first that the records of what it was made of do."""
+    named = provenance.get("pipeline")
+    if isinstance(named, str) and named:
+        return named
+    sources = provenance.get("sources")
+    records = [source for source in sources if isinstance(source, dict)] if isinstance(sources, list) else []
+    return next((found for found in map(pipeline_named_by, records) if found), None)
 
 
 @torch.no_grad()
@@ -149,7 +160,7 @@ def _require_same(grid: VoxelGrid, aabb: Tensor, shape: tuple[int, int, int], wh
 
 
 def _require_decoder(scene: GeneratedScene, autoencoder: SceneAutoencoder, whose: str) -> None:
-    expected = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith("encoder.")}
+    expected = {k: v for k, v in autoencoder.state_dict().items() if not k.startswith(("encoder.", "refiner."))}
     found = scene.renderer.state_dict()
     if found.keys() != expected.keys() or not all(torch.equal(found[k], v.cpu()) for k, v in expected.items()):
         raise UserInputError(

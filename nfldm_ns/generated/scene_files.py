@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,13 +19,24 @@ from nfldm_ns.autoencoder.checkpoints import read_safetensors
 from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.generated.tensor_coding import (
+    Coded,
+    InSteps,
+    decode,
+    decode_in_steps,
+    encode,
+    encode_in_steps,
+    in_steps,
+)
 from nfldm_ns.scenes.collection import read_depth, read_json, read_transforms
 from nfldm_ns.scenes.image_files import open_image
 from nfldm_ns.scenes.schema import Box, Checked, FileName, validated, validated_json
+from nfldm_ns.scenes.sparse_grid import SparseGrid, readable
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 FORMAT = "nfldm-generated-scene"
-VERSION = 1
+VERSION = 2
+UNCODED = 1  # whose tensors are in scene.safetensors as they are
 Names = Annotated[list[str], Field(min_length=1)]
 TENSORS = "scene.safetensors"
 DESCRIPTION = "scene.json"
@@ -81,20 +92,65 @@ def voxel_tensors(grid: VoxelGrid) -> dict[str, Tensor]:
     return tensors
 
 
-def write_scene_files(folder: Path, scene: GeneratedScene) -> None:
-    """Writes `scene.safetensors` and `scene.json` into an existing folder."""
-    tensors = voxel_tensors(scene.grid)
-    tensors |= {f"latents.{name}": value.detach().cpu() for name, value in scene.latents.items()}
-    tensors |= {f"renderer.{name}": value for name, value in scene.renderer.state_dict().items()}
-    (folder / TENSORS).write_bytes(save({name: value.contiguous() for name, value in tensors.items()}))
+def in_compact_precision(grid: VoxelGrid) -> VoxelGrid:
+    """The grid as it survives storage in a compact file: features in steps (`tensor_coding.in_steps`), and none where
+    no ray reads them; density and background as in `half_precision`."""
+    sparse = SparseGrid.from_dense(half_precision(grid))
+    return replace(sparse, features=in_steps(sparse.features)).to_dense()
+
+
+def write_scene_files(folder: Path, scene: GeneratedScene, compact: bool = False) -> None:
+    """Writes `scene.safetensors` and `scene.json` into an existing folder.
+
+    Tensors are compressed without loss (`tensor_coding`): V in half precision, and the renderer, where that loses
+    nothing.
+
+    Args:
+        compact: features are those of `in_compact_precision`; the file is about half as large.
+    """
+    grid = half_precision(scene.grid)
+    tensors = voxel_tensors(grid)
+    coded: dict[str, Tensor] = {}
+    kinds: dict[str, Any] = {}
+    if compact:
+        features = SparseGrid.from_dense(grid).features
+        coded["features"], kinds["features"] = encode_in_steps(in_steps(features))
+        del tensors["features"]
+    tensors |= {f"latents.{name}": value for name, value in scene.latents.items()}
+    tensors |= {f"renderer.{name}": _exact_half(value) for name, value in scene.renderer.state_dict().items()}
+    for name, tensor in tensors.items():
+        coded[name], kinds[name] = encode(tensor)
+    (folder / TENSORS).write_bytes(save(coded))
     description = {
         "format": FORMAT,
         "version": VERSION,
         "provenance": scene.provenance,
         "aabb": scene.grid.aabb.tolist(),
+        "tensors": kinds,
         "autoencoder": json.loads(scene.renderer.to_json_string()),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def _exact_half(values: Tensor) -> Tensor:
+    """In half precision if that loses nothing."""
+    half = values.half() if values.dtype == torch.float32 else values
+    return half if torch.equal(half.to(values.dtype), values) else values
+
+
+def _decoded(coded: Mapping[str, Tensor], kinds: Mapping[str, Coded | InSteps]) -> dict[str, Tensor]:
+    """The tensors of a file, V dense; raises KeyError or ValueError where file and description do not agree."""
+    if set(coded) != set(kinds):
+        raise ValueError(f"tensors {sorted(set(coded) ^ set(kinds))} are in one of them alone")
+    tensors = {
+        name: decode_in_steps(coded[name], kind) if isinstance(kind, InSteps) else decode(coded[name], kind)
+        for name, kind in kinds.items()
+    }
+    if isinstance(kinds["features"], InSteps):
+        density = tensors["density"][0].float()
+        sparse = SparseGrid(density, readable(density, 0.0), tensors["features"], torch.zeros(2, 3))
+        tensors["features"] = sparse.to_dense().features[0]
+    return tensors
 
 
 def load_generated_scene(folder: Path | str) -> GeneratedScene:
@@ -110,13 +166,18 @@ def load_generated_scene(folder: Path | str) -> GeneratedScene:
             f"{folder} is no generated scene (it has no {DESCRIPTION}): make some with 'nfldm-sample'."
         )
     description = read_json(path)
-    if not isinstance(description, dict) or (description.get("format"), description.get("version")) != (
-        FORMAT,
-        VERSION,
-    ):
+    known = isinstance(description, dict) and description.get("version") in (UNCODED, VERSION)
+    if not known or description.get("format") != FORMAT:
         raise UserInputError(f"{path} is not of format {FORMAT}, version {VERSION}: sample the scene again.")
     scene = validated_json(_SceneDescription, description, path, "sample the scene again")
     tensors = read_safetensors(folder / TENSORS)
+    if description["version"] != UNCODED:
+        try:
+            tensors = _decoded(tensors, scene.tensors)
+        except (KeyError, ValueError) as error:
+            raise UserInputError(
+                f"{folder / TENSORS} does not fit {DESCRIPTION} ({error}): sample the scene again."
+            ) from None
     renderer = build_model(
         SceneAutoencoder,
         scene.autoencoder,
@@ -139,6 +200,7 @@ class _SceneDescription(Checked):
     aabb: Box
     autoencoder: dict[str, Any]
     provenance: dict[str, Any] | None = None
+    tensors: dict[str, Coded | InSteps] = Field(default_factory=dict)
 
 
 def read_voxel_tensors(tensors: Mapping[str, Tensor], aabb: Tensor, renderer: SceneAutoencoder) -> VoxelGrid:

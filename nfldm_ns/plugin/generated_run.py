@@ -12,7 +12,13 @@ from torch import Tensor
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.generated.cameras import fly_through
-from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of, write_scene_files
+from nfldm_ns.generated.scene_files import (
+    GeneratedScene,
+    half_precision,
+    in_compact_precision,
+    renderer_of,
+    write_scene_files,
+)
 from nfldm_ns.plugin.scene_config import scene_config_yml
 from nfldm_ns.scenes.views import Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -30,6 +36,7 @@ def write_generated_scene(
     provenance: Mapping[str, Any] | None = None,
     eval_cameras: Cameras | None = None,
     attachments: Mapping[str, bytes] | None = None,
+    compact: bool = False,
 ) -> None:
     """Writes one scene, whole or not at all; an existing folder is replaced.
 
@@ -46,6 +53,7 @@ def write_generated_scene(
         provenance: seed and what made it, as JSON; no times, so that the same seed gives the same files.
         eval_cameras: batch shape `[M]`; by default 8 views of `fly_through(cameras)`.
         attachments: further files by name.
+        compact: rounds features so that `scene.safetensors` is half as large, see `in_compact_precision`.
 
     Raises:
         ValueError: if the grid holds more than one scene.
@@ -53,12 +61,16 @@ def write_generated_scene(
     if grid.batch_size != 1:
         raise ValueError(f"one scene at a time, not {grid.batch_size}")
     scene = GeneratedScene(
-        half_precision(grid), renderer_of(autoencoder), cameras, dict(latents or {}), dict(provenance or {})
+        (in_compact_precision if compact else half_precision)(grid),
+        renderer_of(autoencoder),
+        cameras,
+        dict(latents or {}),
+        dict(provenance or {}),
     )
     eval_cameras = fly_through(cameras, 8) if eval_cameras is None else eval_cameras
     with atomic_path(folder) as temporary:
         write_scene(temporary, render_views(scene, cameras), render_views(scene, eval_cameras))
-        write_scene_files(temporary, scene)
+        write_scene_files(temporary, scene, compact)
         (temporary / "config.yml").write_text(scene_config_yml(folder.resolve()), encoding="utf-8")
         _write_checkpoint(temporary / "nerfstudio_models", scene)
         for name, content in (attachments or {}).items():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.configs.base_config import MachineConfig, ViewerConfig
 from nerfstudio.data.datamanagers.base_datamanager import VanillaDataManager, VanillaDataManagerConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
@@ -24,12 +25,12 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.model_configs import check_state
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
-from nfldm_ns.generated.scene_files import DESCRIPTION, check_dataset, load_generated_scene
+from nfldm_ns.generated.scene_files import DESCRIPTION, GeneratedScene, check_dataset, load_generated_scene
 from nfldm_ns.plugin.command_line import config_folder
 from nfldm_ns.plugin.pictures import ray_lengths
 from nfldm_ns.plugin.run_folder import MovableTrainerConfig
 from nfldm_ns.plugin.scene_config import device_type
-from nfldm_ns.plugin.viewer_start import FirstView
+from nfldm_ns.plugin.viewer_start import FirstView, LatePanel
 from nfldm_ns.plugin.voxel_model import VoxelGridField, VoxelModel, picture_dict, single_camera
 from nfldm_ns.scenes.collection import DEPTH_UNIT_M, read_depth
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -91,6 +92,15 @@ class GeneratedSceneModel(VoxelModel):
         super().populate_modules()
         self.field = VoxelGridField(scene.grid, trainable=True)
         self.decoder = scene.renderer
+        self.on_show = scene
+
+    def show(self, scene: GeneratedScene) -> None:
+        """Puts another scene, of the same box and renderer, in the place of the one on show.
+
+        Its voxels are new parameters: pictures that are being rendered are still wholly of the scene before.
+        """
+        self.field = VoxelGridField(scene.grid, trainable=True).to(self.device)
+        self.on_show = scene
 
     def shown_grid(self) -> VoxelGrid:
         return self.field.grid()
@@ -146,6 +156,8 @@ class GeneratedScenePipelineConfig(VanillaPipelineConfig):
     """specifies the datamanager config"""
     model: GeneratedSceneModelConfig = field(default_factory=GeneratedSceneModelConfig)
     """specifies the model config"""
+    panel: str = "nfldm_ns.studio.panel"
+    """module of the panel that the viewer gets, to sample and edit; empty for none"""
 
 
 class GeneratedScenePipeline(VanillaPipeline):
@@ -172,14 +184,23 @@ class GeneratedScenePipeline(VanillaPipeline):
         if config.datamanager.data == config.model.scene:
             check_dataset(config.model.scene)
         super().__init__(config, device, test_mode, world_size, local_rank, grad_scaler)
-        self.viewer_control = FirstView(lambda: self.datamanager.train_dataset.cameras)
+        self.viewer_control = FirstView(self.cameras_on_show)
+        if config.panel:
+            self.viewer_panel = LatePanel(config.panel, self)
+
+    def cameras_on_show(self) -> Cameras:
+        """Those of the scene that the viewer shows now."""
+        cameras = self.model.on_show.cameras
+        return self.datamanager.train_dataset.cameras if cameras is None else cameras
 
     def get_train_loss_dict(self, step: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
         """Tunes the voxels on one of the scene's images."""
         dataset = self.datamanager.train_dataset
         index = int(np.random.default_rng((0, step)).integers(len(dataset)))
         cameras = single_camera(dataset.cameras[index : index + 1].to(self.device))
-        outputs = picture_dict(self.model.renderer().render(self.model.shown_grid(), cameras), cameras)
+        # Density that is clamped at 0 can grow in empty space only if rays look there.
+        rendered = self.model.renderer().render(self.model.shown_grid(), cameras, skipping=False)
+        outputs = picture_dict(rendered, cameras)
         batch = {"image": dataset[index]["image"]}
         return outputs, self.model.get_loss_dict(outputs, batch), {}
 

@@ -66,7 +66,7 @@ class RefinedField(VoxelGridField):
         self.feature_change = nn.Parameter(torch.zeros_like(self.features))
         self.background_change = None if self.background is None else nn.Parameter(torch.zeros_like(self.background))
 
-    def grid(self) -> VoxelGrid:
+    def make_grid(self) -> VoxelGrid:
         raw = density_logits(self.density)
         features = self.features + _spread(self.features) * self.feature_change
         background: Tensor | None = self.background

@@ -7,9 +7,13 @@ import importlib.metadata
 import os
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import yaml
+
+if TYPE_CHECKING:
+    from nfldm_ns.plugin.generated_scene import GeneratedSceneTrainerConfig
 
 TEMPLATE = Path(__file__).parent / "scene_config.yml"
 
@@ -37,6 +41,11 @@ def scene_config_yml(folder: Path) -> str:
 
 def dumped_config(folder: Path) -> str:
     """The same from nerfstudio's own classes."""
+    return yaml.dump(scene_run_config(folder))
+
+
+def scene_run_config(folder: Path) -> GeneratedSceneTrainerConfig:
+    """The configuration of a generated scene's folder as a run."""
     from nfldm_ns.plugin.generated_scene import scene_trainer_config
 
     config = copy.deepcopy(scene_trainer_config())
@@ -47,7 +56,7 @@ def dumped_config(folder: Path) -> str:
     config.pipeline.datamanager.data = folder
     config.pipeline.datamanager.dataparser.data = folder
     config.pipeline.model.scene = folder
-    return yaml.dump(config)
+    return config
 
 
 def device_type() -> str:

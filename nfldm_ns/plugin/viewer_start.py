@@ -1,7 +1,8 @@
-"""Where nerfstudio's viewer starts."""
+"""Where nerfstudio's viewer starts, and what it gets beside its own panels."""
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.viewer.viewer_elements import ViewerControl
 
 if TYPE_CHECKING:
+    from nerfstudio.pipelines.base_pipeline import Pipeline
     from nerfstudio.viewer.viewer import Viewer
     from viser import ClientHandle
 
@@ -32,6 +34,23 @@ class FirstView(ViewerControl):
     def _setup(self, viewer: Viewer) -> None:
         super()._setup(viewer)
         self.viser_server.on_client_connect(lambda client: place_client(client, self._cameras()))
+
+
+class LatePanel(ViewerControl):
+    """A panel of a module that is imported when there is a viewer: other commands do without it.
+
+    Args:
+        module: has a function `build_panel(viewer, pipeline)`, which puts its elements into the viewer.
+        pipeline: on show.
+    """
+
+    def __init__(self, module: str, pipeline: Pipeline) -> None:
+        self._module = module
+        self._pipeline = pipeline
+
+    def _setup(self, viewer: Viewer) -> None:
+        super()._setup(viewer)
+        self.panel = importlib.import_module(self._module).build_panel(viewer, self._pipeline)
 
 
 def place_client(client: ClientHandle, cameras: Cameras) -> None:

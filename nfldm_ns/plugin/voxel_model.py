@@ -52,8 +52,21 @@ class VoxelGridField(Field):
         background = grid.background
         self.background = None if background is None else nn.Parameter(background.float(), requires_grad=trainable)
         self.register_buffer("aabb", grid.aabb.float().clone())
+        self._shown: tuple[list[tuple[Tensor, int, int]], VoxelGrid] | None = None
 
     def grid(self) -> VoxelGrid:
+        """The voxels; without gradients the same object until a parameter changes.
+
+        So what is made of it once for all pictures (`TensorCache`) stays.
+        """
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return self.make_grid()
+        state = [(tensor, tensor._version, tensor.data_ptr()) for tensor in (*self.parameters(), self.aabb)]
+        if self._shown is None or len(state) != len(self._shown[0]) or not all(map(_same, state, self._shown[0])):
+            self._shown = (state, self.make_grid())
+        return self._shown[1]
+
+    def make_grid(self) -> VoxelGrid:
         """The voxels; densities that an optimiser pushed below zero count as empty."""
         return VoxelGrid(self.density.clamp(min=0), self.features, self.aabb, self.background)
 
@@ -73,6 +86,10 @@ class VoxelGridField(Field):
         if density_embedding is None:
             _, density_embedding = self.get_density(ray_samples)
         return {FieldHeadNames.SEMANTICS: density_embedding}
+
+
+def _same(now: tuple[Tensor, int, int], before: tuple[Tensor, int, int]) -> bool:
+    return now[0] is before[0] and now[1:] == before[1:]
 
 
 class VoxelModel(Model):

@@ -13,7 +13,8 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from nfldm_ns.generated.world_files import World
-from nfldm_ns.plugin.generated_run import render_views, scene_trainer_config
+from nfldm_ns.plugin.generated_run import render_views
+from nfldm_ns.plugin.generated_scene import scene_trainer_config
 from nfldm_ns.plugin.pictures import render_perspective
 from nfldm_ns.plugin.voxel_model import single_camera
 from nfldm_ns.plugin.world_model import VIEWS, WorldModelConfig, WorldPipelineConfig

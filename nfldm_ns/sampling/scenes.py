@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, NFLDMPipelineOutput, scene_generators
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, scene_generators
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of
 from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.scenes.collection import BEV_FILE
@@ -45,6 +46,7 @@ def sample_scenes(
     guidance_scale: float = 1.0,
     maps: Sequence[UInt8[np.ndarray, "height width"]] = (),
     processes: Processes = ALONE,
+    compact: bool = False,
 ) -> Iterator[Path]:
     """Samples scenes and writes each as a folder `scene_<seed + i>`, as it becomes ready.
 
@@ -57,6 +59,7 @@ def sample_scenes(
         maps: semantic maps, north up: none, one for all scenes, or one per scene. A scene's folder gets its own as
             `bev.png`, as scenes of collections have them.
         processes: those that share the batches.
+        compact: rounds features so that files are about half as large, see `write_generated_scene`.
 
     Yields:
         the folders that this process wrote.
@@ -66,36 +69,27 @@ def sample_scenes(
     """
     pipeline.set_progress_bar_config(disable=True)
     num_inference_steps = pipeline.default_steps if num_inference_steps is None else num_inference_steps
-    record = {"command": "nfldm-sample", **sampling_record(pipeline, num_inference_steps, source)}
-    if guidance_scale != 1:
-        record["guidance_scale"] = guidance_scale
     if maps:
-        record["bev"] = BEV_FILE
         maps = list(maps) * num_scenes if len(maps) == 1 else maps
     with ThreadPoolExecutor(1) as writer:
         written: Future[Path] | None = None
         for first in processes.share(range(0, num_scenes, batch_size)):
             count = min(batch_size, num_scenes - first)
             chosen = maps[first : first + count]
-            try:
-                output = pipeline(
-                    count,
-                    scene_generators(seed + first, count),
-                    num_inference_steps=num_inference_steps,
-                    guidance_scale=guidance_scale,
-                    bev=torch.from_numpy(np.stack(chosen)) if chosen else None,
-                )
-            except ValueError as error:  # what a call must not be, or a scheduler that does not fit
-                raise UserInputError(
-                    f"{source or 'The pipeline'} samples no scenes from seed {seed + first} on: {error}."
-                ) from error
-            for i in range(count):
+            scenes = draw_scenes(
+                pipeline,
+                count,
+                seed + first,
+                num_inference_steps=num_inference_steps,
+                source=source,
+                guidance_scale=guidance_scale,
+                maps=chosen,
+            )
+            for i, scene in enumerate(scenes):
                 bev = bev_png(chosen[i], pipeline.bev_classes) if chosen else None
                 if written is not None:
                     yield written.result()
-                written = writer.submit(
-                    _write, Path(output_dir), pipeline, output, i, {"seed": seed + first + i, **record}, bev
-                )
+                written = writer.submit(_write, scene_folder(output_dir, seed + first + i), scene, bev, compact)
         if written is not None:
             yield written.result()
 
@@ -105,24 +99,76 @@ def scene_folder(output_dir: Path | str, seed: int) -> Path:
     return Path(output_dir) / f"scene_{seed:06d}"
 
 
-def _write(
-    output_dir: Path,
-    pipeline: NFLDMPipeline,
-    output: NFLDMPipelineOutput,
-    i: int,
-    provenance: dict[str, Any],
-    bev: bytes | None,
-) -> Path:
-    """Writes scene i of a batch."""
-    assert output.grids is not None
-    folder = scene_folder(output_dir, provenance["seed"])
+def _write(folder: Path, scene: GeneratedScene, bev: bytes | None, compact: bool) -> Path:
+    assert scene.cameras is not None
     write_generated_scene(
         folder,
-        output.grids[i].to("cpu"),
-        pipeline.scene_autoencoder,
-        index_cameras(output.cameras.to("cpu"), i),
-        {name: value[i] for name, value in output.latents.to("cpu").state_dict().items()},
-        provenance,
+        scene.grid,
+        scene.renderer,
+        scene.cameras,
+        scene.latents,
+        scene.provenance,
         attachments=None if bev is None else {BEV_FILE: bev},
+        compact=compact,
     )
     return folder
+
+
+def draw_scenes(
+    pipeline: NFLDMPipeline,
+    num_scenes: int,
+    seed: int = 0,
+    *,
+    num_inference_steps: int | None = None,
+    source: str = "",
+    guidance_scale: float = 1.0,
+    temperatures: Sequence[float] | None = None,
+    maps: Sequence[UInt8[np.ndarray, "height width"]] = (),
+    callback_on_step_end: StepCallback | None = None,
+    command: str = "nfldm-sample",
+) -> list[GeneratedScene]:
+    """Samples scenes of the seeds `seed`, `seed + 1`, ... together; with one renderer, on the CPU, as files hold them.
+
+    Args:
+        source: where the pipeline is from, for the record.
+        num_inference_steps: by default 30, or as many as a distilled generator was made for.
+        guidance_scale, temperatures, callback_on_step_end: of the pipeline's call.
+        maps: semantic maps, north up: none, or one per scene.
+        command: what samples them, for the record.
+
+    Raises:
+        UserInputError: if the pipeline refuses the call, or what it samples is not finite.
+    """
+    num_inference_steps = pipeline.default_steps if num_inference_steps is None else num_inference_steps
+    record = {"command": command, **sampling_record(pipeline, num_inference_steps, source)}
+    if guidance_scale != 1:
+        record["guidance_scale"] = guidance_scale
+    if temperatures is not None:
+        record["temperatures"] = list(temperatures)
+    if maps:
+        record["bev"] = BEV_FILE
+    try:
+        output = pipeline(
+            num_scenes,
+            scene_generators(seed, num_scenes),
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            temperatures=temperatures,
+            bev=torch.from_numpy(np.stack(maps)) if maps else None,
+            callback_on_step_end=callback_on_step_end,
+        )
+    except ValueError as error:  # what a call must not be, or a scheduler that does not fit
+        raise UserInputError(f"{source or 'The pipeline'} samples no scenes from seed {seed} on: {error}.") from error
+    grids, renderer = output.grids, renderer_of(pipeline.scene_autoencoder)
+    assert grids is not None
+    cameras, latents = output.cameras.to("cpu"), output.latents.to("cpu").state_dict()
+    return [
+        GeneratedScene(
+            half_precision(grids[i]),
+            renderer,
+            index_cameras(cameras, i),
+            {name: value[i] for name, value in latents.items()},
+            {"seed": seed + i, **record},
+        )
+        for i in range(num_scenes)
+    ]

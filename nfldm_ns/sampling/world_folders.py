@@ -159,7 +159,8 @@ def extend_world(
         extensions = found.settings.get("extensions", [])
         if not found.revision or extensions[-1][:2] != asked:
             raise UserInputError(f"{folder} is not finished: run the nfldm-world command that was interrupted again.")
-        old = WindowGrid(*extensions[-1][2:4], (found.window[0], found.window[1]))
+        _, _, rows, columns = extensions[-1][:4]
+        old = WindowGrid(rows, columns, (found.window[0], found.window[1]))
         return _finish(pipeline, folder, WorldPlan(found, old, _known_map(pipeline, folder, found)), progress)
     old = found.windows
     changed = found.model_copy(deep=True)

@@ -209,8 +209,11 @@ class WorldSampler:
             return self.place_noise(0, 0)[0][0]
         places = [start / size / self.settings.variety for start, size in zip(window, self.windows.size, strict=True)]
         (row, down), (column, across) = ((int(p // 1), p % 1) for p in places)
-        corners = [[self.place_noise(row + i, column + j)[0][0] for j in (0, 1)] for i in (0, 1)]
-        return slerp(*(slerp(*pair, across) for pair in corners), down)
+        near, far = (
+            slerp(self.place_noise(row + i, column)[0][0], self.place_noise(row + i, column + 1)[0][0], across)
+            for i in (0, 1)
+        )
+        return slerp(near, far, down)
 
     def sample_codes(self, chosen: list[Window]) -> Float[Tensor, "windows code"]:
         """g and the trajectory of some windows."""
@@ -410,7 +413,8 @@ class WorldDecoder:
         ):
             halo = math.ceil(REACH / edge)
             spans.append((max(low - halo, whole[0]), min(high + halo, whole[1])))
-        grid = fill_floor(self.tile(*spans, description.box(*spans)), description.camera_height)
+        wide_y, wide_x = spans
+        grid = fill_floor(self.tile(wide_y, wide_x, description.box(wide_y, wide_x)), description.camera_height)
         rows, columns = (
             slice((low - first) * self.scale, (high - first) * self.scale)
             for (low, high), (first, _) in zip((y, x), spans, strict=True)

@@ -35,7 +35,13 @@ def read_drawn_map(
         UserInputError: if it is of another mode or size, or the first pixel that is of no class.
     """
     path = Path(path)
-    image = _open(path)
+    return drawn_map(_open(path), path, classes, size)
+
+
+def drawn_map(
+    image: Image.Image, path: Path | str, classes: Sequence[BevClass], size: tuple[int, int]
+) -> UInt8[np.ndarray, "height width"]:
+    """`read_drawn_map` of an image that is open; `path` names it in messages."""
     if image.mode not in MODES:
         raise UserInputError(
             f"{path} has mode {image.mode}, but a map is an RGB or palette image: save it in colours, with "

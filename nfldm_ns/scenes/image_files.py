@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -19,18 +20,19 @@ RAW_DEPTH = ".depth"  # of Record3D: single precision, compressed by LZFSE, with
 FIRST_IS_MEANT = ("MPO",)  # photos of phones: smaller ones, or the other eye's, follow the photo itself
 
 
-def open_image(path: Path, remedy: str, missing: str | None = None) -> Image.Image:
+def open_image(path: Path, remedy: str, missing: str | None = None, content: bytes | None = None) -> Image.Image:
     """A picture with all of its pixels read, as the file holds them.
 
     Args:
         remedy: what to do when it cannot be read, to end the sentence with.
         missing: what to do when there is no such file; by default the same.
+        content: of the file, if it is not on this disk; then `path` is its name in messages.
 
     Raises:
         UserInputError: if it is missing, damaged, no picture, or holds several of which none is the one that is meant.
     """
     try:
-        image = Image.open(path)
+        image = Image.open(path if content is None else io.BytesIO(content))
         count = getattr(image, "n_frames", 1)
         image.load()
     except FileNotFoundError:
