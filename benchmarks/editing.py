@@ -81,7 +81,7 @@ def measure_bev(editor: Editor) -> dict[str, Any]:
         found[WITH_MAP] = []
     for i, scene_id in enumerate(maps.scene_ids):
         views = Views.stack([collection.load_scene(scene_id).source])
-        with torch.inference_mode():
+        with torch.no_grad():  # learned refinement takes gradients of its own
             voxels = editor.stage1.encode(views.to(editor.device))
             decoded = editor.pipeline.latent_autoencoder.decode(editor.pipeline.latent_autoencoder.encode(voxels))
         grids = [voxels, decoded, editor.scene(i).grid]

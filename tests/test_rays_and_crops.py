@@ -6,6 +6,7 @@ import pytest
 import torch
 from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.model_components import renderers
+from torch.nn.functional import avg_pool2d
 
 from nfldm_ns.diffusion.pipeline import load_pipeline, scene_generators
 from nfldm_ns.plugin.voxel_model import VoxelModel, ray_pictures
@@ -33,7 +34,8 @@ def test_a_rays_colour_is_that_of_its_pixel_up_to_detail(room) -> None:
         assert torch.allclose(seen["accumulation"].mean(), image.accumulation.mean(), atol=0.02)
         true = image.rgb[0, 0].permute(1, 2, 0).clamp(0, 1)
         assert torch.allclose(seen["rgb"].mean(), true.mean(), atol=0.03)
-        assert float(torch.corrcoef(torch.stack([seen["rgb"].flatten(), true.flatten()]))[0, 1]) > 0.85
+        coarse = [avg_pool2d(rgb.movedim(-1, 0), 4).flatten() for rgb in (seen["rgb"], true)]
+        assert float(torch.corrcoef(torch.stack(coarse))[0, 1]) > 0.93
 
 
 def test_the_number_of_rays_does_not_matter_to_their_geometry(room) -> None:

@@ -13,7 +13,9 @@ from nfldm_ns.autoencoder.novel_views import evaluate_novel_views, reconstruct
 from nfldm_ns.autoencoder.refinement import GridRefiner, density_logits, edge_error, refine_grid, unit_gradients
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.commands.encode import main as encode
+from nfldm_ns.editing.scenes import _require_decoder
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.generated.scene_files import GeneratedScene, renderer_of
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser, reconstruction_distance
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.scenes.collection import SceneCollection
@@ -239,3 +241,19 @@ def test_novel_views_of_refined_voxels_are_judged(batch: SceneBatch) -> None:
     model = refining_autoencoder()
     found = evaluate_novel_views(lambda seen: reconstruct(model, seen), [batch], torch.full((3, 32, 32), 0.5), None)
     assert found["psnr"] > 0
+
+
+def test_encoding_in_inference_mode_says_what_to_use(batch: SceneBatch) -> None:
+    model = refining_autoencoder()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="use no_grad"):
+        model.encode(batch.source)
+
+
+def test_scenes_of_a_generator_with_refinement_are_known_by_its_decoder() -> None:
+    model = refining_autoencoder()
+    scene = GeneratedScene(random_grid(), renderer_of(model), None, {}, {})
+    _require_decoder(scene, model, "the pipeline")
+    with torch.no_grad():
+        next(model.decoder.parameters()).add_(1)
+    with pytest.raises(UserInputError, match="another decoder"):
+        _require_decoder(scene, model, "the pipeline")

@@ -185,7 +185,12 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         """V after so many steps of learned refinement on the views that it was made of, see `refine_grid`.
 
         It needs gradients: `torch.no_grad` is fine, but there are none in `torch.inference_mode`.
+
+        Raises:
+            RuntimeError: in `torch.inference_mode`.
         """
+        if torch.is_inference_mode_enabled():
+            raise RuntimeError("Learned refinement takes gradients, and torch.inference_mode has none: use no_grad.")
         if self.refiner is None:
             raise ValueError("this scene auto-encoder has no refinement: train one with refinement_channels")
         return refine_grid(self.refiner, grid, num_steps, lambda shown: self._view_error(shown, views))
