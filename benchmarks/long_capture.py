@@ -38,8 +38,9 @@ from nfldm_ns.collect.doom_geometry import UNITS_PER_METRE, DoomGeometry
 from nfldm_ns.collect.doom_mazes import TILE, MazeWad
 from nfldm_ns.collect.doom_places import can_stand
 from nfldm_ns.collect.doom_renderer import HALF_FOV_TANGENT, DoomRenderer
-from nfldm_ns.collect.doom_scenes import camera_to_worlds, refine_depth
+from nfldm_ns.collect.doom_scenes import refine_depth
 from nfldm_ns.collect.formats.scannet import read_scannet
+from nfldm_ns.collect.level_cameras import camera_to_worlds
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.metrics.images import nearest_source_view
