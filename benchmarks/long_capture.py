@@ -40,7 +40,7 @@ from nfldm_ns.collect.doom_places import can_stand
 from nfldm_ns.collect.doom_renderer import HALF_FOV_TANGENT, DoomRenderer
 from nfldm_ns.collect.doom_scenes import refine_depth
 from nfldm_ns.collect.formats.scannet import read_scannet
-from nfldm_ns.collect.level_cameras import camera_to_worlds
+from nfldm_ns.collect.level_cameras import level_poses
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.metrics.images import nearest_source_view
@@ -170,7 +170,7 @@ def record(folder: Path, options: Options) -> int:
                 exact = geometry.cast(frame.eye[None], np.array([frame.angle]), size, HALF_FOV_TANGENT, far)[0]
                 depth = refine_depth(exact / UNITS_PER_METRE, frame.depth / UNITS_PER_METRE)
                 pose = np.eye(4)
-                pose[:3] = camera_to_worlds(frame.eye[None] / UNITS_PER_METRE, np.array([frame.angle]))[0]
+                pose[:3] = level_poses(frame.eye[None] / UNITS_PER_METRE, np.array([frame.angle]))[0]
                 Image.fromarray(frame.image).save(temporary / "color" / f"{written}.jpg", quality=95)
                 write_depth(temporary / "depth" / f"{written}.png", np.where(np.isfinite(depth), depth, 0))
                 np.savetxt(temporary / "pose" / f"{written}.txt", pose @ np.diag([1.0, -1, -1, 1]))
