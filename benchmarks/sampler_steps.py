@@ -90,7 +90,7 @@ def main(options: Options) -> None:
     judge = SampleJudge(SceneCollection.open(options.data), options.output_dir, settings)
     samplers = [Sampler.parse(text) for text in dict.fromkeys([options.reference, *options.samplers])]
     seconds = seconds_of_rooms(pipeline, samplers, options.repeats)
-    found = compare_samplers(load_pipeline(options.pipeline), judge, options.output_dir / "samplers", options)
+    found = compare_samplers(pipeline, judge, options.output_dir / "samplers", options)
     for name, values in found["samplers"].items():
         values["seconds"] = seconds[name]
     judged = {"pipeline": str(options.pipeline), "components": fingerprints(pipeline)}

@@ -76,6 +76,15 @@ def is_first_by_environment() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
+def chosen_device(device: str | None = None) -> str:
+    """The device that was asked for, else "cuda" if there is one, else "cpu"."""
+    if device:
+        return device
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def join_processes(device: str | None = None) -> tuple[Processes, str]:
     """Joins the other processes, if `accelerate launch`, `torchrun` or `srun` started several.
 
@@ -90,10 +99,8 @@ def join_processes(device: str | None = None) -> tuple[Processes, str]:
     Raises:
         UserInputError: if the variables of the environment make no sense, or the others cannot be reached.
     """
-    import torch
-
     as_torchrun(os.environ)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = chosen_device(device)
     try:
         count = int(os.environ.get("WORLD_SIZE", "1"))
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -110,6 +117,8 @@ def join_processes(device: str | None = None) -> tuple[Processes, str]:
     except (RuntimeError, ValueError) as error:
         raise UserInputError(f"The {count} processes do not find each other: {error}.") from None
     if chosen == "cuda":
+        import torch
+
         chosen = f"cuda:{local_rank % torch.cuda.device_count()}"
     return Processes(state.process_index, state.num_processes, local_rank), chosen
 

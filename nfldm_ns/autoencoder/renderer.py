@@ -75,7 +75,7 @@ def render_feature_maps(
     """
     rays = _rays(grid, cameras, height, width, near, num_samples)
     if skipping is None:
-        skipping = not _poses_learn(cameras) and skips(grid, height * width * num_samples)
+        skipping = not rays.start.requires_grad and skips(grid, height * width * num_samples)
     if skipping:
         seen = _skipped(grid, rays, num_samples, num_feature_samples)
     else:
@@ -121,24 +121,16 @@ class _Rays:
 
 def _rays(grid: VoxelGrid, cameras: Cameras, height: int, width: int, near: float, num_samples: int) -> _Rays:
     """With gradients where the poses of cameras learn."""
-    with torch.set_grad_enabled(_poses_learn(cameras)):
-        return _rays_of(grid, cameras, height, width, near, num_samples)
-
-
-def _poses_learn(cameras: Cameras) -> bool:
-    return torch.is_grad_enabled() and cameras.camera_to_worlds.requires_grad
-
-
-def _rays_of(grid: VoxelGrid, cameras: Cameras, height: int, width: int, near: float, num_samples: int) -> _Rays:
-    origins, directions = camera_rays(cameras, height, width)
-    origins = origins[:, :, None, None].expand_as(directions).reshape(cameras.shape[0], -1, 3)
-    directions = directions.reshape(cameras.shape[0], -1, 3)
-    enter, leave = box_exit_depth(origins, directions, grid.aabb)
-    start = torch.minimum(enter.clamp(min=near), leave)
-    step = (leave - start) / num_samples
-    # Points are computed in the voxels' normalised coordinates, where a ray stays a line.
-    slopes = directions * (2 / (grid.aabb[1] - grid.aabb[0]))
-    return _Rays(directions, start, leave, step, step * directions.norm(dim=-1), grid.normalise(origins), slopes)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and cameras.camera_to_worlds.requires_grad):
+        origins, directions = camera_rays(cameras, height, width)
+        origins = origins[:, :, None, None].expand_as(directions).reshape(cameras.shape[0], -1, 3)
+        directions = directions.reshape(cameras.shape[0], -1, 3)
+        enter, leave = box_exit_depth(origins, directions, grid.aabb)
+        start = torch.minimum(enter.clamp(min=near), leave)
+        step = (leave - start) / num_samples
+        # Points are computed in the voxels' normalised coordinates, where a ray stays a line.
+        slopes = directions * (2 / (grid.aabb[1] - grid.aabb[0]))
+        return _Rays(directions, start, leave, step, step * directions.norm(dim=-1), grid.normalise(origins), slopes)
 
 
 def _dense(

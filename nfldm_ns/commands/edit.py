@@ -269,11 +269,11 @@ class Interpolate:
 def _load_pipeline(folder: Path | None, scene: GeneratedScene | None, device: str | None) -> tuple[NFLDMPipeline, str]:
     """The pipeline, and where it is from: as given, or as the scene's provenance says."""
     import diffusers
-    import torch
 
     from nfldm_ns.diffusion.pipeline import load_pipeline
     from nfldm_ns.editing.scenes import pipeline_named_by
     from nfldm_ns.models import resolve_model
+    from nfldm_ns.processes import chosen_device
 
     named = pipeline_named_by(scene.provenance) if scene is not None else None
     found = folder or (Path(named) if named else None)
@@ -282,7 +282,7 @@ def _load_pipeline(folder: Path | None, scene: GeneratedScene | None, device: st
     if folder is None and not resolve_model(found).is_dir():
         raise UserInputError(f"The scene was made by {found}, which is not there: give the generator with --pipeline.")
     diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
-    pipeline = load_pipeline(found).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipeline = load_pipeline(found).to(chosen_device(device))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, str(found)
 

@@ -67,15 +67,15 @@ class Reconstruct:
 
     def run(self) -> None:
         import diffusers
-        import torch
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
+        from nfldm_ns.processes import chosen_device
         from nfldm_ns.reconstruction.answers import write_answers
         from nfldm_ns.scenes.writing import require_writable
 
         self._check()
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
-        pipeline = load_pipeline(self.pipeline).to(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        pipeline = load_pipeline(self.pipeline).to(chosen_device(self.device))
         pipeline.set_progress_bar_config(disable=True)
         views, record = self._views(pipeline)
         require_writable(self.output_dir)

@@ -44,11 +44,10 @@ class Studio:
     def run(self) -> None:
         self._check()
         print("Reading the generator ..." if not self.scene else "Opening the viewer ...", flush=True)
-        import torch
-
+        from nfldm_ns.processes import chosen_device
         from nfldm_ns.studio.launch import open_port, open_studio
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = chosen_device(self.device)
         port = open_port(self.port, self.host)
         generator, folders = self._generator(device), self.scene
         if not folders:

@@ -61,13 +61,13 @@ class WorldCommand:
 
     def run(self) -> None:
         import diffusers
-        import torch
         from rich.progress import Progress as Bars
 
         from nfldm_ns.diffusion.pipeline import load_pipeline
+        from nfldm_ns.processes import chosen_device
 
         self._check()
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = chosen_device(self.device)
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
         pipeline = load_pipeline(self.pipeline).to(device)
         with Bars() as bars:

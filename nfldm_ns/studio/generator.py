@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import diffusers
-import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -25,6 +24,7 @@ from nfldm_ns.editing.scenes import pipeline_named_by, require_pipeline_of
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene
 from nfldm_ns.models import resolve_model
+from nfldm_ns.processes import chosen_device
 from nfldm_ns.studio.jobs import Job
 
 SOLVERS: dict[str, type[SchedulerMixin]] = {
@@ -70,7 +70,7 @@ class Generator:
 
     def __init__(self, source: str | None, device: str | None = None, pipeline: NFLDMPipeline | None = None) -> None:
         self.source = source
-        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = chosen_device(device)
         self._pipeline = pipeline
         if pipeline is not None:
             pipeline.set_progress_bar_config(disable=True)
