@@ -34,10 +34,12 @@ from nfldm_ns.diffusion.decoder_training import (
     DecoderLossConfig,
     DecoderTrainingConfig,
     DecoderTuning,
+    _latent_rendering,
     train_decoder,
 )
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS, DIFFUSION_PRESETS
 from nfldm_ns.scenes.views import Views
@@ -161,6 +163,18 @@ def test_examples_see_what_rendering_the_round_trip_sees(store, tmp_path):
     torch.testing.assert_close(example.accumulation["round_trip"], shown.maps.accumulation[0], atol=1e-2, rtol=1e-2)
 
 
+def test_latents_of_examples_decode_to_what_was_rendered(store, tmp_path):
+    pipeline = small_pipeline()
+    examples = make_examples(store, tmp_path, pipeline, max_noise=1.0)
+    example, real = examples.load(1), examples.real_views(1)
+    cameras = Views.stack([real[example.views]]).cameras
+    for kind in KINDS:
+        with torch.no_grad():
+            grid = pipeline.latent_autoencoder.decode(example.latents[kind])
+            maps = pipeline.scene_autoencoder.render_maps(grid, cameras)
+        torch.testing.assert_close(maps.features[0], example.features[kind], atol=2e-2, rtol=2e-2)
+
+
 def test_shares_are_whole_steps_of_the_schedule():
     pipeline, config = small_pipeline(), replace(EXAMPLES, num_inference_steps=10)
     assert [quantised_share(pipeline, share, config) for share in (0.0, 0.04, 0.26, 1.0)] == [0, 0, 0.3, 1]
@@ -182,7 +196,11 @@ def random_batch(masked: bool = False) -> DecoderBatch:
         masks = torch.ones(2, 1, 32, 32, dtype=torch.bool)
         masks[..., 8:20, 4:30] = False
     maps = ({kind: torch.rand(2, c, 16, 16) for kind in KINDS} for c in (4, 1))
-    return DecoderBatch(*maps, Views(cameras, torch.rand(2, 3, 32, 32), masks=masks), torch.tensor([0.0, 0.5]))
+    stage2 = small_pipeline().latent_autoencoder
+    shapes = ((stage2.global_dim,), stage2.coarse_shape, stage2.fine_shape)
+    latents = {kind: SceneLatents(*(torch.randn(1, *shape) for shape in shapes)) for kind in KINDS}
+    real = Views(cameras, torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32) + 0.5, masks)
+    return DecoderBatch(*maps, real, torch.tensor([0.0, 0.5]), latents)
 
 
 def new_model(perceptual: PerceptualNetwork, **changes) -> DecoderTuning:
@@ -205,6 +223,24 @@ def test_gradients_of_decoder_and_discriminator_do_not_mix(perceptual):
         of_discriminator = name == "discriminator_loss"
         assert moved == {"decoder": not of_discriminator, "discriminator": of_discriminator}, name
     assert not [name for name, _ in model.named_parameters() if "perceptual" in name]
+
+
+def test_a_tuned_latent_decoder_learns_and_what_encodes_and_renders_does_not(perceptual):
+    pipeline, batch = small_pipeline(), random_batch()
+    rendering = _latent_rendering(pipeline, torch.device("cpu"))
+    model = DecoderTuning(pipeline.scene_autoencoder.decoder, CONFIG.losses, perceptual, rendering)
+    batch.features = batch.accumulation = {}  # which are made anew
+    losses = model(batch)
+    assert "depth_loss" in losses
+    sum(losses.values()).backward()
+    stage2 = rendering.latent_autoencoder
+    encoding = {id(p) for part in stage2.encoding.values() for p in part.parameters()}
+    moved = [p for p in stage2.parameters() if p.grad is not None and p.grad.any()]
+    assert moved and not [p for p in moved if id(p) in encoding]
+    model.zero_grad()
+    model(batch)["discriminator_loss"].backward()
+    assert all(p.grad is None or not p.grad.any() for p in rendering.parameters())
+    assert not [name for name, _ in model.named_parameters() if "scene_autoencoder" in name]
 
 
 def test_nothing_pulls_at_masked_pixels(perceptual):
@@ -253,6 +289,26 @@ def test_only_the_decoder_changes_and_the_pipeline_samples(store, pipeline_folde
     assert read_metrics(tmp_path)[-1]["step"] == 6
     # Tuned on the same voxels again: another decoder does not make them strange.
     require_same_voxels(store, saved.scene_autoencoder)
+
+
+def test_both_decoders_are_tuned_and_latents_stay(store, pipeline_folder, perceptual, tmp_path):
+    before = weights(load_pipeline(pipeline_folder))
+
+    def run(folder: Path, on_progress=silent) -> dict[str, Tensor]:
+        config = replace(CONFIG, tune_latent_decoder=True)
+        pipeline = load_pipeline(pipeline_folder)
+        return weights(train_decoder(pipeline, store, folder, config, perceptual=perceptual, on_progress=on_progress))
+
+    after = run(tmp_path / "whole")
+    assert_equal(weights(load_pipeline(tmp_path / "whole" / "pipeline")), after)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    stage2 = load_pipeline(pipeline_folder).latent_autoencoder
+    encoding = {id(p) for part in stage2.encoding.values() for p in part.parameters()}
+    decoding = {f"latent_autoencoder.{name}" for name, p in stage2.named_parameters() if id(p) not in encoding}
+    assert changed == decoding | {name for name in before if name.startswith("scene_autoencoder.decoder.")}
+    with pytest.raises(Interrupted):
+        run(tmp_path / "parts", interrupt)
+    assert_equal(run(tmp_path / "parts"), after)
 
 
 def test_a_resumed_run_gives_equal_weights(store, pipeline_folder, perceptual, tmp_path):

@@ -288,9 +288,13 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         """
         height = height or int(cameras.height.reshape(-1)[0])
         width = width or int(cameras.width.reshape(-1)[0])
+        return self.decode(self.render_maps(grid, cameras, skipping), height, width)
+
+    @apply_forward_hook
+    def render_maps(self, grid: VoxelGrid, cameras: Cameras, skipping: bool | None = None) -> FeatureMaps:
+        """What `render` decodes: features of cameras of shape `[B, M]` at the ray density of training."""
         rows, columns = self._ray_grid(cameras)
-        maps = self.feature_maps(grid, cameras, rows, columns, self.config.num_feature_samples, skipping)
-        return self.decode(maps, height, width)
+        return self.feature_maps(grid, cameras, rows, columns, self.config.num_feature_samples, skipping)
 
     @apply_forward_hook
     def feature_maps(

@@ -1,4 +1,4 @@
-"""`nfldm-train-decoder`: the image decoder, tuned on generated voxels."""
+"""`nfldm-train-decoder`: the decoders, tuned on generated voxels."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +37,9 @@ class TrainDecoder:
     """Denoising steps of the whole schedule, of which an example walks its share."""
     adversarial_mult: float | None = None
     """Weight of the loss by the discriminator; 0 for none."""
+    tune_latent_decoder: bool = False
+    """Also tune what latents are decoded to voxels with, through rendering: sharper voxels, not only pictures. Steps
+    take several times as long; the denoisers still fit."""
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
@@ -59,7 +62,8 @@ class TrainDecoder:
         if self.adversarial_mult is not None:
             losses = replace(losses, adversarial_mult=self.adversarial_mult)
         schedule = replace(config.schedule, **self.schedule.given())
-        config = replace(config, examples=examples, losses=losses, schedule=schedule)
+        tuned = {"tune_latent_decoder": self.tune_latent_decoder}
+        config = replace(config, examples=examples, losses=losses, schedule=schedule, **tuned)
         store = VoxelStore.open(self.voxels)
         pipeline = load_pipeline(self.pipeline)
         perceptual = PerceptualNetwork(load_lpips("vgg")) if losses.needs_perceptual_network else None

@@ -1,20 +1,18 @@
-"""Rendered feature maps of generated voxels, on which the image decoder of stage 1 is tuned; made once and kept."""
+"""Latents and rendered feature maps of generated voxels, on which decoders are tuned; made once and kept."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
-from nerfstudio.cameras.cameras import Cameras
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nfldm_ns.autoencoder.checkpoints import holds_tensors, read_safetensors, stored_half
-from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.diffusion.inpainting import Inpainting
@@ -30,6 +28,8 @@ from nfldm_ns.training.draws import ItemDraws, batch_indices
 from nfldm_ns.training.identity import public_config
 
 KINDS = ("round_trip", "denoised")
+MAPS = ("features", "accumulation")
+LATENTS = tuple(part.name for part in fields(SceneLatents))
 DECODER = "decoder."  # begins the names of the weights that are tuned
 
 
@@ -73,12 +73,14 @@ class DecoderExample:
         features: by kind, `[N, C, h, w]`: `round_trip` of V after its own latents, `denoised` of V of latents that were
             noised and denoised.
         accumulation: likewise, `[N, 1, h, w]`.
+        latents: likewise, g, c and f that V was decoded from, of batch size 1.
     """
 
     views: Int[Tensor, " views"]
     share: Float[Tensor, ""]
     features: dict[str, Float[Tensor, "views channels h w"]]
     accumulation: dict[str, Float[Tensor, "views 1 h w"]]
+    latents: dict[str, SceneLatents]
 
     def save(self, path: Path) -> None:
         """Writes it whole or not at all, in half precision."""
@@ -86,6 +88,7 @@ class DecoderExample:
         for kind in KINDS:
             tensors |= {f"{kind}.features": stored_half(self.features[kind])}
             tensors |= {f"{kind}.accumulation": stored_half(self.accumulation[kind])}
+            tensors |= {f"{kind}.{name}": stored_half(part) for name, part in self.latents[kind].state_dict().items()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)
 
@@ -95,8 +98,9 @@ class DecoderExample:
         tensors = read_safetensors(path)
         if not set(_names()) <= set(tensors):
             raise UserInputError(f"{path} is no example for a decoder: delete it to have it made again.")
-        parts = ({kind: tensors[f"{kind}.{part}"].float() for kind in KINDS} for part in ("features", "accumulation"))
-        return DecoderExample(tensors["views"], tensors["share"], *parts)
+        parts = ({kind: tensors[f"{kind}.{part}"].float() for kind in KINDS} for part in MAPS)
+        latents = {kind: SceneLatents(*(tensors[f"{kind}.{name}"].float() for name in LATENTS)) for kind in KINDS}
+        return DecoderExample(tensors["views"], tensors["share"], *parts, latents)
 
 
 class DecoderExamples:
@@ -162,15 +166,15 @@ class DecoderExamples:
         real = self.real_views(place)
         views = draws.permutation(0, real.shape[0])[: self.config.num_views].sort().values
         cameras = index_cameras(real.cameras, views[None]).to(device)
-        code, latents = self._encode(pipeline, place, device)
-        grids = {"round_trip": pipeline.latent_autoencoder.decode(latents)}
-        grids["denoised"] = grids["round_trip"]
+        code, encoded = self._encode(pipeline, place, device)
+        latents = dict.fromkeys(KINDS, encoded)
+        grids = dict.fromkeys(KINDS, pipeline.latent_autoencoder.decode(encoded))
         if share > 0:
-            grids["denoised"] = self._denoise(pipeline, place, code, latents, share, draws)
-        maps = {kind: _feature_maps(pipeline.scene_autoencoder, grid, cameras) for kind, grid in grids.items()}
+            latents["denoised"], grids["denoised"] = self._denoise(pipeline, place, code, encoded, share, draws)
+        maps = {kind: pipeline.scene_autoencoder.render_maps(grid, cameras) for kind, grid in grids.items()}
         features = {kind: found.features[0] for kind, found in maps.items()}
         accumulation = {kind: found.accumulation[0] for kind, found in maps.items()}
-        return DecoderExample(views, torch.tensor(share), features, accumulation)
+        return DecoderExample(views, torch.tensor(share), features, accumulation, latents)
 
     def _encode(
         self, pipeline: NFLDMPipeline, place: int, device: torch.device
@@ -196,8 +200,8 @@ class DecoderExamples:
         latents: SceneLatents,
         share: float,
         draws: ItemDraws,
-    ) -> VoxelGrid:
-        """V of c and f noised to a share of the schedule and denoised (SDEdit, Meng et al. 2022)."""
+    ) -> tuple[SceneLatents, VoxelGrid]:
+        """c and f noised to a share of the schedule and denoised (SDEdit, Meng et al. 2022), and V of them."""
         coarse, fine = (torch.ones(part.shape[-2:], dtype=torch.bool) for part in (latents.coarse, latents.fine))
         steps = self.config.num_inference_steps
         groups = pipeline_steps(pipeline, steps)
@@ -207,7 +211,7 @@ class DecoderExamples:
             bev = torch.from_numpy(self.cache.collection.load_bev(self.scene_id(place)).astype("int64"))
         output = pipeline(1, draws.generators, steps, scene_code=code, inpainting=everywhere, bev=bev)
         assert output.grids is not None
-        return output.grids
+        return output.latents, output.grids
 
 
 def pipeline_steps(pipeline: NFLDMPipeline, num_inference_steps: int) -> int:
@@ -234,9 +238,5 @@ def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder) 
         )
 
 
-def _feature_maps(scene_autoencoder: SceneAutoencoder, grid: VoxelGrid, cameras: Cameras) -> FeatureMaps:
-    return scene_autoencoder.render(grid, cameras).maps
-
-
 def _names() -> list[str]:
-    return ["views", "share", *(f"{kind}.{part}" for kind in KINDS for part in ("features", "accumulation"))]
+    return ["views", "share", *(f"{kind}.{part}" for kind in KINDS for part in (*MAPS, *LATENTS))]

@@ -1,10 +1,10 @@
-"""Tunes the image decoder of stage 1 on voxels as stages 2 and 3 give them; all else is frozen."""
+"""Tunes the image decoder of stage 1, and if wanted that of stage 2, on what stages 2 and 3 make; all else stays."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.decoder import ImageDecoder
 from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator, discriminator_loss, generator_loss
+from nfldm_ns.autoencoder.losses import depth_loss
 from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwork
-from nfldm_ns.autoencoder.scene_autoencoder import decode_images
+from nfldm_ns.autoencoder.renderer import FeatureMaps
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder, decode_images
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.diffusion.decoder_examples import KINDS, DecoderExamples, ExampleConfig, require_same_voxels
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, save_without_origin
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.reports.galleries import image_grid
 from nfldm_ns.scenes.views import Views
@@ -51,6 +55,9 @@ class DecoderLossConfig:
     """Of the loss that the projected discriminator gives all of them; 0 trains without one."""
     adversarial_levels: tuple[int, ...] = (1, 2)
     """Levels of the perceptual network that it looks at, 0 the finest."""
+    depth_mult: float = 0.05
+    """Squared error (m^2) of the depth of V after its own latents, where the latent decoder is tuned, too: what a
+    discriminator makes of single views must not bend the room."""
 
     @property
     def needs_perceptual_network(self) -> bool:
@@ -71,6 +78,8 @@ class DecoderTrainingConfig:
     """Learning rate of the discriminator, as a multiple of the decoder's."""
     ema_decay: float = 0.999
     """Of the moving averages of the weights, which are what is kept."""
+    tune_latent_decoder: bool = False
+    """Also tune what stage 2 decodes latents with. Latents and codes stay as they are: the denoisers still fit."""
 
 
 @dataclass
@@ -81,28 +90,58 @@ class DecoderBatch:
         features, accumulation: by kind, at the resolution of the rays.
         real: `[B]`, the real views of the same cameras.
         share: of the schedule, of each view.
+        latents: by kind, of the S scenes, each with B / S views one after the other.
     """
 
     features: dict[str, Float[Tensor, "batch channels h w"]]
     accumulation: dict[str, Float[Tensor, "batch 1 h w"]]
     real: Views
     share: Float[Tensor, " batch"]
+    latents: dict[str, SceneLatents]
+
+    def real_by_scene(self) -> Views:
+        """The real views as `[S, B / S]`."""
+        return self.real[torch.arange(len(self.share)).view(self.latents[KINDS[0]].batch_size, -1)]
+
+
+class LatentRendering(nn.Module):
+    """From latents to what cameras see of V: stage 2's decoder, which is trained, and stage 1's frozen renderer."""
+
+    def __init__(self, latent_autoencoder: LatentAutoencoder, scene_autoencoder: SceneAutoencoder) -> None:
+        super().__init__()
+        self.latent_autoencoder = latent_autoencoder
+        self._renderer = (scene_autoencoder,)  # a tuple keeps its weights out of checkpoints
+
+    def forward(self, batch: DecoderBatch) -> dict[str, FeatureMaps]:
+        """Feature maps by kind, of batch shape `[S, B / S]`."""
+        (renderer,) = self._renderer
+        cameras = batch.real_by_scene().cameras
+        grids = {kind: self.latent_autoencoder.decode(latents) for kind, latents in batch.latents.items()}
+        return {kind: renderer.render_maps(grid, cameras) for kind, grid in grids.items()}
 
 
 class DecoderTuning(nn.Module):
-    """The image decoder and the discriminator beside it, and the losses of both.
+    """The decoders and the discriminator beside them, and the losses of all.
 
-    One backward pass of their sum trains the two: their gradients do not mix.
+    One backward pass of their sum trains them: the gradients of decoders and discriminator do not mix.
 
     Args:
         perceptual: frozen; not a part of this module's parameters.
+        latent_rendering: where stage 2's decoder is tuned, too; else the examples' own feature maps are decoded.
     """
 
-    def __init__(self, decoder: ImageDecoder, config: DecoderLossConfig, perceptual: PerceptualNetwork | None) -> None:
+    def __init__(
+        self,
+        decoder: ImageDecoder,
+        config: DecoderLossConfig,
+        perceptual: PerceptualNetwork | None,
+        latent_rendering: LatentRendering | None = None,
+    ) -> None:
         super().__init__()
         if config.needs_perceptual_network and perceptual is None:
             raise ValueError("lpips_mult, denoised_lpips_mult or adversarial_mult is set, but no perceptual network")
         self.decoder = decoder
+        self.latent_rendering = latent_rendering
         self.discriminator: ProjectedDiscriminator | None = None
         if config.adversarial_mult:
             self.discriminator = ProjectedDiscriminator([PERCEPTUAL_CHANNELS[i] for i in config.adversarial_levels])
@@ -113,10 +152,24 @@ class DecoderTuning(nn.Module):
         """Images of one kind, in [0, 1] but not clamped."""
         return decode_images(self.decoder, batch.features[kind], batch.accumulation[kind], *batch.real.image_size)
 
+    def render(self, batch: DecoderBatch) -> tuple[DecoderBatch, dict[str, Float[Tensor, ""]]]:
+        """The batch with feature maps as a tuned decoder of stage 2 makes them now, and the loss of their depth."""
+        if self.latent_rendering is None:
+            return batch, {}
+        maps = self.latent_rendering(batch)
+        features = {kind: found.features.flatten(0, 1) for kind, found in maps.items()}
+        accumulation = {kind: found.accumulation.flatten(0, 1) for kind, found in maps.items()}
+        depth = maps["round_trip"].depth.new_zeros(())
+        if batch.real.depths is not None:
+            depth = depth_loss(maps["round_trip"], batch.real_by_scene())
+        losses = {"depth_loss": self.config.depth_mult * depth}
+        return replace(batch, features=features, accumulation=accumulation), losses
+
     def forward(self, batch: DecoderBatch) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name, all means over the views."""
+        batch, losses = self.render(batch)
         images = {kind: batch.real.covered(self.decode(batch, kind)) for kind in KINDS}
-        losses = {"rgb_loss": self.config.rgb_mult * F.l1_loss(images["round_trip"], batch.real.images)}
+        losses["rgb_loss"] = self.config.rgb_mult * F.l1_loss(images["round_trip"], batch.real.images)
         (perceptual,) = self._perceptual
         if perceptual is None:
             return losses
@@ -178,6 +231,7 @@ def load_batch(
     """
     features: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     accumulation: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    latents: dict[str, list[SceneLatents]] = {kind: [] for kind in KINDS}
     real, shares = [], []
     for item, place in enumerate(places):
         example = examples.load(place)
@@ -185,12 +239,14 @@ def load_batch(
         for kind in KINDS:
             features[kind].append(example.features[kind][views])
             accumulation[kind].append(example.accumulation[kind][views])
+            latents[kind].append(example.latents[kind])
         real.append(examples.real_views(place)[example.views[views]])
         shares.append(example.share.expand(len(views)))
     joined, opacity = (
         {kind: torch.cat(parts).to(device) for kind, parts in group.items()} for group in (features, accumulation)
     )
-    return DecoderBatch(joined, opacity, Views.cat(real).to(device), torch.cat(shares).to(device))
+    codes = {kind: SceneLatents.cat(parts).to(device) for kind, parts in latents.items()}
+    return DecoderBatch(joined, opacity, Views.cat(real).to(device), torch.cat(shares).to(device), codes)
 
 
 def train_decoder(
@@ -203,17 +259,17 @@ def train_decoder(
     cache_gib: float = 2.0,
     on_progress: ProgressCallback | None = None,
 ) -> NFLDMPipeline:
-    """Tunes the image decoder of a pipeline, continuing an interrupted run.
+    """Tunes the image decoder of a pipeline, and if wanted stage 2's decoder, continuing an interrupted run.
 
     Args:
-        pipeline: its decoder is changed in place, all else stays to the bit.
+        pipeline: its decoders are changed in place, all else stays to the bit.
         store: scenes encoded by its stage 1; their collection must be where it was when they were encoded.
         output_dir: becomes a run folder (see `RunFolder`) with the examples in `examples/` and the result in
             `pipeline/`.
         perceptual: needed if the losses look at its features; moved to where it trains.
 
     Returns:
-        the pipeline with the averaged weights of the tuned decoder, on the CPU.
+        the pipeline with the averaged weights of the tuned decoders, on the CPU.
 
     Raises:
         UserInputError: if the settings, the pipeline and the store do not fit together.
@@ -227,7 +283,8 @@ def train_decoder(
     decoder = copy.deepcopy(pipeline.scene_autoencoder.decoder).float().requires_grad_(True)
     if perceptual is not None:
         perceptual.to(accelerator.device)
-    model = DecoderTuning(decoder, config.losses, perceptual).to(accelerator.device)
+    rendering = _latent_rendering(pipeline, accelerator.device) if config.tune_latent_decoder else None
+    model = DecoderTuning(decoder, config.losses, perceptual, rendering).to(accelerator.device)
     folder = RunFolder(output_dir, _identity(pipeline, store, config, accelerator), accelerator)
     _make_examples(examples, pipeline, accelerator, on_progress is not None)
 
@@ -236,6 +293,7 @@ def train_decoder(
 
     ema = moving_averages(model, config.ema_decay)
     rates = {"decoder": 1.0} | ({} if model.discriminator is None else {"discriminator": config.discriminator_rate})
+    rates |= {} if rendering is None else {"latent_rendering": 1.0}
     train(
         folder,
         model,
@@ -245,11 +303,13 @@ def train_decoder(
         rates=rates,
         ema=ema,
         render=DecoderPictures(model, examples, accelerator.device) if config.schedule.validation_steps else None,
-        description="Image decoder",
+        description="Image decoder" if rendering is None else "Both decoders",
         on_progress=on_progress,
     )
     ema.copy_to(model.parameters())
     pipeline.scene_autoencoder.decoder.load_state_dict(decoder.state_dict())
+    if rendering is not None:
+        pipeline.latent_autoencoder.load_state_dict(rendering.latent_autoencoder.state_dict())
 
     def save(path: Path) -> None:
         save_without_origin(pipeline, path)
@@ -269,9 +329,18 @@ class DecoderPictures:
     @torch.no_grad()
     def __call__(self) -> Pictures:
         """One picture with a row per example."""
-        shown = {kind.replace("_", " "): self.model.decode(self.batch, kind).clamp(0, 1) for kind in KINDS}
+        batch, _ = self.model.render(self.batch)
+        shown = {kind.replace("_", " "): self.model.decode(batch, kind).clamp(0, 1) for kind in KINDS}
         names = [f"t = {share:.2f}" for share in self.batch.share.tolist()]
         return {"decoder": image_grid({"real": self.batch.real.images, **shown}, names)}
+
+
+def _latent_rendering(pipeline: NFLDMPipeline, device: torch.device) -> LatentRendering:
+    """Copies of what is trained and what renders it, in single precision; all but stage 2's decoder is frozen."""
+    latent_autoencoder = copy.deepcopy(pipeline.latent_autoencoder).float().requires_grad_(True)
+    latent_autoencoder.freeze_encoding()
+    renderer = copy.deepcopy(pipeline.scene_autoencoder).float().requires_grad_(False)
+    return LatentRendering(latent_autoencoder.to(memory_format=torch.channels_last), renderer.to(device))
 
 
 def _make_examples(examples: DecoderExamples, pipeline: NFLDMPipeline, accelerator: Accelerator, silent: bool) -> None:
@@ -291,8 +360,13 @@ def _identity(
     pipeline: NFLDMPipeline, store: VoxelStore, config: DecoderTrainingConfig, accelerator: Accelerator
 ) -> dict[str, Any]:
     components = {name: getattr(pipeline, name) for name in COMPONENTS}
+    losses = asdict(config.losses)
+    tuned = {"tune_latent_decoder": True} if config.tune_latent_decoder else {}
+    if not config.tune_latent_decoder:
+        del losses["depth_mult"]  # which then has no say, and runs that were begun before it know nothing of
     return {
         "kind": "image decoder",
+        **tuned,
         "pipeline": {name: model_hash(model) for name, model in components.items() if model is not None},
         "temperatures": pipeline.config.temperatures,
         "scheduler": {"class": type(pipeline.scheduler).__name__, **public_config(pipeline.scheduler)},
@@ -306,5 +380,5 @@ def _identity(
         "num_views": config.num_views,
         "discriminator_rate": config.discriminator_rate,
         "examples": asdict(config.examples),
-        "losses": asdict(config.losses),
+        "losses": losses,
     }
