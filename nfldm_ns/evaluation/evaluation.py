@@ -51,7 +51,7 @@ def evaluate_pipeline(
 ) -> dict[str, Any] | None:
     """Samples, measures and writes the report; an interrupted run goes on where it stopped.
 
-    Several processes share the scenes; the first of them compares and reports.
+    Several processes share the scenes and the pictures' features; the first of them compares and reports.
 
     Args:
         pipeline: on the device to work on.
@@ -84,12 +84,14 @@ def evaluate_pipeline(
             title = show(f"Encoding {len(scenes.scene_ids)} {split} scenes")
             chosen = settings.with_source_views
             judge_real(judge, collection, folder, split, scenes, chosen, title, filmed[split], processes)
+        if processes.is_first:
+            _mean_image(folder, collection)
         processes.wait()
+        features = _set_features(folder, real, names, settings, inception, collection, show, processes)
+        scene_names = {"generated": names, **{split: scenes.scene_ids for split, scenes in real.items()}}
+        fixed = _fixed_features(folder, scene_names, inception, show, processes)
         if not processes.is_first:
             return None
-        features = _set_features(folder, real, names, settings, inception, collection, show)
-        scene_names = {"generated": names, **{split: scenes.scene_ids for split, scenes in real.items()}}
-        fixed = _fixed_features(folder, scene_names, inception, show)
         done = show("Comparing")
         records = Records(folder, scene_names, judge.far)
         images = image_numbers(features, settings)
@@ -176,6 +178,7 @@ def _set_features(
     inception: nn.Module,
     collection: SceneCollection,
     show: Callable[[str], Callable[[float], None]],
+    processes: Processes,
 ) -> dict[str, Tensor]:
     """Features of exactly `num_images` images of each set."""
     scenes = {"train": sorted(real["train"].shown), "samples": generated}
@@ -193,6 +196,7 @@ def _set_features(
         lambda: _mean_image(folder, collection),
         lambda name: show(f"Features of {settings.num_images} images: {name}"),
         folder.root / "features",
+        processes,
     )
 
 
@@ -213,11 +217,13 @@ def _fixed_features(
     scenes: dict[str, list[str]],
     inception: nn.Module,
     show: Callable[[str], Callable[[float], None]],
+    processes: Processes,
 ) -> dict[str, Tensor]:
     """Features of the views of the shared cameras, in the order of the scenes."""
     features = {}
     for name, chosen in scenes.items():
         paths = [folder.fixed(name) / f"{scene}_{view}.png" for scene in chosen for view in range(FIXED_VIEWS)]
         title = show(f"Features of {len(paths)} views for the copy check: {name}")
-        features[name] = picture_features(inception, paths, folder.root / "features" / f"fixed_{name}", title)
+        kept = folder.root / "features" / f"fixed_{name}"
+        features[name] = picture_features(inception, paths, kept, title, processes)
     return features

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.novel_views import mean_training_image
 from nfldm_ns.choice import evenly
 from nfldm_ns.metrics.image_sets import Features, picture_features, same_picture_features
+from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.scenes.collection import SceneCollection
 
 IMAGE_SETS = ("test", "train", "stage1", "stage2", "samples")
@@ -34,6 +35,7 @@ def features_of_sets(
     mean: Callable[[], Float[Tensor, "3 height width"]],
     show: Callable[[str], OnProgress],
     kept_in: Path | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, Features]:
     """Inception features of `num_images` evenly chosen pictures of each set, and of as many mean images.
 
@@ -42,10 +44,11 @@ def features_of_sets(
         mean: gives the mean image, once the pictures are done.
         show: begins a set, and returns what tells its share.
         kept_in: a folder for features by set, so that an interrupted run goes on.
+        processes: those that share the pictures; they need such a folder.
     """
     features = {}
     for name, pictures in paths.items():
         folder = None if kept_in is None else kept_in / name
-        features[name] = picture_features(inception, evenly(pictures, num_images), folder, show(name))
+        features[name] = picture_features(inception, evenly(pictures, num_images), folder, show(name), processes)
     features[MEAN_IMAGE] = same_picture_features(inception, mean(), num_images)
     return features

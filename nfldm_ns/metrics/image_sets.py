@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nfldm_ns.metrics.images import extract_features, frechet_distance, kernel_distance
+from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.reports.galleries import to_uint8
 from nfldm_ns.scenes.image_files import read_rgb
 from nfldm_ns.scenes.writing import atomic_path, write_image
@@ -39,30 +40,44 @@ def picture_features(
     paths: Sequence[Path],
     folder: Path | None = None,
     on_progress: Callable[[float], None] | None = None,
+    processes: Processes = ALONE,
 ) -> Features:
     """Inception features of pictures, in float64 on the CPU; only a few pictures are in memory at once.
 
     Args:
         network: from `weights.load_inception`.
         folder: where features are kept in pieces, so that an interrupted run goes on; None keeps none. The caller sees
-            to it that the folder belongs to these pictures.
+            to it that the folder belongs to these pictures. Several processes need one.
         on_progress: called with the share that is done.
+        processes: those that share the pieces; each returns all features.
     """
-    pieces = []
-    for first in range(0, len(paths), PIECE):
-        piece = _Counted(paths[first : first + PIECE], first, len(paths), on_progress)
-        path = None if folder is None else folder / f"{first:06d}.safetensors"
-        if path is not None and path.is_file():
-            pieces.append(load_file(path)["features"].double())
-            continue
-        features = extract_features(network, piece)
-        if path is not None:
-            with atomic_path(path) as temporary:
-                save_file({"features": features.float().contiguous()}, temporary)
-        pieces.append(features)
-    if not pieces:
+    if not paths:
         raise ValueError("there are no pictures to extract features from")
-    return torch.cat(pieces)
+    firsts = range(0, len(paths), PIECE)
+    if processes.count > 1:
+        assert folder is not None
+        for first in processes.share(firsts):
+            _piece_of_features(network, paths, first, folder, on_progress)
+        processes.wait()
+    return torch.cat([_piece_of_features(network, paths, first, folder, on_progress) for first in firsts])
+
+
+def _piece_of_features(
+    network: nn.Module,
+    paths: Sequence[Path],
+    first: int,
+    folder: Path | None,
+    on_progress: Callable[[float], None] | None,
+) -> Features:
+    """Those of `PIECE` pictures from the `first`, from the folder if they are there, else kept there."""
+    path = None if folder is None else folder / f"{first:06d}.safetensors"
+    if path is not None and path.is_file():
+        return load_file(path)["features"].double()
+    features = extract_features(network, _Counted(paths[first : first + PIECE], first, len(paths), on_progress))
+    if path is not None:
+        with atomic_path(path) as temporary:
+            save_file({"features": features.float().contiguous()}, temporary)
+    return features
 
 
 class _Counted:
