@@ -53,8 +53,8 @@ class DecoderLossConfig:
     were, the less is the scene still the real one."""
     adversarial_mult: float = 0.1
     """Of the loss that the projected discriminator gives all of them; 0 trains without one."""
-    adversarial_levels: tuple[int, ...] = (1, 2)
-    """Levels of the perceptual network that it looks at, 0 the finest."""
+    adversarial_levels: tuple[int, ...] = (1, 2, 3, 4)
+    """Levels of the perceptual network that it looks at, 0 the finest; the coarse ones see how a room hangs together."""
     depth_mult: float = 0.05
     """Squared error (m^2) of the depth of V after its own latents, where the latent decoder is tuned, too: what a
     discriminator makes of single views must not bend the room."""
