@@ -54,7 +54,7 @@ class DecoderLossConfig:
     adversarial_mult: float = 0.1
     """Of the loss that the projected discriminator gives all of them; 0 trains without one."""
     adversarial_levels: tuple[int, ...] = (1, 2, 3, 4)
-    """Levels of the perceptual network that it looks at, 0 the finest; the coarse ones see how a room hangs together."""
+    """Levels of the perceptual network that it looks at, 0 the finest; coarse ones see how rooms hang together."""
     depth_mult: float = 0.05
     """Squared error (m^2) of the depth of V after its own latents, where the latent decoder is tuned, too: what a
     discriminator makes of single views must not bend the room."""
