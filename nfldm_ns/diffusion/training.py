@@ -638,8 +638,8 @@ def train_denoiser(
             assert scene_autoencoder is not None and views is not None
             frozen = (latent_autoencoder, scene_autoencoder)
             frozen = tuple(model.to(accelerator.device).requires_grad_(False) for model in frozen)
-            counts = {} if joint is None else {"num_scenes": joint.num_scenes, "num_views": joint.num_views}
-            rendering = EstimateRendering(denoiser, *frozen, memory, *views, **counts)
+            scenes, shown = (1, 2) if joint is None else (joint.num_scenes, joint.num_views)
+            rendering = EstimateRendering(denoiser, *frozen, memory, *views, num_scenes=scenes, num_views=shown)
         if isinstance(trained, DenoiserWithCodes):
             assert joint is not None
             optimiser = CodeOptimiser(trained.denoiser, trained.codes, memory, joint)

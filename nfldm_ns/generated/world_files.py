@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from jaxtyping import Float
@@ -46,7 +46,7 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import write_json
 
 FORMAT = "nfldm-world"
-VERSION = 2
+VERSION: Final = 2
 UNCODED = 1  # whose tiles and renderer are in their files as they are
 DESCRIPTION = "world.json"
 RENDERER = "renderer.safetensors"

@@ -43,7 +43,8 @@ def cameras_around(given: Cameras, count: int) -> Cameras:
         poses[place], free[place] = given.camera_to_worlds[i], False
         intrinsics[:, place] = torch.stack([values[i] for values in lenses])
     height, width = (int(getattr(given, name).reshape(-1)[0]) for name in ("height", "width"))
-    return make_cameras(poses, *intrinsics, height, width)
+    fx, fy, cx, cy = intrinsics
+    return make_cameras(poses, fx, fy, cx, cy, height, width)
 
 
 def scene_code_of_views(
