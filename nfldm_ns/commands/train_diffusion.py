@@ -56,11 +56,11 @@ class TrainDiffusion:
     """Optimise c and f of the training scenes, too, under rendering and diffusion losses together (SSDNeRF's single
     stage); they begin as the encoder's. Train c before f. Costs time, and space in checkpoints."""
     joint_learning_rate: float | None = None
-    """Of these codes, in their standard deviations."""
+    """Of these codes, in their standard deviations (0.01 by default)."""
     joint_prior_mult: float | None = None
-    """Weight of what the denoisers think of the codes, beside the error of rendered views."""
+    """Weight of what the denoisers think of the codes, beside the error of rendered views (0.3 by default)."""
     joint_steps: int | None = None
-    """Steps of the codes in each pass, with one gradient of the prior."""
+    """Steps of the codes in each pass, with one gradient of the prior (2 by default)."""
     condition_dropout: float | None = None
     """Share of scenes whose code g the denoisers of c and f do not see, for `guidance_scale` in sampling."""
     condition: Literal["none", "bev"] = "none"
