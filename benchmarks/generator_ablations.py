@@ -1,11 +1,16 @@
 """Variants of stages 2 and 3 trained equally long on the same encoded scenes, judged by the scenes they sample.
 
     python benchmarks/generator_ablations.py --voxels VOXELS --group levels --output-dir OUT [--seeds 0 1]
+    python benchmarks/generator_ablations.py --voxels VOXELS --group joint --latent-autoencoder RUN --output-dir OUT \
+        --denoiser-seconds 60 600 600
 
 `levels` is the paper's ablation of the hierarchy: c alone, c and f, c and f and g. Each has a latent auto-encoder of
 its own, trained from nothing on the same voxels, and denoisers of its own. `weighting` and `prediction` are ways to
 train denoisers over one latent auto-encoder. All else is the preset (`--base`), its schedules cut to `--latent-steps`
 and `--denoiser-steps`.
+
+`joint` compares SSDNeRF's joint training of codes and denoisers (`nfldm-train-diffusion --joint`), and DiffRF's loss
+of renderings, with two stages. Their steps cost more: `--denoiser-seconds` gives all the same time instead.
 
 Prints FID and KID of sampled scenes to real test views, beside those of test scenes after both auto-encoders and of
 real views of training scenes. The held-out loss is the squared error of v, unweighted, whatever was predicted and
@@ -30,6 +35,8 @@ from latent_ablations import GROUPS as LATENT_GROUPS
 from latent_ablations import Change, model_arguments, open_store, settings
 from torch import nn
 
+from nfldm_ns.autoencoder.scene_sampler import SceneCache
+from nfldm_ns.diffusion.joint_training import JointConfig, with_codes_of_run
 from nfldm_ns.diffusion.latent_memory import LatentMemory, encode_latents
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline
 from nfldm_ns.diffusion.training import (
@@ -80,7 +87,14 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "epsilon, some terminal SNR": Variant(training={"prediction_type": "epsilon", "zero_terminal_snr": False}),
         "flow": Variant(training={"prediction_type": "flow"}),
     },
+    "joint": {
+        "two stages": Variant(),
+        "joint": Variant(training={"joint": JointConfig()}),
+        "rendering loss": Variant(training={"rendering_mult": 0.3}),
+    },
 }
+UNTIL_TIME_IS_OVER = 10**7  # steps
+VIEWS_GIB = 1.0  # of memory, for views that codes or estimates are compared with
 PAPER = {"levels": {"c": 46.43, "c + f": 43.52, "c + f + g": 35.69}}
 """FID in the paper's ablation of the hierarchy, of Carla."""
 
@@ -97,6 +111,8 @@ class Options(VariantOptions, SampleOptions):
     """training steps of each latent auto-encoder; by default the preset's"""
     denoiser_steps: tuple[int, int, int] | None = None
     """training steps of the denoisers of g, c and f; by default the preset's"""
+    denoiser_seconds: tuple[float, float, float] | None = None
+    """time of the trainings of g, c and f instead of steps, which then depend on the machine"""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """of the denoisers' trainings; by default the preset's"""
     temperatures: tuple[float, float, float] | None = None
@@ -110,14 +126,26 @@ class Options(VariantOptions, SampleOptions):
     def denoiser_training(self, variant: Variant, seed: int) -> dict[Stage, DiffusionTrainingConfig]:
         """Trainings of stage 3."""
         steps = dict(zip(STAGES, self.denoiser_steps or (None,) * 3, strict=True))
+        seconds = dict(zip(STAGES, self.denoiser_seconds or (None,) * 3, strict=True))
         return {
-            stage: replace(training, schedule=self._schedule(training.schedule, steps[stage], seed), **variant.training)
+            stage: replace(
+                training,
+                schedule=self._schedule(training.schedule, steps[stage], seconds[stage], seed),
+                **(variant.training if stage != "global" else without_views(variant.training)),
+            )
             for stage, training in DIFFUSION_PRESETS[self.base].training.items()
         }
 
-    def _schedule(self, schedule: Schedule, max_steps: int | None, seed: int) -> Schedule:
+    def _schedule(self, schedule: Schedule, max_steps: int | None, seconds: float | None, seed: int) -> Schedule:
         precision = self.mixed_precision or schedule.mixed_precision
-        return replace(cut(schedule, max_steps, seed), mixed_precision=precision)
+        if seconds is not None and max_steps is None:
+            max_steps = UNTIL_TIME_IS_OVER
+        return replace(cut(schedule, max_steps, seed), mixed_precision=precision, time_budget_s=seconds)
+
+
+def without_views(training: dict[str, Any]) -> dict[str, Any]:
+    """What of it concerns psi_g, which looks at no views."""
+    return {name: value for name, value in training.items() if name not in ("joint", "rendering_mult")}
 
 
 def cut(schedule: Schedule, max_steps: int | None, seed: int) -> Schedule:
@@ -165,10 +193,22 @@ class Trainer:
         if missing := [stage for stage in stages if load_denoiser(run / stage) is None]:
             memory = self._memory(latent_autoencoder, quarter_turns)
             for stage in missing:
-                train_denoiser(stage, memory, latent_autoencoder, run / stage, models[stage], training[stage])
+                known, config = memory, training[stage]
+                if stage == "fine" and config.joint:
+                    known = with_codes_of_run(memory, run / "coarse", latent_autoencoder)
+                train_denoiser(
+                    stage, known, latent_autoencoder, run / stage, models[stage], config, **self._views_for(config)
+                )
         if not (run / "pipeline").is_dir():
             save_pipeline(run, self.store.load_autoencoder(), latent_autoencoder)
         return run
+
+    def _views_for(self, config: DiffusionTrainingConfig) -> dict[str, Any]:
+        """What trainings that look at views need besides."""
+        if not (config.joint or config.rendering_mult):
+            return {}
+        views = SceneCache(self.store.load_collection(), VIEWS_GIB), self.store.splits["train"]
+        return {"scene_autoencoder": self.store.load_autoencoder(), "views": views}
 
     def _memory(self, latent_autoencoder: LatentAutoencoder, quarter_turns: bool) -> LatentMemory:
         """Latents of the training scenes; the last ones are kept, as variants that share them follow each other."""
@@ -275,6 +315,8 @@ def prepare(options: Options) -> Comparison:
     """
     options.begin(GROUPS, LATENT_PRESETS)
     steps = [options.latent_steps, *(options.denoiser_steps or ())]
+    if any(not 0 < seconds < float("inf") for seconds in options.denoiser_seconds or ()):
+        raise UserInputError("--denoiser-seconds must be finite and above 0: give other numbers.")
     if any(count is not None and count < 1 for count in steps):
         raise UserInputError("--latent-steps and --denoiser-steps must be at least 1: give larger numbers.")
     given = None

@@ -298,6 +298,19 @@ def test_generator_ablations_train_all_levels_and_continue(
     assert weightings["weighting-min_snr-seed0"]["distances"]["fid"]["stage2"] == full["distances"]["fid"]["stage2"]
     assert weightings["weighting-min_snr-seed0"]["held_out"] != full["held_out"]
     assert len(list(runs.glob("stage2-*"))) == 3 and len(list(runs.glob("stage3-*"))) == 4
+
+    # Joint training and the rendering loss, within the same time; two stages are those of the levels otherwise.
+    ablations.main(replace(options, group="joint"))
+    joint = results(options.output_dir)
+    assert joint["joint-two-stages-seed0"] == full
+    assert len(list(runs.glob("stage3-*/fine/codes.safetensors"))) == 1
+    assert joint["joint-joint-seed0"]["settings"]["training"]["coarse"]["joint"]["steps"] == 2
+    assert joint["joint-joint-seed0"]["settings"]["training"]["global"]["joint"] is None
+    timed = replace(options, group="joint", denoiser_steps=None, denoiser_seconds=(1.0, 2.0, 3.0))
+    schedule = timed.denoiser_training(ablations.GROUPS["joint"]["joint"], 0)["fine"].schedule
+    assert schedule.time_budget_s == 3.0 and schedule.max_steps > 10**6
+    with pytest.raises(UserInputError, match="--denoiser-seconds"):
+        ablations.main(replace(timed, denoiser_seconds=(1.0, 0.0, 3.0)))
     monkeypatch.setitem(
         ablations.GROUPS, "given", {"epsilon": ablations.GROUPS["prediction"]["epsilon, some terminal SNR"]}
     )
@@ -757,6 +770,7 @@ def test_exports_are_measured(tmp_path, capsys):
     assert [*means] == ["mesh, opacity 0.4", "splats, 0 steps", "splats, 2 steps"]
     mesh = means["mesh, opacity 0.4"]
     assert mesh["met"] == pytest.approx(1.0, abs=0.01) and 0 < mesh["points_to_mesh"] < 0.4
+    assert 0 < mesh["halves_to_mesh"] < 0.4 and 0 < mesh["halves_to_points"] < 0.4
     assert all(np.isfinite([*row.values()]).all() for row in means.values())
     assert "Means of 1 scenes." in capsys.readouterr().out and (tmp_path / "out" / "exports.png").is_file()
 

@@ -278,6 +278,16 @@ def test_cameras_around_have_the_given_ones_among_them():
     assert torch.allclose(around.camera_to_worlds[1, :, 3], given.camera_to_worlds[:, :, 3].mean(0))
 
 
+def test_given_cameras_keep_their_own_lenses():
+    given = level_cameras(torch.tensor([[0.2, 0.0, 0.1], [-0.2, 0.1, 0.1]]), torch.tensor([0.3, 0.3 + math.pi]), 32)
+    for name, values in (("fx", (16.0, 24.0)), ("fy", (17.0, 25.0)), ("cx", (16.0, 15.0)), ("cy", (14.0, 16.5))):
+        setattr(given, name, torch.tensor(values)[:, None])
+    around = cameras_around(given, 8)
+    for name in ("fx", "fy", "cx", "cy"):
+        own, found = getattr(given, name), getattr(around, name)
+        assert torch.equal(found[[0, 4]], own) and torch.equal(found[[1, 2, 3, 5, 6, 7]], own[:1].expand(6, 1))
+
+
 def test_scene_codes_are_kept_without_strength_and_new_with_all(pipeline, given):
     code = scene_code_of_views(pipeline, torch.randn(1, pipeline.latent_autoencoder.global_dim), given[0].cameras)
     sampled = [

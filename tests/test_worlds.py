@@ -12,7 +12,7 @@ import pytest
 import torch
 from nerfstudio.utils.eval_utils import eval_setup
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from nfldm_ns.commands import export, world
 from nfldm_ns.diffusion.joint import JointSampler
@@ -23,6 +23,7 @@ from nfldm_ns.exports.voxels import read_voxels
 from nfldm_ns.exports.worlds import world_mesh, world_points
 from nfldm_ns.generated.floors import fill_floor
 from nfldm_ns.generated.scene_files import half_precision
+from nfldm_ns.generated.tensor_coding import read_coded
 from nfldm_ns.generated.world_files import World, load_world, tile_path
 from nfldm_ns.generated.world_paths import FreeSpace, walk, way_through
 from nfldm_ns.sampling import world_folders
@@ -430,7 +431,7 @@ def test_damaged_worlds_end_in_a_sentence(folder, tmp_path):
         load_world(copy)
     described = json.loads((fresh() / "world.json").read_text())
     for change, words in (
-        ({"version": 9}, "version 1"),
+        ({"version": 9}, "version 2"),
         ({"x_starts": [0, 9]}, "leave gaps"),
         ({"x_starts": [0, 2]}, "backgrounds"),
         ({"reach": -1}, "reach"),
@@ -441,6 +442,51 @@ def test_damaged_worlds_end_in_a_sentence(folder, tmp_path):
             load_world(copy)
     with pytest.raises(UserInputError, match="is no world"):
         load_world(tmp_path / "nothing")
+
+
+def as_of_version_1(folder: Path) -> None:
+    """Makes the files of a world those that were written before there were compressed ones."""
+    for path in (*folder.glob("tiles/*"), folder / "renderer.safetensors"):
+        plain = read_coded(path)
+        if path.parent != folder:
+            save_file(plain, path, {"revision": "0"})
+        else:
+            save_file(
+                {name: value.float() if value.is_floating_point() else value for name, value in plain.items()}, path
+            )
+    described = json.loads((folder / "world.json").read_text())
+    (folder / "world.json").write_text(json.dumps({**described, "version": 1}))
+
+
+def test_worlds_of_plain_files_open_and_grow(pipeline, folder, tmp_path):
+    old = Path(shutil.copytree(folder, tmp_path / "world"))
+    sizes = [sum(path.stat().st_size for path in folder.glob("tiles/*"))]
+    as_of_version_1(old)
+    sizes.append(sum(path.stat().st_size for path in old.glob("tiles/*")))
+    assert sizes[0] < 0.95 * sizes[1], "even voxels of random weights are smaller"
+    expected, found = load_world(folder), load_world(old)
+    assert torch.equal(found.whole().density, expected.whole().density)
+    assert torch.equal(found.whole().features, expected.whole().features)
+    assert torch.equal(found.backgrounds, expected.backgrounds)
+    for name, value in expected.base_renderer.state_dict().items():
+        assert torch.equal(found.base_renderer.state_dict()[name], value), name
+    grown = extend_world(pipeline, old, "east", 1.5)
+    assert json.loads((old / "world.json").read_text())["version"] == 2
+    assert torch.equal(grown.whole().density[..., :8], expected.whole().density[..., :8]), "old tiles beside new ones"
+
+
+def test_a_tile_that_is_not_what_it_says(folder, tmp_path):
+    damaged = Path(shutil.copytree(folder, tmp_path / "world"))
+    path = tile_path(damaged, (0, 0))
+    tensors = load_file(path)
+    for description, words in (
+        ({"revision": 0, "tensors": {"density": {"dtype": "float16", "shape": [1]}}}, "features"),
+        ({"revision": 0, "tensors": 3}, "does not say what its tensors are"),
+        ([], "no object"),
+    ):
+        save_file(tensors, path, {"description": json.dumps(description)})
+        with pytest.raises(UserInputError, match=words):
+            load_world(damaged).tile((0, 0))
 
 
 def test_backgrounds_change_slowly(folder):

@@ -28,8 +28,8 @@ class Studio:
     """Folders of scenes to open, all of one generator."""
     seed: int = 0
     """Of the first scene, where none is opened."""
-    num_inference_steps: int = 30
-    """Denoising steps of each of its three latents."""
+    num_inference_steps: int | None = None
+    """Denoising steps of each of its latents; by default the generator's own: 30, or fewer if it was distilled."""
     output_dir: Path = Path("outputs/studio")
     """The first scene, and what is saved, exported and photographed, goes here."""
     port: int | None = None
@@ -68,7 +68,8 @@ class Studio:
         from nfldm_ns.generated.scene_files import DESCRIPTION
 
         try:
-            check_count("--num-inference-steps", self.num_inference_steps)
+            if self.num_inference_steps is not None:
+                check_count("--num-inference-steps", self.num_inference_steps)
             check_seed("--seed", self.seed)
         except ValueError as error:
             raise UserInputError(f"{error}: give another number.") from None

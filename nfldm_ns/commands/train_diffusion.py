@@ -10,11 +10,13 @@ from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.training.options import ScheduleOptions, is_first_process, looks_at_maps, process_device
 
 if TYPE_CHECKING:
+    from nfldm_ns.diffusion.joint_training import JointConfig
     from nfldm_ns.diffusion.pipeline import NFLDMPipeline
     from nfldm_ns.diffusion.training import Denoiser, Stage
     from nfldm_ns.latents.voxel_store import VoxelStore
 
 HELD_OUT_SCENES = 64
+KNOWN_SHARE = 0.75
 VIEWS_GIB = 2.0  # of memory for the views that estimates are compared with
 
 
@@ -50,6 +52,15 @@ class TrainDiffusion:
     rendering_mult: float | None = None
     """Weight of a further loss of the denoisers of c and f: what their estimates look like, rendered at views of the
     scenes (DiffRF). 0 by default; costs time."""
+    joint: bool = False
+    """Optimise c and f of the training scenes, too, under rendering and diffusion losses together (SSDNeRF's single
+    stage); they begin as the encoder's. Train c before f. Costs time, and space in checkpoints."""
+    joint_learning_rate: float | None = None
+    """Of these codes, in their standard deviations (0.01 by default)."""
+    joint_prior_mult: float | None = None
+    """Weight of what the denoisers think of the codes, beside the error of rendered views (0.3 by default)."""
+    joint_steps: int | None = None
+    """Steps of the codes in each pass, with one gradient of the prior (2 by default)."""
     condition_dropout: float | None = None
     """Share of scenes whose code g the denoisers of c and f do not see, for `guidance_scale` in sampling."""
     condition: Literal["none", "bev"] = "none"
@@ -57,9 +68,15 @@ class TrainDiffusion:
     and without a map."""
     bev_dropout: float | None = None
     """Share of scenes whose map they do not see (0.15 by default), drawn apart from `--condition-dropout`."""
+    outpainting: bool = False
+    """Train the denoisers of c and f to be told a part of the scene that is known already, for nfldm-world and
+    nfldm-edit resample; one model then samples whole scenes, too. With `--initial-weights` of a generator that cannot,
+    it learns that in addition."""
+    known_share: float | None = None
+    """Share of scenes of which a part is known (0.75 by default), with `--outpainting`."""
     initial_weights: Path | None = None
-    """What to begin from, of the same preset and options: the output folder of an earlier training, a pipeline folder,
-    or the name of a model that comes with this package."""
+    """What to begin from, of the same preset and options (but `--outpainting`, which may be new): the output folder of
+    an earlier training, a pipeline folder, or the name of a model that comes with this package."""
     distil: Path | None = None
     """A trained generator of the same preset and options, whose denoisers are distilled to few steps, by rounds that
     each halve them (Salimans & Ho 2022); every round is a training of `--max-steps`. nfldm-sample then takes so few."""
@@ -77,6 +94,7 @@ class TrainDiffusion:
 
     def run(self) -> None:
         from nfldm_ns.autoencoder.scene_sampler import SceneCache
+        from nfldm_ns.diffusion.joint_training import with_codes_of_run
         from nfldm_ns.diffusion.latent_memory import encode_latents
         from nfldm_ns.diffusion.training import (
             STAGES,
@@ -91,6 +109,7 @@ class TrainDiffusion:
         from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS
         from nfldm_ns.scenes.writing import write_json
 
+        self._known_share(), self._joint_config()  # bad input is found before anything is read
         teachers = self._teachers()
         store = VoxelStore.open(self.voxels)
         latent_autoencoder = load_latent_autoencoder(self.latent_autoencoder)
@@ -105,7 +124,8 @@ class TrainDiffusion:
             scenes, cameras = store.splits["test"][:HELD_OUT_SCENES], memory.num_cameras
             held_out = encode_latents(store, latent_autoencoder, scenes, False, cameras, with_maps=True)
         scene_autoencoder = store.load_autoencoder()
-        views = (SceneCache(store.load_collection(), VIEWS_GIB), store.splits["train"]) if self.rendering_mult else None
+        seen = bool(self.rendering_mult) or self.joint
+        views = (SceneCache(store.load_collection(), VIEWS_GIB), store.splits["train"]) if seen else None
         given = {**self.schedule.given(), "ema_profiles": tuple(self.ema_profiles)}
         if self.ema_snapshot_every is not None:
             given["ema_snapshot_every"] = self.ema_snapshot_every
@@ -114,10 +134,14 @@ class TrainDiffusion:
             *("condition_dropout", "condition", "bev_dropout", "ema_length", "rendering_mult"),
         )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        changes |= {"known_share": self._known_share(), "joint": self._joint_config()}
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
             training = preset.training[stage]
             training = replace(training, schedule=replace(training.schedule, **given), **changes)
             given_to_all = (memory, latent_autoencoder, self.output_dir / stage, preset.models[stage], training)
+            if self.joint and stage == "fine":
+                known = with_codes_of_run(memory, self.output_dir / "coarse", latent_autoencoder)
+                given_to_all = (known, *given_to_all[1:])
             if teachers is None:
                 denoiser = train_denoiser(
                     stage,
@@ -146,6 +170,30 @@ class TrainDiffusion:
         temperatures = preset.temperatures if teachers is None else tuple(teachers.config.temperatures)
         saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, temperatures)
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
+
+    def _known_share(self) -> float:
+        if self.known_share is not None and not self.outpainting:
+            raise UserInputError("--known-share is of what --outpainting tells denoisers: add it.")
+        if not self.outpainting:
+            return 0.0
+        share = KNOWN_SHARE if self.known_share is None else self.known_share
+        if not 0 < share <= 1:
+            raise UserInputError(f"--known-share is {share:g}: give a share of the scenes, above 0 and at most 1.")
+        return share
+
+    def _joint_config(self) -> "JointConfig | None":
+        from nfldm_ns.diffusion.joint_training import JointConfig
+
+        names = ("learning_rate", "prior_mult", "steps")
+        given = {name: getattr(self, f"joint_{name}") for name in names if getattr(self, f"joint_{name}") is not None}
+        if not self.joint:
+            if given:
+                option = f"--joint-{next(iter(given)).replace('_', '-')}"
+                raise UserInputError(f"{option} is of the codes that --joint optimises: add it.")
+            return None
+        config = JointConfig(**given)
+        config.check()
+        return config
 
     def _teachers(self) -> "NFLDMPipeline | None":
         """The generator that is distilled.

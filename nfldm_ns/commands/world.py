@@ -44,10 +44,11 @@ class WorldCommand:
     """Distance, in boxes, of places with a g of their own, between which it changes slowly; 0: one g everywhere."""
     stride: float = 0.75
     """Largest distance of neighbouring windows, as a share of a window, from 0.5 to below 1."""
-    resamplings: int = 2
-    """How often each stretch of steps is walked where neighbours are known (outpaint and --extend)."""
-    num_inference_steps: int = 30
-    """Denoising steps of each of the three latents."""
+    resamplings: int | None = None
+    """How often each stretch of steps is walked where neighbours are known (outpaint and --extend); by default 2, or 1
+    for generators trained with --outpainting, which are told what these have."""
+    num_inference_steps: int | None = None
+    """Denoising steps of each of the latents; by default the generator's own: 30, or fewer if it was distilled."""
     guidance_scale: float = 1.0
     """Above 1 the world follows its code and map more than the training's scenes."""
     fill_floor: bool = True
@@ -118,8 +119,9 @@ class WorldCommand:
         from nfldm_ns.diffusion.call_checks import check_count, check_seed
 
         try:
-            check_count("--num-inference-steps", self.num_inference_steps)
-            check_count("--resamplings", self.resamplings)
+            for name in ("num_inference_steps", "resamplings"):
+                if getattr(self, name) is not None:
+                    check_count(f"--{name.replace('_', '-')}", getattr(self, name))
             check_seed("--seed", self.seed, 1)
         except ValueError as error:
             raise UserInputError(f"{error}: give another number.") from None

@@ -13,6 +13,13 @@ they have no weights for it. Config values of all three:
 - bev_size: (height, width) of maps; None without.
 - bev_dropout: share of training scenes whose map is dropped, so that one model samples with and without.
 
+psi_c and psi_f with `known_share` are outpainters: of a scene they can be told a part that is known already, `known`,
+the latent in its own units, and `known_cells [B, y, x]`, which of its cells are known (`outpainting.py`). These enter
+beside the sample, free of noise, together with the mask; without them nothing is known. Config value of both:
+
+- known_share: share of training scenes of which a part is known; 0 for denoisers that cannot be told, which have no
+  weights for it.
+
 And one says what they were trained for:
 
 - flow: True where they predict a rectified flow (`flow.py`), and see 1000 t as the timestep; False for a diffusion.
@@ -35,6 +42,7 @@ MIN_STD = 1e-2
 TIME_CHANNELS = 128
 MAP_CHANNELS = 32  # of the map in the input of psi_c
 MAP_CELLS = (6, 6)  # of the map that psi_g sees
+KNOWN_WEIGHTS = "unet.conv_in.further."  # how the names of weights begin that outpainters alone have
 
 
 class Normaliser(nn.Module):
@@ -171,6 +179,26 @@ class GlobalDenoiser(ModelMixin, ConfigMixin):
         return scene_code.split([self.config.global_dim, CAMERA_DIM * self.config.num_cameras], dim=-1)
 
 
+class _InputLayer(nn.Conv2d):
+    """The first layer of a U-Net with further channels, which count nothing until they have learned something.
+
+    Where none follow it is the layer that was there before, to the bit.
+
+    Args:
+        first: that layer, whose parameters stay its own.
+        further: how many channels may follow the others.
+    """
+
+    def __init__(self, first: nn.Conv2d, further: int) -> None:
+        super().__init__(first.in_channels, first.out_channels, 3, padding=1)
+        self.weight, self.bias = first.weight, first.bias
+        self.further = _zeroed(nn.Conv2d(further, first.out_channels, 3, padding=1, bias=False))
+
+    def forward(self, seen: Float[Tensor, "batch channels y x"]) -> Float[Tensor, "batch width y x"]:
+        first = super().forward(seen[:, : self.in_channels])
+        return first + self.further(seen[:, self.in_channels :]) if seen.shape[1] > self.in_channels else first
+
+
 class _UNetDenoiser(ModelMixin, ConfigMixin):
     """What psi_c and psi_f have in common: a U-Net over a latent, the scene code and a semantic map as conditions.
 
@@ -208,6 +236,31 @@ class _UNetDenoiser(ModelMixin, ConfigMixin):
             cells, width = tuple(config.coarse_shape[2:]), config.context_dim
             self.map_encoder = MapEncoder(config.bev_classes, cells, width, width // 2)
 
+    def _add_known(self) -> None:
+        """What reads the known part, if there can be one; last, so that all else begins as without."""
+        if self.config.known_share:
+            first = self.unet.conv_in
+            assert isinstance(first, nn.Conv2d)
+            self.unet.conv_in = _InputLayer(first, self.sample_shape[0] + 1)
+
+    def _known_channels(
+        self, known: Float[Tensor, "batch channels y x"] | None, cells: Bool[Tensor, "batch y x"] | None
+    ) -> Float[Tensor, "batch further y x"] | None:
+        """The known part in normalised units, 0 where nothing is known, and its mask; None if nothing is known.
+
+        Raises:
+            ValueError: if something is known to a denoiser that cannot be told.
+        """
+        if known is None or cells is None:
+            return None
+        if not self.config.known_share:
+            raise ValueError(f"{type(self).__name__} was not trained with known parts: leave out known and known_cells")
+        normalised = self.latent(known)
+        mask = cells[:, None]
+        return torch.cat(
+            [torch.where(mask, normalised, torch.zeros_like(normalised)), mask.to(normalised.dtype)], dim=1
+        )
+
     def _map_cells(self, bev: Tensor | None, drop_bev: Tensor | None, count: int) -> Tensor | None:
         """What maps say of each column of c, `[B, D, Yc, Xc]`; None for a denoiser without maps."""
         _require_map_fits(self, bev)
@@ -222,6 +275,7 @@ class _UNetDenoiser(ModelMixin, ConfigMixin):
         cells: Float[Tensor, "batch dim yc xc"] | None,
         context: Float[Tensor, "batch tokens dim"] | None,
         drop_code: Bool[Tensor, " batch"] | None,
+        known: Float[Tensor, "batch further y x"] | None,
     ) -> Float[Tensor, "batch channels y x"]:
         code = self.code(scene_code)
         if drop_code is not None:
@@ -229,7 +283,7 @@ class _UNetDenoiser(ModelMixin, ConfigMixin):
         tokens = [self.token(code)[:, None]]
         tokens += [] if cells is None else [cells.flatten(2).mT]
         tokens += [] if context is None else [context]
-        seen = sample if guide is None else torch.cat([sample, guide], dim=1)
+        seen = torch.cat([part for part in (sample, guide, known) if part is not None], dim=1)
         return self.unet(seen, timestep, torch.cat(tokens, dim=1), class_labels=code).sample
 
 
@@ -250,8 +304,8 @@ class CoarseDenoiser(_UNetDenoiser):
         head_dim: channels per attention head.
         condition_dropout: share of training scenes whose code is dropped, for classifier-free guidance. What stands
             for a dropped one are zeros in normalised units: the mean code.
-        bev_classes, bev_size, bev_dropout, flow: see above. The map enters as tokens, one per column of c, that
-            cross-attention sees after that of the scene code, and beside the noisy c as further channels.
+        bev_classes, bev_size, bev_dropout, flow, known_share: see above. The map enters as tokens, one per column of
+            c, that cross-attention sees after that of the scene code, and beside the noisy c as further channels.
     """
 
     @register_to_config
@@ -269,6 +323,7 @@ class CoarseDenoiser(_UNetDenoiser):
         bev_size: tuple[int, int] | None = None,
         bev_dropout: float = 0.0,
         flow: bool = False,
+        known_share: float = 0.0,
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
@@ -278,6 +333,7 @@ class CoarseDenoiser(_UNetDenoiser):
         if bev_classes:
             self.project_map = nn.Conv2d(context_dim, MAP_CHANNELS, 1)
             nn.init.zeros_(self.unet.conv_in.weight[:, folded:])
+        self._add_known()
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -294,16 +350,20 @@ class CoarseDenoiser(_UNetDenoiser):
         drop_code: Bool[Tensor, " batch"] | None = None,
         bev: Int[Tensor, "batch height width"] | None = None,
         drop_bev: Bool[Tensor, " batch"] | None = None,
+        known: Float[Tensor, "batch folded yc xc"] | None = None,
+        known_cells: Bool[Tensor, "batch yc xc"] | None = None,
     ) -> Float[Tensor, "batch folded yc xc"]:
         """Predicts from a noisy c in normalised units, z folded into channels.
 
         Args:
             context: further tokens for cross-attention.
             drop_code: scenes that are to be predicted without their code.
+            known, known_cells: what is known already, in the latent's own units, and where; see above.
         """
         cells = self._map_cells(bev, drop_bev, len(sample))
         guide = None if cells is None else self.project_map(cells)
-        return self._denoise(sample, guide, timestep, scene_code, cells, context, drop_code)
+        told = self._known_channels(known, known_cells)
+        return self._denoise(sample, guide, timestep, scene_code, cells, context, drop_code, told)
 
 
 class FineDenoiser(_UNetDenoiser):
@@ -314,8 +374,9 @@ class FineDenoiser(_UNetDenoiser):
         coarse_shape: (Cc, Zc, Yc, Xc).
         coarse_channels: channels that c is projected to before it is upsampled.
         code_dim, channels, attention, layers, context_dim, head_dim, condition_dropout: as in `CoarseDenoiser`.
-        bev_classes, bev_size, bev_dropout, flow: see above. Tokens of the map enter as in `CoarseDenoiser`, and
-            upsampled as a part of c's guide, together with the share of each class at f's own resolution.
+        bev_classes, bev_size, bev_dropout, flow, known_share: see above. Tokens of the map enter as in
+            `CoarseDenoiser`, and upsampled as a part of c's guide, together with the share of each class at f's own
+            resolution.
     """
 
     @register_to_config
@@ -335,6 +396,7 @@ class FineDenoiser(_UNetDenoiser):
         bev_size: tuple[int, int] | None = None,
         bev_dropout: float = 0.0,
         flow: bool = False,
+        known_share: float = 0.0,
     ) -> None:
         super().__init__()
         folded = coarse_shape[0] * coarse_shape[1]
@@ -346,6 +408,7 @@ class FineDenoiser(_UNetDenoiser):
         if bev_classes:
             self.project_map = _zeroed(nn.Conv2d(context_dim, coarse_channels, 1))
             self.project_classes = _zeroed(nn.Conv2d(bev_classes, coarse_channels, 3, padding=1))
+        self._add_known()
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -362,6 +425,8 @@ class FineDenoiser(_UNetDenoiser):
         drop_code: Bool[Tensor, " batch"] | None = None,
         bev: Int[Tensor, "batch height width"] | None = None,
         drop_bev: Bool[Tensor, " batch"] | None = None,
+        known: Float[Tensor, "batch fine y x"] | None = None,
+        known_cells: Bool[Tensor, "batch y x"] | None = None,
     ) -> Float[Tensor, "batch fine y x"]:
         """Predicts from a noisy f in normalised units.
 
@@ -369,6 +434,7 @@ class FineDenoiser(_UNetDenoiser):
             coarse: c, quantised: what the decoder will see.
             context: further tokens for cross-attention.
             drop_code: scenes that are to be predicted without their code.
+            known, known_cells: what is known already, in the latent's own units, and where; see above.
         """
         size, count = (sample.shape[-2], sample.shape[-1]), len(sample)
         cells = self._map_cells(bev, drop_bev, count)
@@ -378,7 +444,8 @@ class FineDenoiser(_UNetDenoiser):
         guide = F.interpolate(guide, size=size, mode="bilinear", align_corners=False)
         if cells is not None:
             guide = guide + self.project_classes(self.map_encoder.areas(bev, size, drop_bev, count))
-        return self._denoise(sample, guide, timestep, scene_code, cells, context, drop_code)
+        told = self._known_channels(known, known_cells)
+        return self._denoise(sample, guide, timestep, scene_code, cells, context, drop_code, told)
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@
 
 At every step the part to keep is noised to the step's level and put in place of what the denoiser made of it (paper,
 Sec. 4: editing without training). So that the new part agrees with it, short stretches of steps are walked several
-times: noise takes the sample back, and the denoiser, which now sees both parts, walks on again.
+times: noise takes the sample back, and the denoiser, which now sees both parts, walks on again. Denoisers that were
+trained for it are also told what is kept (`outpainting.py`), and need no second walk.
 """
 
 from __future__ import annotations
@@ -83,6 +84,11 @@ class Inpainting:
         if stage == "coarse":
             return self.latents.coarse.flatten(1, 2), self.coarse_region
         return self.latents.fine, self.fine_region
+
+    def known(self, stage: str, count: int) -> tuple[Tensor, Bool[Tensor, "scenes ..."]]:
+        """The latent of a stage for so many scenes, in its own units, and where it is kept, for outpainters."""
+        latent, region = self.part(stage)
+        return latent.expand(count, *latent.shape[1:]), (~region).expand(count, *region.shape)
 
     def merge(self, stage: str, sampled: Float[Tensor, " scenes *shape"]) -> Float[Tensor, " scenes *shape"]:
         """What was sampled, in its own units, with what is kept in its place, bit for bit."""

@@ -70,7 +70,8 @@ class JointSampler:
         on_step: Callable[[], None] | None = None,
     ) -> None:
         self.pipeline, self.stage, self.windows, self.active = pipeline, stage, windows, list(active)
-        self.conditions, self.guidance_scale, self.on_step = conditions, guidance_scale, on_step
+        self.given, self.guidance_scale, self.on_step = conditions, guidance_scale, on_step
+        self.conditions = conditions
         self.denoiser: nn.Module = pipeline.coarse_denoiser if stage == "coarse" else pipeline.fine_denoiser
         self.scale = 1 if stage == "coarse" else pipeline.latent_autoencoder.downsampling
         self.scheduler: SchedulerMixin = pipeline.scheduler
@@ -151,6 +152,16 @@ class JointSampler:
                 total[0][self._at(window)] += weight
         return mean / torch.where(total > 0, total, 1)
 
+    def _known(self, inpainting: Inpainting) -> dict[str, Tensor]:
+        """What each window is told of the part of the canvas that is kept."""
+        latent, cells = inpainting.known(self.stage, 1)
+        places = [self._at(window) for window in self.active]
+        told = {
+            "known": torch.stack([latent[0][place] for place in places]).to(self.pipeline.dtype),
+            "known_cells": torch.stack([cells[0][place[1:]] for place in places]),
+        }
+        return {name: values.to(self.pipeline._execution_device) for name, values in told.items()}
+
     def _levels(self, timestep: Tensor) -> tuple[float, float]:
         """Share a of x_0 in a sample, and what a prediction moves by when x_0 moves by one and the sample by a."""
         if self._levels_for is not self.scheduler.timesteps:
@@ -178,8 +189,11 @@ class JointSampler:
             inpainting: what is kept, and what is sampled.
         """
         self.conditions = {
-            name: values if name == "bev" else values.to(noise.dtype) for name, values in self.conditions.items()
+            name: values.to(noise.dtype) if values.is_floating_point() else values
+            for name, values in self.given.items()
         }
+        if inpainting is not None and self.pipeline.outpaints:
+            self.conditions |= self._known(inpainting)
         start = noise * initial_scale(self.scheduler) * temperature
         check_start(self.scheduler, start, self.stage)
         if inpainting is None:

@@ -172,6 +172,19 @@ class NFLDMPipeline(DiffusionPipeline):
         size = self.global_denoiser.config.bev_size
         return None if size is None else tuple(size)
 
+    @property
+    def outpaints(self) -> bool:
+        """Whether the denoisers of c and f were trained to be told what is known already (`outpainting.py`)."""
+        return bool(self.coarse_denoiser.config.known_share)
+
+    def default_resamplings(self, otherwise: int) -> int:
+        """How often inpainting walks each stretch of steps where no number is asked for.
+
+        Args:
+            otherwise: for denoisers that are no outpainters; these need to be walked once only.
+        """
+        return 1 if self.outpaints else otherwise
+
     @torch.no_grad()
     def __call__(
         self,
@@ -209,7 +222,7 @@ class NFLDMPipeline(DiffusionPipeline):
             scene_code: g and the trajectory, in their own units, if they are given and c and f alone are sampled; c and
                 f begin with the noise that they would begin with otherwise.
             inpainting: samples c and f in a region only and keeps those of a given scene elsewhere; then `scene_code`
-                is that scene's.
+                is that scene's. Outpainters are told what is kept.
             guide: changes what the denoisers predict at every step (`guiding.py`), such as `RenderingGuide` does for
                 given images.
             bev: semantic maps from above, one for all scenes or one each: class ids, whole numbers, the north in the
@@ -252,6 +265,9 @@ class NFLDMPipeline(DiffusionPipeline):
             cast = {name: value.to(start.dtype) for name, value in conditions.items()} | maps
             run: Callable[..., Tensor] = self.denoise
             if inpainting is not None:
+                if self.outpaints:
+                    known, cells = inpainting.known(stage, num_scenes)
+                    cast |= {"known": known.to(start), "known_cells": cells.to(start.device)}
                 run = partial(inpaint, self, inpainting=inpainting, stage=stage, temperature=warmth[stage])
             with self.sampling(stage, guidance_scale, guide):
                 latents = run(denoiser, start, steps[stage], generator, callback, **cast).float()
@@ -627,6 +643,8 @@ def check_agreement(pipeline: NFLDMPipeline, where: Path | str = "the pipeline")
             known = denoiser.config
             facts.append((number, name, known.bev_classes, "global_denoiser", global_config.bev_classes))
             facts.append((size, name, _size(known.bev_size), "global_denoiser", pipeline.bev_size))
+            told = bool(denoiser.config.known_share)
+            facts.append(("flag of outpainters", name, told, "coarse_denoiser", pipeline.outpaints))
     named = 1 + max((c.id for c in pipeline.bev_classes), default=-1)
     facts.append((number, "global_denoiser", global_config.bev_classes, "model_index.json", named))
     for what, name, value, other, expected in facts:

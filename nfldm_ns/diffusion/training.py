@@ -20,7 +20,7 @@ from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safeten
 from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
-from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
+from nfldm_ns.diffusion.denoisers import KNOWN_WEIGHTS, CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.distillation import (
     Halving,
     distillation_loss,
@@ -30,7 +30,19 @@ from nfldm_ns.diffusion.distillation import (
     step_indices,
 )
 from nfldm_ns.diffusion.flow import FLOW, FlowNoise, make_flow_scheduler
+from nfldm_ns.diffusion.joint_training import (
+    CODES,
+    CodeOptimiser,
+    DenoiserWithCodes,
+    JointConfig,
+    code_name,
+    new_codes,
+    prior_gradient,
+    save_codes,
+    with_own_codes,
+)
 from nfldm_ns.diffusion.latent_memory import LatentMemory
+from nfldm_ns.diffusion.outpainting import drawn_for, to_columns
 from nfldm_ns.diffusion.pipeline import PIPELINE_INDEX, assemble_pipeline
 from nfldm_ns.diffusion.rendering_loss import EstimateRendering, signal_share
 from nfldm_ns.diffusion.validation import DenoiserPictures
@@ -39,7 +51,7 @@ from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.scenes.collection import bev_class, read_json
 from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training.draws import BatchShare, ItemDraws
-from nfldm_ns.training.identity import model_hash, public_config
+from nfldm_ns.training.identity import model_hash, public_config, tensor_hash
 from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
 from nfldm_ns.training.posthoc_ema import check_length, synthesise
 from nfldm_ns.training.run import RunFolder
@@ -79,12 +91,16 @@ class DiffusionTrainingConfig:
     """Standard deviation of noise on the normalised c that conditions psi_f."""
     rendering_mult: float = 0.0
     """Weight of the rendering loss of what psi_c and psi_f estimate (DiffRF), see `rendering_loss.py`."""
+    joint: JointConfig | None = None
+    """Also optimises c, or f, of the training scenes (SSDNeRF), see `joint_training.py`; not of psi_g."""
     condition_dropout: float = 0.0
     """Share of scenes whose code psi_c and psi_f do not see; above 0 allows a `guidance_scale` in sampling."""
     condition: Condition = "none"
     """With "bev" the denoisers also see the scene's semantic map."""
     bev_dropout: float = 0.15
     """Share of scenes whose map they do not see, drawn apart from `condition_dropout`, if there are maps."""
+    known_share: float = 0.0
+    """Share of scenes of which psi_c and psi_f are told a part; above 0 makes outpainters (`outpainting.py`)."""
     ema_decay: float = 0.999
     """Of the moving averages of the weights, which are what is kept; it rises to this value while training."""
     ema_length: float | None = None
@@ -355,12 +371,65 @@ class DiffusionLosses:
         if augment and self.denoiser.config.condition_dropout > 0:
             conditions["drop_code"] = draws.uniform().to(self.device) < self.denoiser.config.condition_dropout
         if self.stage == "coarse":
-            return self.denoiser.latent(pick("coarse").flatten(1, 2)), conditions
+            clean = pick("coarse").flatten(1, 2)
+            return self.denoiser.latent(clean), {**conditions, **self._known(clean, draws, augment)}
         coarse = pick("coarse_codes")
         if augment and self.config.coarse_noise > 0:
             std = self.denoiser.coarse.std.unflatten(0, coarse.shape[1:3])
             coarse = coarse + self.config.coarse_noise * std * draws.normal(coarse)
-        return self.denoiser.latent(pick("fine")), {**conditions, "coarse": coarse}
+        fine = pick("fine")
+        return self.denoiser.latent(fine), {**conditions, "coarse": coarse, **self._known(fine, draws, augment)}
+
+    def _known(self, clean: Float[Tensor, "batch channels y x"], draws: ItemDraws, augment: bool) -> dict[str, Tensor]:
+        """The part of each scene that an outpainter is told, if there is any."""
+        share = self.denoiser.config.known_share
+        if not share or not augment:
+            return {}
+        rows, columns = self.denoiser.config.coarse_shape[2:]
+        cells = draws.each(drawn_for((rows, columns), share)).to(self.device)
+        return {"known": clean, "known_cells": to_columns(cells, clean.shape[-1] // columns)}
+
+
+class JointLosses(DiffusionLosses):
+    """Losses of a joint training, each of which also moves the codes of some of its scenes, see `joint_training.py`.
+
+    Args:
+        codes: moves them.
+        others: of `DiffusionLosses`, with a rendering.
+    """
+
+    def __init__(self, codes: CodeOptimiser, *others: Any, **settings: Any) -> None:
+        super().__init__(*others, **settings)
+        self.codes = codes
+
+    def losses_with_rendering(
+        self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws
+    ) -> dict[str, Tensor]:
+        """The loss of the prediction; what the views of the moved codes lost before is logged."""
+        assert self.rendering is not None
+        turns = draws.integers(self.memory.num_turns)
+        clean, noise, noisy, predicted = self.predict(indices, timestep, draws, turns=turns)
+        rows = self.codes.rows(indices, turns)
+        first = [list(zip(indices, turns.tolist(), strict=True)).index(row) for row in rows]
+        with torch.no_grad():
+            estimate = estimated_clean(self.scheduler, predicted, noisy, timestep)[first]
+            levels = (part[first] for part in signal_and_noise(self.scheduler, timestep))
+            prior = prior_gradient(clean[first], estimate, *levels)
+        chosen, turned = [index for index, _ in rows], torch.tensor([turn for _, turn in rows])
+        alike = torch.ones(len(rows), device=self.device)
+
+        def lost(values: Tensor) -> Tensor:
+            assert self.rendering is not None
+            return self.rendering(values, alike, chosen, turned, draws)
+
+        with torch.autocast(self.device.type, enabled=False):
+            began = self.codes(rows, prior, lost)
+        moved = self.codes.codes.values[torch.tensor(chosen), turned] - clean[first]
+        return {
+            "loss": self._error(clean, noise, predicted, timestep),
+            "_code_rendering_loss": began,
+            "_code_move": moved.square().mean().sqrt(),
+        }
 
 
 class DistillationLosses(DiffusionLosses):
@@ -463,8 +532,7 @@ def _map_config(memory: LatentMemory, config: DiffusionTrainingConfig) -> dict[s
     """What a denoiser has to know of maps."""
     if memory.maps is None:
         raise UserInputError("The latents were encoded without BEV maps: encode them again, with maps.")
-    if not 0 <= config.bev_dropout <= 1:
-        raise UserInputError("--bev-dropout must be from 0 to 1: it is a share of scenes.")
+    _require_share("--bev-dropout", config.bev_dropout)
     return {
         "bev_classes": max(bev_class.id for bev_class in memory.bev_classes) + 1,
         "bev_size": tuple(memory.maps.shape[2:]),
@@ -492,10 +560,12 @@ def train_denoiser(
         memory: latents of the training scenes.
         output_dir: becomes a run folder (see `RunFolder`) with the averaged weights in `denoiser/`.
         model_config: sizes of the denoiser; the latents' shapes come from `latent_autoencoder`.
-        scene_autoencoder: stage 1, for sample renders every `validation_steps` and for `rendering_mult`; None for none.
-        initial: a denoiser of the same configuration to begin from, for a longer training.
+        scene_autoencoder: stage 1, for sample renders every `validation_steps`, `rendering_mult` and `joint`; None for
+            none.
+        initial: a denoiser of the same configuration to begin from, for a longer training; an outpainter may begin from
+            one that is none.
         halving: the round of a distillation; None for a training on the latents themselves.
-        views: of the memory's scenes, and their ids in its order, for `rendering_mult`.
+        views: of the memory's scenes, and their ids in its order, for `rendering_mult` and `joint`.
 
     Returns:
         the denoiser with averaged weights, in evaluation mode.
@@ -506,10 +576,16 @@ def train_denoiser(
     training_noise(config)  # refuses what cannot be, before anything is written
     _require_snapshots(config)
     _require_renderings(config, scene_autoencoder, views)
+    _require_share("--known-share", config.known_share)
+    joint = config.joint if stage != "global" else None
+    _require_joint(config, scene_autoencoder, views, halving)
     accelerator = new_accelerator(config.schedule, output_dir)
+    if joint is not None and accelerator.num_processes > 1:
+        raise UserInputError("Joint training moves codes in one process: start it without 'accelerate launch'.")
     torch.manual_seed(config.schedule.seed)
     if stage != "global":
         model_config = {**model_config, "condition_dropout": config.condition_dropout}
+        model_config = {**model_config, "known_share": config.known_share}
     if config.condition == "bev":
         model_config = {**model_config, **_map_config(memory, config)}
     if config.prediction_type == FLOW:
@@ -531,6 +607,8 @@ def train_denoiser(
         identity["flow_shift"] = config.flow_shift
     if config.rendering_mult and stage != "global":
         identity["rendering_mult"] = config.rendering_mult
+    if joint is not None:
+        identity |= {"joint": asdict(joint), "codes": tensor_hash(memory.coarse)}
     if config.schedule.ema_profiles:
         identity["ema_profiles"] = config.schedule.ema_profiles
     if config.condition == "bev":
@@ -544,6 +622,11 @@ def train_denoiser(
         identity["distil_temperature"] = halving.temperature
     folder = RunFolder(output_dir, identity, accelerator)
     ema = moving_averages(denoiser, config.ema_decay)
+    trained: nn.Module = denoiser
+    if joint is not None:
+        assert not isinstance(denoiser, GlobalDenoiser)
+        memory = with_own_codes(memory, code_name(denoiser))
+        trained = DenoiserWithCodes(denoiser, new_codes(denoiser, memory))
 
     def make_losses(wrapped: nn.Module) -> DiffusionLosses:
         share = batch_share(config.schedule, accelerator)
@@ -551,11 +634,16 @@ def train_denoiser(
         if halving is not None:
             return DistillationLosses(halving, *given)
         rendering = None
-        if config.rendering_mult and not isinstance(denoiser, GlobalDenoiser):
+        if (config.rendering_mult or joint) and not isinstance(denoiser, GlobalDenoiser):
             assert scene_autoencoder is not None and views is not None
             frozen = (latent_autoencoder, scene_autoencoder)
             frozen = tuple(model.to(accelerator.device).requires_grad_(False) for model in frozen)
-            rendering = EstimateRendering(denoiser, *frozen, memory, *views)
+            scenes, shown = (1, 2) if joint is None else (joint.num_scenes, joint.num_views)
+            rendering = EstimateRendering(denoiser, *frozen, memory, *views, num_scenes=scenes, num_views=shown)
+        if isinstance(trained, DenoiserWithCodes):
+            assert joint is not None
+            optimiser = CodeOptimiser(trained.denoiser, trained.codes, memory, joint)
+            return JointLosses(optimiser, *given, rendering=rendering)
         return DiffusionLosses(*given, rendering=rendering)
 
     render = None
@@ -570,7 +658,7 @@ def train_denoiser(
 
     train(
         folder,
-        denoiser,
+        trained,
         make_losses,
         config.schedule,
         accelerator,
@@ -579,6 +667,9 @@ def train_denoiser(
         description=f"Denoiser of the {stage} latent",
         on_progress=on_progress,
     )
+    if joint is not None:
+        name = code_name(denoiser)  # type: ignore[arg-type]
+        keep_result(Path(output_dir) / CODES, accelerator, lambda path: save_codes(path, name, memory))
     if config.ema_length is None:
         ema.copy_to(denoiser.parameters())
     else:
@@ -665,15 +756,39 @@ def _require_renderings(config: DiffusionTrainingConfig, renderer: SceneAutoenco
         raise ValueError("rendering_mult needs scene_autoencoder and views")
 
 
+def _require_joint(
+    config: DiffusionTrainingConfig, renderer: SceneAutoencoder | None, views: object, halving: Halving | None
+) -> None:
+    if config.joint is None:
+        return
+    config.joint.check()
+    if config.rendering_mult or halving is not None or config.schedule.ema_profiles:
+        raise UserInputError(
+            "Joint training goes without --rendering-mult, --distil and --ema-profiles: leave them out."
+        )
+    if renderer is None or views is None:
+        raise ValueError("joint training needs scene_autoencoder and views")
+
+
+def _require_share(name: str, share: float) -> None:
+    if not 0 <= share <= 1:
+        raise UserInputError(f"{name} is {share}, but must be from 0 to 1: it is a share of scenes.")
+
+
 def _begin_from(initial: Denoiser, denoiser: Denoiser) -> None:
+    """Gives a denoiser the weights of another; those of an outpainter that the other has not stay zero."""
     given, wanted = public_config(initial), public_config(denoiser)
+    if wanted.get("known_share") and not isinstance(initial, GlobalDenoiser):
+        given["known_share"] = wanted["known_share"]
     differing = sorted(name for name in {*given, *wanted} if given.get(name) != wanted.get(name))
     if type(initial) is not type(denoiser) or differing:
         raise UserInputError(
             f"The initial {type(initial).__name__} does not fit what is to be trained "
             f"({', '.join(differing) or type(denoiser).__name__}): give one of the same preset and options."
         )
-    load_exactly(denoiser, initial.state_dict(), "the initial denoiser")
+    own = denoiser.state_dict()
+    state = {**{name: own[name] for name in own if name.startswith(KNOWN_WEIGHTS)}, **initial.state_dict()}
+    load_exactly(denoiser, state, "the initial denoiser")
 
 
 @torch.no_grad()
@@ -852,6 +967,12 @@ def save_pipeline(
         what = f"that of {without[0]} knows none" if without else "of different classes"
         raise UserInputError(
             f"Some denoisers in {output_dir} know BEV maps, {what}: train all with one --condition, on one collection."
+        )
+    told = {stage: bool(runs[stage]["model"].get("known_share")) for stage in stages if stage != "global"}
+    if len(set(told.values())) > 1:
+        raise UserInputError(
+            f"Of the denoisers in {output_dir} that of {'f' if told['coarse'] else 'c'} is no outpainter: train both "
+            "with --outpainting, or none."
         )
     components: dict[str, Any] = {f"{stage}_denoiser": denoisers.get(stage) for stage in STAGES}
     few = {run.get("distil_steps") for run in runs.values()}

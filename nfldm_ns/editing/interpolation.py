@@ -30,7 +30,7 @@ def interpolate_scenes(
     second: GeneratedScene,
     num_frames: int,
     *,
-    num_inference_steps: int = 30,
+    num_inference_steps: int | None = None,
     source: str = "",
 ) -> Iterator[GeneratedScene]:
     """Scenes from `first` to `second`, whose noise of g, c and f lies between theirs on a great circle.
@@ -40,7 +40,7 @@ def interpolate_scenes(
     Args:
         first, second: sampled by this pipeline, whose seeds are in their provenance.
         num_frames: at least 2, with both ends.
-        num_inference_steps: that they were sampled with.
+        num_inference_steps: that they were sampled with; None for the pipeline's own.
         source: where the pipeline is from, for the record.
 
     Raises:
@@ -48,18 +48,19 @@ def interpolate_scenes(
     """
     if num_frames < 2:
         raise UserInputError(f"{num_frames} frames do not reach from one scene to the other: give at least 2.")
-    ends = [_noise_of(pipeline, scene, num_inference_steps) for scene in (first, second)]
+    steps = pipeline.default_steps if num_inference_steps is None else num_inference_steps
+    ends = [_noise_of(pipeline, scene, steps) for scene in (first, second)]
     record = {
         "command": "nfldm-edit interpolate",
         "seeds": [scene.provenance["seed"] for scene in (first, second)],
-        **sampling_record(pipeline, num_inference_steps, source),
+        **sampling_record(pipeline, steps, source),
         "sources": [first.provenance, second.provenance],
     }
     yield first
     for i in range(1, num_frames - 1):
         share = i / (num_frames - 1)
         noise = [slerp(a, b, share) for a, b in zip(*ends, strict=True)]
-        output = pipeline(1, noise=noise, num_inference_steps=num_inference_steps)
+        output = pipeline(1, noise=noise, num_inference_steps=steps)
         assert output.grids is not None
         scene = GeneratedScene(
             half_precision(output.grids),

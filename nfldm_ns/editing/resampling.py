@@ -19,6 +19,7 @@ from nfldm_ns.sampling.scenes import sampling_record
 from nfldm_ns.scenes.collection import BEV_FILE
 
 SEAM_M = 1.0
+RESAMPLINGS = 3
 
 
 def resample_region(
@@ -28,9 +29,9 @@ def resample_region(
     seed: int = 0,
     *,
     seam_m: float = SEAM_M,
-    num_inference_steps: int = 30,
+    num_inference_steps: int | None = None,
     strength: float = 1.0,
-    resamplings: int = 3,
+    resamplings: int | None = None,
     jump_length: int = 3,
     source: str = "",
     bev: UInt8[np.ndarray, "height width"] | None = None,
@@ -45,7 +46,8 @@ def resample_region(
     Args:
         scene: generated, or real as `encode_real_scene` makes it.
         seam_m: width of the soft seam around the region, in metres.
-        strength, resamplings, jump_length: see `Inpainting`.
+        num_inference_steps: of c and of f; None for the pipeline's own.
+        strength, resamplings, jump_length: see `Inpainting`; `resamplings` are by default 3, or 1 of an outpainter.
         source: where the pipeline is from, for the record.
         bev: a semantic map of the whole scene, north up, that the new part is to follow.
         temperatures, callback_on_step_end: of the pipeline's call.
@@ -55,6 +57,7 @@ def resample_region(
     """
     require_pipeline_of(pipeline, scene)
     latents = latents_of(pipeline, scene)
+    resamplings = pipeline.default_resamplings(RESAMPLINGS) if resamplings is None else resamplings
     record = {
         "command": "nfldm-edit resample",
         "seed": seed,

@@ -26,6 +26,7 @@ from nfldm_ns.generated.tensor_coding import (
     decode_in_steps,
     encode,
     encode_in_steps,
+    exact_half,
     in_steps,
 )
 from nfldm_ns.scenes.collection import read_depth, read_json, read_transforms
@@ -117,7 +118,7 @@ def write_scene_files(folder: Path, scene: GeneratedScene, compact: bool = False
         coded["features"], kinds["features"] = encode_in_steps(in_steps(features))
         del tensors["features"]
     tensors |= {f"latents.{name}": value for name, value in scene.latents.items()}
-    tensors |= {f"renderer.{name}": _exact_half(value) for name, value in scene.renderer.state_dict().items()}
+    tensors |= {f"renderer.{name}": exact_half(value) for name, value in scene.renderer.state_dict().items()}
     for name, tensor in tensors.items():
         coded[name], kinds[name] = encode(tensor)
     (folder / TENSORS).write_bytes(save(coded))
@@ -130,12 +131,6 @@ def write_scene_files(folder: Path, scene: GeneratedScene, compact: bool = False
         "autoencoder": json.loads(scene.renderer.to_json_string()),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-
-
-def _exact_half(values: Tensor) -> Tensor:
-    """In half precision if that loses nothing."""
-    half = values.half() if values.dtype == torch.float32 else values
-    return half if torch.equal(half.to(values.dtype), values) else values
 
 
 def _decoded(coded: Mapping[str, Tensor], kinds: Mapping[str, Coded | InSteps]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Tensors of a scene as short byte strings: without loss, or features in steps that nobody sees.
+"""Tensors of scenes and worlds as short byte strings: without loss, or features in steps that nobody sees.
 
 Bytes of equal significance stand together, where they resemble each other, and are compressed by LZMA, whose checksum
 also finds damage.
@@ -6,17 +6,24 @@ also finds damage.
 
 from __future__ import annotations
 
+import json
 import lzma
 import math
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from nfldm_ns.autoencoder.checkpoints import read_safetensors
 from nfldm_ns.scenes.schema import Checked
+from nfldm_ns.scenes.writing import atomic_path
 
 STEPS = 32
 """Steps of compact files between 0 and the power of two at or above a channel's largest value: 6 bits with the sign."""
@@ -29,6 +36,7 @@ _TYPES = {
     "bool": torch.bool,
 }
 LARGEST_TENSOR = 2**34  # bytes
+DESCRIBED = "description"  # the one entry of metadata: more would be written in an order of chance
 
 
 class Coded(Checked):
@@ -126,3 +134,55 @@ def decode_in_steps(coded: UInt8[Tensor, " bytes"], kind: InSteps) -> Float[Tens
     differences = np.frombuffer(plain, np.int8).reshape(channels, count)
     codes = torch.from_numpy(np.cumsum(differences, axis=1, dtype=np.int8))
     return codes.T.float() * torch.tensor(kind.steps)
+
+
+def exact_half(values: Tensor) -> Tensor:
+    """In half precision if that loses nothing."""
+    half = values.half() if values.dtype == torch.float32 else values
+    return half if torch.equal(half.to(values.dtype), values) else values
+
+
+def write_coded(path: Path, tensors: Mapping[str, Tensor], more: Mapping[str, Any] | None = None) -> None:
+    """Writes tensors as one safetensors file of byte strings, which says itself what they are, in one step.
+
+    Args:
+        more: what else the file says, as JSON, see `coded_description`.
+    """
+    coded, kinds = {}, {}
+    for name, tensor in tensors.items():
+        coded[name], kinds[name] = encode(tensor)
+    described = json.dumps({**(more or {}), "tensors": kinds})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(save(coded, {DESCRIBED: described}))
+
+
+def coded_description(path: Path) -> dict[str, Any] | None:
+    """What a file of `write_coded` says, None for others; raises what `safe_open` does, or ValueError."""
+    with safe_open(path, framework="pt") as file:
+        described = (file.metadata() or {}).get(DESCRIBED)
+    if described is None:
+        return None
+    found = json.loads(described)
+    if not isinstance(found, dict):
+        raise ValueError(f"its {DESCRIBED} is no object")
+    return found
+
+
+def read_coded(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file of `write_coded`, or of a plain safetensors file.
+
+    Raises:
+        UserInputError: if the file is missing, or no safetensors file.
+        ValueError: if it does not hold what it says.
+    """
+    tensors = read_safetensors(path)
+    described = coded_description(path)
+    if described is None:
+        return tensors
+    try:
+        kinds = TypeAdapter(dict[str, Coded]).validate_python(described.get("tensors"))
+    except ValidationError as error:
+        raise ValueError(f"it does not say what its tensors are: {error.errors()[0]['msg']}") from None
+    if set(kinds) != set(tensors):
+        raise ValueError(f"tensors {sorted(set(kinds) ^ set(tensors))} are not described, or missing")
+    return {name: decode(tensors[name], kind) for name, kind in kinds.items()}

@@ -2,7 +2,8 @@
 
     world.json               layout, settings, provenance, and how far it has come
     renderer.safetensors     what turns voxels into images, and the background at each window
-    tiles/<row>_<column>.safetensors   voxels of one box each, half precision; less at the world's edge
+    tiles/<row>_<column>.safetensors   voxels of one box each, half precision, compressed without loss (plain in worlds
+                             of version 1); less at the world's edge
     latents_<revision>.safetensors     c and f of the whole, and the scene code of each window, to go on from
 
 Rows and columns are counted in cells of c, from the south-west corner of the world as it was first made; what is added
@@ -17,17 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from nfldm_ns.autoencoder.checkpoints import read_safetensors
 from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.windows import Span, WindowGrid
@@ -40,13 +39,15 @@ from nfldm_ns.generated.scene_files import (
     voxel_tensors,
     without_encoder,
 )
+from nfldm_ns.generated.tensor_coding import coded_description, exact_half, read_coded, write_coded
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.schema import Checked, Finite, Positive, validated_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.scenes.writing import atomic_path, write_json
+from nfldm_ns.scenes.writing import write_json
 
 FORMAT = "nfldm-world"
-VERSION = 1
+VERSION: Final = 2
+UNCODED = 1  # whose tiles and renderer are in their files as they are
 DESCRIPTION = "world.json"
 RENDERER = "renderer.safetensors"
 TILES = "tiles"
@@ -77,7 +78,7 @@ class WorldDescription(Checked):
     """
 
     format: Literal["nfldm-world"] = "nfldm-world"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     state: Literal["unfinished", "finished"] = "unfinished"
     revision: Annotated[int, Field(ge=0)] = 0
     settings: dict[str, Any]
@@ -127,7 +128,8 @@ def read_description(folder: Path) -> WorldDescription | None:
     if not path.is_file():
         return None
     content = read_json(path)
-    if not isinstance(content, dict) or (content.get("format"), content.get("version")) != (FORMAT, VERSION):
+    known = isinstance(content, dict) and content.get("version") in (UNCODED, VERSION)
+    if not known or content.get("format") != FORMAT:
         raise UserInputError(f"{path} is not of format {FORMAT}, version {VERSION}: {REMEDY}.")
     described = validated_json(WorldDescription, content, path, REMEDY)
     for starts, size in ((described.y_starts, described.window[0]), (described.x_starts, described.window[1])):
@@ -147,18 +149,19 @@ def tile_path(folder: Path, tile: tuple[int, int]) -> Path:
 
 
 def write_tile(folder: Path, tile: tuple[int, int], grid: VoxelGrid, revision: int) -> None:
-    """Writes the voxels of one tile in one step."""
-    tensors = {name: values.contiguous() for name, values in voxel_tensors(half_precision(grid)).items()}
-    with atomic_path(tile_path(folder, tile)) as temporary:
-        temporary.write_bytes(save(tensors, {"revision": str(revision)}))
+    """Writes the voxels of one tile in one step, compressed without loss (`tensor_coding`)."""
+    write_coded(tile_path(folder, tile), voxel_tensors(half_precision(grid)), {"revision": revision})
 
 
 def tile_revision(folder: Path, tile: tuple[int, int]) -> int | None:
     """When a tile was written; None if it is missing or damaged."""
     try:
-        with safe_open(tile_path(folder, tile), framework="pt") as file:
+        described = coded_description(tile_path(folder, tile))
+        if described is not None:
+            return int(described["revision"])
+        with safe_open(tile_path(folder, tile), framework="pt") as file:  # of version 1
             return int((file.metadata() or {})["revision"])
-    except (SafetensorError, OSError, KeyError, ValueError):
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
         return None
 
 
@@ -171,11 +174,10 @@ def write_renderer(
         backgrounds: of each window.
     """
     renderer = renderer_of(autoencoder)
-    tensors = {f"renderer.{name}": value.contiguous() for name, value in renderer.state_dict().items()}
+    tensors = {f"renderer.{name}": exact_half(value) for name, value in renderer.state_dict().items()}
     if backgrounds is not None:
-        tensors["backgrounds"] = backgrounds.detach().cpu().float().contiguous()
-    with atomic_path(folder / RENDERER) as temporary:
-        temporary.write_bytes(save(tensors))
+        tensors["backgrounds"] = backgrounds.detach().cpu().float()
+    write_coded(folder / RENDERER, tensors)
     return renderer
 
 
@@ -229,7 +231,7 @@ class World:
         y, x = self.description.tiles[tile]
         path = tile_path(self.folder, tile)
         try:
-            grid = read_voxel_tensors(read_safetensors(path), self.description.box(y, x), self.base_renderer)
+            grid = read_voxel_tensors(read_coded(path), self.description.box(y, x), self.base_renderer)
         except (KeyError, ValueError) as error:
             raise UserInputError(f"{path} is no tile of this world ({error}): {REMEDY}.") from None
         scale = self.description.voxels
@@ -350,7 +352,10 @@ def load_world(folder: Path | str, unfinished: bool = False) -> World:
         raise UserInputError(f"{folder} is no world (it has no {DESCRIPTION}): make one with 'nfldm-world'.")
     if description.state != "finished" and not unfinished:
         raise UserInputError(f"{folder} is not finished: run the nfldm-world command that began it again.")
-    tensors = read_safetensors(folder / RENDERER)
+    try:
+        tensors = read_coded(folder / RENDERER)
+    except ValueError as error:
+        raise UserInputError(f"{folder / RENDERER} is damaged ({error}): {REMEDY}.") from None
     backgrounds = tensors.pop("backgrounds", None)
     state = {name.removeprefix("renderer."): value for name, value in tensors.items()}
     path = folder / DESCRIPTION

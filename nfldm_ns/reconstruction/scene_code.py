@@ -23,7 +23,8 @@ def cameras_around(given: Cameras, count: int) -> Cameras:
     """`count` cameras that look around as evenly as they can with the given ones among them.
 
     The directions divide the circle from the first given camera on, counter-clockwise. Each further given one takes the
-    place of the nearest direction that is free; all others stand level at the mean of the given places.
+    place of the nearest direction that is free, with its own intrinsics; all others stand level at the mean of the
+    given places and have the intrinsics of the first.
 
     Args:
         given: batch shape `[N]`, of one size; those beyond `count` are left out.
@@ -33,15 +34,17 @@ def cameras_around(given: Cameras, count: int) -> Cameras:
     around = yaws[0] + torch.arange(count) * (2 * math.pi / count)
     centre = given.camera_to_worlds[:, :3, 3].mean(0)
     poses = look_along(centre.expand(count, 3), around, torch.zeros(count))
+    lenses = [getattr(given, name).reshape(-1) for name in ("fx", "fy", "cx", "cy")]
+    intrinsics = torch.stack([values[0].expand(count) for values in lenses])
     free = torch.ones(count, dtype=torch.bool)
     for i in range(min(len(yaws), count)):
         apart = (around - yaws[i] + math.pi).remainder(2 * math.pi) - math.pi
         place = int(torch.where(free, apart.abs(), torch.inf).argmin())
         poses[place], free[place] = given.camera_to_worlds[i], False
-    fx, fy, cx, cy, height, width = (
-        getattr(given, name).reshape(-1)[0] for name in ("fx", "fy", "cx", "cy", "height", "width")
-    )
-    return make_cameras(poses, fx, fy, cx, cy, int(height), int(width))
+        intrinsics[:, place] = torch.stack([values[i] for values in lenses])
+    height, width = (int(getattr(given, name).reshape(-1)[0]) for name in ("height", "width"))
+    fx, fy, cx, cy = intrinsics
+    return make_cameras(poses, fx, fy, cx, cy, height, width)
 
 
 def scene_code_of_views(

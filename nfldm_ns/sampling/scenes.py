@@ -23,8 +23,10 @@ from nfldm_ns.scenes.writing import bev_png
 from nfldm_ns.training.identity import model_hash
 
 
-def sampling_record(pipeline: NFLDMPipeline, num_inference_steps: int, source: str = "") -> dict[str, Any]:
+def sampling_record(pipeline: NFLDMPipeline, num_inference_steps: int | None, source: str = "") -> dict[str, Any]:
     """What makes scenes besides seeds, for their provenance; `source`: where the pipeline is from."""
+    if num_inference_steps is None:
+        num_inference_steps = pipeline.default_steps
     return {
         "pipeline": source,
         "fine_denoiser": None if pipeline.fine_denoiser is None else model_hash(pipeline.fine_denoiser),

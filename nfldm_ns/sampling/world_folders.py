@@ -20,6 +20,7 @@ from nfldm_ns.generated.scene_files import DESCRIPTION as SCENE
 from nfldm_ns.generated.scene_files import renderer_of
 from nfldm_ns.generated.world_files import (
     TILES,
+    VERSION,
     World,
     WorldDescription,
     load_world,
@@ -93,7 +94,7 @@ def make_world(
     Raises:
         UserInputError: for sizes that cannot be, or if the folder holds something else.
     """
-    folder, settings = Path(folder), settings or WorldSettings()
+    folder, settings = Path(folder), (settings or WorldSettings()).of(pipeline)
     pipeline.set_progress_bar_config(disable=True)
     try:
         pipeline.require_guidance(settings.guidance_scale, with_map=bev is not None)
@@ -168,6 +169,7 @@ def extend_world(
     joined = _joined_map(pipeline, folder, found, changed.windows, direction, bev)
     changed.settings.setdefault("extensions", []).append([direction, cells, old.y_starts, old.x_starts])
     changed.revision += 1
+    changed.version = VERSION
     changed.state = "unfinished"
     known = WorldLatents.load(_latents_path(folder, found), found, pipeline)
     enlarged_latents(pipeline, known, old, changed.windows).save(_latents_path(folder, changed))

@@ -1,15 +1,16 @@
 """Worlds larger than the box that a generator knows: c and f on one canvas, then V tile by tile.
 
 "joint" samples all windows of the canvas together (`diffusion/joint.py`); "outpaint" one window after the other, each
-by inpainting given what its neighbours have already. A world that is made larger keeps the c and f it has: the new part
-is sampled with them as known neighbours. Everything is a function of the settings, so that a killed command goes on.
+by inpainting given what its neighbours have already, which outpainters are told (`diffusion/outpainting.py`). A world
+that is made larger keeps the c and f it has: the new part is sampled with them as known neighbours. Everything is a
+function of the settings, so that a killed command goes on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -36,6 +37,7 @@ from nfldm_ns.scenes.writing import atomic_path
 
 Method = Literal["joint", "outpaint"]
 EMPTY_DENSITY = 0.05  # 1/m: how much the features of an empty voxel count where windows are blended
+RESAMPLINGS = 2
 STAGE_NUMBERS = {"coarse": 1, "fine": 2}
 Window = tuple[int, int]
 Save = Callable[[], None]
@@ -47,24 +49,31 @@ class WorldSettings:
 
     Attributes:
         seed: of all noise. The first box has the noise of `nfldm-sample`'s scene of this seed.
-        num_inference_steps: of each of the three latents.
+        num_inference_steps: of each of the three latents; None for the pipeline's own.
         method: "joint", or "outpaint" window by window.
         stride: largest distance of windows, as a share of a window.
         variety: distance in boxes of places with a scene code of their own, between which it changes slowly; 0 for one
             code everywhere.
-        resamplings: of inpainting (`Inpainting`): how often each stretch of steps is walked where neighbours are known.
+        resamplings: of inpainting (`Inpainting`): how often each stretch of steps is walked where neighbours are known;
+            None for 2, or 1 of an outpainter.
         guidance_scale: of the pipeline's call.
         fill_floor: whether holes in the floor are filled with the floor around (`fill_floor`).
     """
 
     seed: int = 0
-    num_inference_steps: int = 30
+    num_inference_steps: int | None = None
     method: Method = "joint"
     stride: float = 0.75
     variety: float = 0.0
-    resamplings: int = 2
+    resamplings: int | None = None
     guidance_scale: float = 1.0
     fill_floor: bool = True
+
+    def of(self, pipeline: NFLDMPipeline) -> WorldSettings:
+        """The same without `None`."""
+        steps = pipeline.default_steps if self.num_inference_steps is None else self.num_inference_steps
+        walks = pipeline.default_resamplings(RESAMPLINGS) if self.resamplings is None else self.resamplings
+        return replace(self, num_inference_steps=steps, resamplings=walks)
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
@@ -157,7 +166,10 @@ class WorldSampler:
         bev: UInt8[np.ndarray, "height width"] | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
-        self.pipeline, self.windows, self.settings, self.bev, self.on_step = pipeline, windows, settings, bev, on_step
+        self.pipeline, self.windows, self.bev, self.on_step = pipeline, windows, bev, on_step
+        self.settings = settings.of(pipeline)
+        assert self.settings.num_inference_steps is not None and self.settings.resamplings is not None
+        self.steps, self.resamplings = self.settings.num_inference_steps, self.settings.resamplings
         self.temperatures = tuple(pipeline.config.temperatures)
         self.device = pipeline._execution_device
 
@@ -226,9 +238,7 @@ class WorldSampler:
             self.pipeline._stage, self.pipeline._guidance_scale = "global", self.settings.guidance_scale
             generator = self._generator(3, *window) if not one else self._generator(3)
             maps = self.maps([window])
-            latents = self.pipeline.denoise(
-                denoiser, noise.to(self.device), self.settings.num_inference_steps, generator, None, **maps
-            )
+            latents = self.pipeline.denoise(denoiser, noise.to(self.device), self.steps, generator, None, **maps)
             codes.append(denoiser.code.inverse(latents.float()).cpu())
         return torch.cat(codes).expand(len(chosen), -1)
 
@@ -275,7 +285,7 @@ class WorldSampler:
             number = STAGE_NUMBERS[stage]
             temperature = self.temperatures[number]
             generator = self._generator(self.windows.y[0], self.windows.x[0], *self.windows.shape, number)
-            found = sampler(start, self.settings.num_inference_steps, generator, temperature, inpainting).cpu()
+            found = sampler(start, self.steps, generator, temperature, inpainting).cpu()
             if stage == "coarse":
                 latents.coarse = found.unflatten(1, latents.coarse.shape[1:3])
                 latents.coarse_done.fill_(True)
@@ -295,7 +305,7 @@ class WorldSampler:
             (y, x), (fy, fx) = (self.windows.place(at, s) for s in (1, scale))
             coarse, f, region, fine = coarse[..., y, x], f[..., fy, fx], region[y, x], fine[fy, fx]
         parts = SceneLatents(code, coarse, f).to(self.device)
-        return Inpainting(parts, region, fine, resamplings=self.settings.resamplings)
+        return Inpainting(parts, region, fine, resamplings=self.resamplings)
 
     def _coarse_codes(self, latents: WorldLatents, windows: list[Window]) -> Float[Tensor, "windows cc zc yc xc"]:
         crops = []
@@ -319,7 +329,7 @@ class WorldSampler:
             output = self.pipeline(
                 1,
                 self._generator(*window, 4),
-                self.settings.num_inference_steps,
+                self.steps,
                 output_type="latent",
                 guidance_scale=self.settings.guidance_scale,
                 noise=[torch.zeros(1, code_dim), *crops],

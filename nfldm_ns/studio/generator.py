@@ -44,13 +44,13 @@ class Settings:
     """How scenes are sampled.
 
     Attributes:
-        num_inference_steps: of each latent.
+        num_inference_steps: of each latent; None for those that the generator was made for.
         solver: a name of `Generator.solvers`; empty for the scheduler that the generator came with.
         temperatures: of g, c and f; None for the generator's own.
         guidance_scale: see `NFLDMPipeline.__call__`.
     """
 
-    num_inference_steps: int = 30
+    num_inference_steps: int | None = None
     solver: str = ""
     temperatures: tuple[float, float, float] | None = None
     guidance_scale: float = 1.0

@@ -69,13 +69,14 @@ def first_scene(
     source: str,
     output_dir: Path,
     seed: int,
-    num_inference_steps: int,
+    num_inference_steps: int | None = None,
     callback: StepCallback | None = None,
 ) -> Path:
     """The folder of a scene to begin with: sampled now, or what the very same call left there before.
 
     Args:
         source: where the pipeline is from, for the record.
+        num_inference_steps: of each latent; None for the pipeline's own.
         callback: of the pipeline's call.
 
     Raises:

@@ -15,6 +15,8 @@ from nerfstudio.viewer.viewer_elements import ViewerControl
 from torch import Tensor
 from viser import GuiEvent
 
+from nfldm_ns.diffusion.pipeline import NUM_STEPS
+from nfldm_ns.editing.resampling import RESAMPLINGS
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.plugin.generated_scene import GeneratedScenePipeline
 from nfldm_ns.plugin.viewer_start import place_client
@@ -115,7 +117,7 @@ class StudioPanel:
         self.seed = gui.add_number("Seed", 1, min=0, step=1)
         self.sample = gui.add_button("Sample a scene")
         self.sample.on_click(self._guarded(lambda _: self._sample()))
-        self.steps = gui.add_slider("Steps", 4, 100, 1, 30, hint="of each of the three latents")
+        self.steps = gui.add_slider("Steps", 1, 100, 1, NUM_STEPS, hint="of each of the three latents")
         self.solver = gui.add_dropdown("Solver", ("its own",))
         self.temperatures = gui.add_vector3(
             "Temperature", (1.0, 1.0, 1.0), min=(0.0,) * 3, max=(2.0,) * 3, step=0.05, hint="of g, c and f"
@@ -140,7 +142,9 @@ class StudioPanel:
         self.resample = gui.add_button("Resample the box")
         self.resample.on_click(self._guarded(lambda _: self._resample()))
         self.strength = gui.add_slider("Strength", 0.1, 1.0, 0.05, 1.0, hint="below 1 something of it stays")
-        self.walks = gui.add_slider("Care", 1, 5, 1, 3, hint="how often steps are walked, so that it fits around")
+        self.walks = gui.add_slider(
+            "Care", 1, 5, 1, RESAMPLINGS, hint="how often steps are walked, so that it fits around"
+        )
         self.seam = gui.add_slider("Seam [m]", 0.0, 3.0, 0.1, 1.0)
 
     def _build_join(self) -> None:
@@ -365,6 +369,13 @@ class StudioPanel:
             return
         self.solver.options = solvers
         self.temperatures.value = self._own_temperatures()
+        pipeline = self.session.generator.pipeline
+        for slider, usual, own in (
+            (self.steps, NUM_STEPS, pipeline.default_steps),
+            (self.walks, RESAMPLINGS, pipeline.default_resamplings(RESAMPLINGS)),
+        ):
+            if slider.value == usual:  # nobody has moved it
+                slider.value = own
         if self.session.map is None:
             self._map_note.content = "This generator was trained without maps."
         else:

@@ -213,7 +213,7 @@ class StudioSession:
         settings: Settings = DEFAULTS,
         *,
         strength: float = 1.0,
-        resamplings: int = 3,
+        resamplings: int | None = None,
         seam_m: float = SEAM_M,
     ) -> None:
         """Samples a box of the scene on show anew and shows the result; by the map, if that is to be followed.
@@ -391,7 +391,8 @@ class StudioSession:
             raise UserInputError(self.generator.why_not)
         try:
             check_seed("The seed", seed, 1)
-            check_count("The number of steps", settings.num_inference_steps)
+            if settings.num_inference_steps is not None:
+                check_count("The number of steps", settings.num_inference_steps)
         except ValueError as error:
             raise UserInputError(f"{error}: give another number.") from None
 

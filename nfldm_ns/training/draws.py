@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 
@@ -93,6 +93,10 @@ class ItemDraws:
     def uniform(self) -> Float[Tensor, " batch"]:
         """One number in [0, 1) per item, on the CPU."""
         return torch.cat([torch.rand(1, generator=generator) for generator in self._on_cpu])
+
+    def each(self, draw: Callable[[torch.Generator], Tensor]) -> Shaped[Tensor, " batch *shape"]:
+        """What a function draws with each item's generator, on the CPU."""
+        return torch.stack([draw(generator) for generator in self._on_cpu])
 
     def permutation(self, item: int, count: int) -> Int[Tensor, " count"]:
         """An order of an item's `count` parts, on the CPU."""

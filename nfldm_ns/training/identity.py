@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-LATER_OPTIONS = ("bev_", "flow")
+LATER_OPTIONS = ("bev_", "flow", "known_share")
 
 
 def own_config(model: torch.nn.Module) -> dict[str, Any]:
     """A model's configuration without diffusers' own entries.
 
-    What says that it has no maps, or is not trained for flows, is left out: such models are the same as those made
-    before there were any.
+    What says that it has no maps, is not trained for flows or is no outpainter is left out: such models are the same as
+    those made before there were any.
     """
     config = dict(model.config)  # type: ignore[arg-type]
     return {k: v for k, v in config.items() if not k.startswith("_") and (v or not k.startswith(LATER_OPTIONS))}
@@ -25,6 +25,15 @@ def own_config(model: torch.nn.Module) -> dict[str, Any]:
 def public_config(model: torch.nn.Module) -> dict[str, Any]:
     """A model's configuration without diffusers' own entries, as it comes back from a file: lists, no tuples."""
     return json.loads(json.dumps(own_config(model)))
+
+
+def tensor_hash(tensor: torch.Tensor) -> str:
+    """A fingerprint of values, in 16 hexadecimal digits."""
+    return hashlib.sha256(_bytes_of(tensor)).hexdigest()[:16]
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def model_hash(model: torch.nn.Module, parts: Mapping[str, torch.nn.Module] | None = None) -> str:
@@ -40,5 +49,5 @@ def model_hash(model: torch.nn.Module, parts: Mapping[str, torch.nn.Module] | No
         state = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.state_dict().items()}
     for name, value in sorted(state.items()):
         digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        digest.update(_bytes_of(value))
     return digest.hexdigest()[:16]
