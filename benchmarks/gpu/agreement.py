@@ -1,11 +1,8 @@
 """Whether a GPU does what a CPU does: a few steps of each stage in bf16, then the same weights on both.
 
-    make gpu-check
-
-Trains all stages for a few steps on the GPU, the way `nfldm-demo --preset gpu` does, and runs the resulting generator
-on both devices in single precision: every network by itself on the same inputs, and one scene sampled from the same
-noise and rendered. Prints how far the results are apart, what is allowed, and how many times as long the CPU takes.
-Exit code 1 if something is further apart; without a CUDA device there is nothing to check.
+Trains all stages for a few steps on the device, the way `nfldm-demo --preset gpu` does, and runs the resulting
+generator on both devices in single precision: every network by itself on the same inputs, and one scene sampled from
+the same noise and rendered.
 """
 
 from __future__ import annotations
@@ -18,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
-from nfldm_ns.autoencoder.packed_samples import nerfacc_works
+from gpu.findings import Findings
+from gpu.sizes import Sizes
 from nfldm_ns.autoencoder.skipping import WEIGHT_BOUND
 from nfldm_ns.demo.console import StageConsole
 from nfldm_ns.demo.runner import run_stages
@@ -32,32 +29,20 @@ from nfldm_ns.method_configs.demo_presets import DEMO_PRESETS, MAZE_NAMES
 from nfldm_ns.pretrained.weights import fetch_weights
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views
-from nfldm_ns.scenes.writing import write_json
-from shared.running import run
 
 TRAINED = ("collect", "stage1", "encode", "stage2", "stage3")
 SCENES = 12
 MODELS = "trained"
+STEPS = 5  # of each network's training
 STEPS_OF_SAMPLING = 10
+REPEATS = 3  # of which the fastest counts
+SEED = 0
 NETWORK_TOLERANCE = 1e-3
 """Root mean square of the difference, relative to that of the CPU's result, of one network on the same inputs."""
 SKIPPING_TOLERANCE = 20 * WEIGHT_BOUND
 """The same of a rendering that skips empty and hidden space, against the dense one of the CPU."""
 SCENE_TOLERANCE = 5e-2
 """The same of a sampled scene, whose codes may flip where two are about as near."""
-
-
-@dataclass
-class Options:
-    """Compares a GPU with the CPU."""
-
-    output_dir: Path = Path("outputs/gpu-check")
-    """Folder for what is trained, and for numbers."""
-    steps: int = 5
-    """Training steps of each network."""
-    repeats: int = 3
-    """Of which the fastest counts, where time is taken."""
-    seed: int = 0
 
 
 @dataclass
@@ -82,32 +67,26 @@ class Comparison:
         return self.error <= self.tolerance
 
 
-def main(options: Options) -> None:
-    if not torch.cuda.is_available():
-        print("skipped: there is no CUDA device here, so there is nothing to compare with the CPU.")
-        return
-    if not check(options, "cuda"):
-        raise SystemExit(1)
-
-
-def check(options: Options, device: str, settings: DemoSettings | None = None) -> bool:
-    """Trains on the device and compares; whether all agrees.
+def agree(findings: Findings, device: str, sizes: Sizes, settings: DemoSettings | None = None) -> None:
+    """Trains all stages on the device and compares; what differs by more than is allowed is a failure.
 
     Args:
         settings: of the trainings; by default the preset gpu with few scenes and steps.
     """
-    train_few_steps(options, device, settings or few_scenes(DEMO_PRESETS["gpu"]))
-    root = options.output_dir / MODELS
-    pipeline = load_pipeline(root / "stage3" / "pipeline")
-    pipeline.set_progress_bar_config(disable=True)
-    collection = SceneCollection.open(root / "data")
-    batch = collection.batch([collection.load_scene(collection.split("test")[0])])
-    found = compare(pipeline, batch, device, options.repeats)
-    show(found)
-    if device == "cuda" and not nerfacc_works():
-        print("nerfacc has no compiled CUDA code here: PyTorch alone found which samples to skip.")
-    write_json(options.output_dir / "gpu_check.json", [asdict(comparison) for comparison in found])
-    return all(comparison.agrees for comparison in found)
+    root = findings.folder / MODELS
+    with findings.attempt("training"):
+        train_few_steps(root, device, settings or few_scenes(DEMO_PRESETS["gpu"]))
+    if "training" in findings.failures:
+        return
+    with findings.attempt("comparison"):
+        pipeline = load_pipeline(root / "stage3" / "pipeline")
+        pipeline.set_progress_bar_config(disable=True)
+        collection = SceneCollection.open(root / "data")
+        batch = collection.batch([collection.load_scene(collection.split("test")[0])])
+        for found in compare(pipeline, batch, device, min(REPEATS, sizes.repeats)):
+            findings.numbers[found.name] = {**asdict(found), "cpu_by_gpu": found.cpu_s / max(found.gpu_s, 1e-9)}
+            said = f"differs from the CPU's result by {found.error:.1e}, more than the {found.tolerance:.0e} allowed."
+            findings.require(found.name, found.agrees, f"The {device} result {said}")
 
 
 def few_scenes(settings: DemoSettings) -> DemoSettings:
@@ -116,19 +95,18 @@ def few_scenes(settings: DemoSettings) -> DemoSettings:
     return replace(settings, collection=collection)
 
 
-def train_few_steps(options: Options, device: str, settings: DemoSettings) -> None:
+def train_few_steps(root: Path, device: str, settings: DemoSettings) -> None:
     """All stages up to the generator, on the same data as before, if there was a before."""
     fetch_weights("lpips-vgg")
-    settings = settings.with_seed(options.seed).on_device(device)
+    settings = settings.with_seed(SEED).on_device(device)
     settings = replace(
         settings,
         time_budget_s=None,
-        scene_autoencoder_steps=options.steps,
-        latent_training=_few_steps(settings.latent_training, options.steps),
-        denoiser_training={name: _few_steps(t, options.steps) for name, t in settings.denoiser_training.items()},
+        scene_autoencoder_steps=STEPS,
+        latent_training=_few_steps(settings.latent_training, STEPS),
+        denoiser_training={name: _few_steps(t, STEPS) for name, t in settings.denoiser_training.items()},
     )
-    root = options.output_dir / MODELS
-    stages = [s for s in Demo(root, settings, options.seed, device).stages() if s.name in TRAINED]
+    stages = [s for s in Demo(root, settings, SEED, device).stages() if s.name in TRAINED]
     console = StageConsole([s.name for s in stages], [s.title for s in stages], {})
     run_stages(root, stages, console, redo="stage1")
 
@@ -253,20 +231,3 @@ def timed(work: Callable[[], Tensor], device: str, repeats: int) -> tuple[Tensor
 def _wait(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def show(found: list[Comparison]) -> None:
-    """One line per comparison."""
-    console = Console(highlight=False)
-    for comparison in found:
-        verdict = "agrees" if comparison.agrees else "DIFFERS"
-        ratio = comparison.cpu_s / max(comparison.gpu_s, 1e-9)
-        console.print(
-            f"{comparison.name:32s} {verdict:8s} error {comparison.error:.1e} (allowed {comparison.tolerance:.0e})   "
-            f"CPU/GPU {ratio:.1f}",
-            soft_wrap=True,
-        )
-
-
-if __name__ == "__main__":
-    run(main, Options, __doc__)
