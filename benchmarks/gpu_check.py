@@ -31,7 +31,7 @@ class Options:
     output_dir: Path = Path("outputs/gpu-check")
     """Folder for gpu_check.json, and for logs."""
     only: tuple[str, ...] = ()
-    """Parts to run; by default all."""
+    """Parts to run, by the names in docs/gpu.md; by default all."""
     minutes: float = 8.0
     """Ends after so many."""
 
