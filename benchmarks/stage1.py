@@ -147,19 +147,36 @@ def render_every_pixel(model: SceneAutoencoder, grid: VoxelGrid, cameras: Camera
 
 
 class Step:
-    """One training step of a preset on noise, part by part."""
+    """One training step of a preset on noise, part by part.
 
-    def __init__(self, preset_name: str) -> None:
+    Args:
+        device: "cpu" or "cuda".
+        precision: "fp32" or "bf16", of the auto-encoder.
+        perceptual: its network; by default LPIPS, in single precision.
+        scenes: per batch; None for as many as the preset has.
+    """
+
+    def __init__(
+        self,
+        preset_name: str,
+        device: str = "cpu",
+        precision: str = "fp32",
+        perceptual: PerceptualNetwork | None = None,
+        scenes: int | None = None,
+    ) -> None:
         preset = SCENE_AUTOENCODER[preset_name]
-        size, scenes = preset.image_size, preset.sampling["scenes_per_batch"]
+        size, scenes = preset.image_size, scenes or preset.sampling["scenes_per_batch"]
         focal = size / 2 / 0.625
+        self.device, self.precision = device, precision
         model = SceneAutoencoder(**preset.network, image_size=(size, size), focal_length=focal)
-        self.model = model.to(memory_format=torch.channels_last)
-        self.source = random_views(scenes, preset.num_source_views, size)
-        self.target = random_views(scenes, preset.sampling["num_target_views"], size)
+        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.source = random_views(scenes, preset.num_source_views, size).to(device)
+        self.target = random_views(scenes, preset.sampling["num_target_views"], size).to(device)
         self.loss = StageOneLossConfig(**preset.loss)
-        self.perceptual = PerceptualNetwork(load_lpips("vgg"))
+        self.perceptual = (perceptual or PerceptualNetwork(load_lpips("vgg"))).to(device)
         self.discriminator = make_discriminator(self.loss, model.image_size)
+        if self.discriminator is not None:
+            self.discriminator.to(device)
         settings = scene_autoencoder_config("benchmark", preset).optimizers
         modules = {"autoencoder": self.model, "discriminator": self.discriminator}
         self.optimisers = [
@@ -172,21 +189,12 @@ class Step:
         begun = time.perf_counter()
 
         def lap(name: str) -> None:
+            if self.device == "cuda":
+                torch.cuda.synchronize()
             times[name] = 1000 * (time.perf_counter() - begun - sum(times.values()) / 1000)
 
-        if plain:
-            with mock.patch.object(scene_autoencoder, "fuse_frustums", fuse_in_a_loop):
-                grid = self.model.encode(self.source)
-        else:
-            grid = self.model.encode(self.source)
-        lap("encode, lift and fuse")
-        cameras = self.target.cameras
-        rendered = render_every_pixel(self.model, grid, cameras) if plain else self.model.render(grid, cameras)
-        lap("render and decode")
-        judge = self.discriminator if adversarial else None
-        losses = stage_one_losses(loss, rendered, self.target, grid, self.perceptual, judge)
+        losses = self.losses(loss, adversarial, plain, lap)
         total = torch.stack(list(losses.values())).sum()
-        lap("losses")
         total.backward()
         lap("backward")
         for optimiser in self.optimisers:
@@ -195,6 +203,29 @@ class Step:
         lap("optimiser")
         times["whole step"] = sum(times.values())
         return times
+
+    def losses(
+        self,
+        loss: StageOneLossConfig,
+        adversarial: bool = True,
+        plain: bool = False,
+        lap: Callable[[str], None] = lambda name: None,
+    ) -> dict[str, Tensor]:
+        """The losses of a step; `lap` is told when a part is done."""
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+            if plain:
+                with mock.patch.object(scene_autoencoder, "fuse_frustums", fuse_in_a_loop):
+                    grid = self.model.encode(self.source)
+            else:
+                grid = self.model.encode(self.source)
+            lap("encode, lift and fuse")
+            cameras = self.target.cameras
+            rendered = render_every_pixel(self.model, grid, cameras) if plain else self.model.render(grid, cameras)
+            lap("render and decode")
+        judge = self.discriminator if adversarial else None
+        losses = stage_one_losses(loss, rendered, self.target, grid, self.perceptual, judge)
+        lap("losses")
+        return losses
 
 
 def median_ms(function: Callable[[], object], repeats: int) -> float:

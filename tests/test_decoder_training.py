@@ -383,7 +383,7 @@ def test_two_processes_do_what_one_does(store, pipeline_folder, tmp_path):
 def _killed(what: str, folder: Path, pipeline_folder: Path, root: Path) -> None:
     """A process that is killed in its third example, or its fourth step."""
     calls = iter(range(100))
-    owner, name, last = (DecoderExamples, "_make", 2) if what == "examples" else (loop, "_step", 3)
+    owner, name, last = (DecoderExamples, "_make", 2) if what == "examples" else (loop, "take_step", 3)
     before = getattr(owner, name)
 
     def die(*args: Any) -> Any:

@@ -1,12 +1,12 @@
-"""benchmarks/gpu_check.py, and what else only a GPU can show."""
+"""The comparison of a GPU with the CPU (benchmarks/gpu/agreement.py), and what else only a GPU can show."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from gpu import agreement
 from torch import nn
 
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
@@ -17,12 +17,6 @@ from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, camera_rays
 from nfldm_ns.training.schedule import Schedule
 from tests.small_models import LATENT_SIZES, small_pipeline, small_scene_autoencoder
-from tests.test_benchmarks import script
-
-
-@pytest.fixture(scope="module")
-def gpu_check() -> ModuleType:
-    return script("gpu_check")
 
 
 @pytest.fixture
@@ -41,39 +35,25 @@ class WeightedDistance(nn.Module):
         return (self.weight * (a - b)).abs().mean(dim=(1, 2, 3))
 
 
-def test_without_a_gpu_it_says_so_and_ends_well(
-    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    gpu_check.main(gpu_check.Options(tmp_path))
-    said = capsys.readouterr().out.strip()
-    assert said.startswith("skipped: there is no CUDA device") and "\n" not in said
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_device_agrees_with_itself(gpu_check: ModuleType, batch: SceneBatch) -> None:
-    found = gpu_check.compare(small_pipeline(), batch, "cpu")
+def test_a_device_agrees_with_itself(batch: SceneBatch) -> None:
+    found = agreement.compare(small_pipeline(), batch, "cpu")
     assert len({comparison.name for comparison in found}) == 10
     assert all(comparison.error == 0 and comparison.agrees for comparison in found)
     assert all(comparison.cpu_s > 0 and comparison.gpu_s > 0 for comparison in found)
 
 
-def test_other_results_are_noticed(
-    gpu_check: ModuleType, batch: SceneBatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_other_results_are_noticed(batch: SceneBatch) -> None:
     here, there = small_pipeline(), small_pipeline(seed=1)
     for pipeline in (here, there):
         pipeline.set_progress_bar_config(disable=True)
     with torch.no_grad():
         there.register_modules(latent_autoencoder=here.latent_autoencoder)
-        computations = gpu_check.computations(here, batch)
-        found = [gpu_check._compare(name, work, tolerance, here, there, 1) for name, work, tolerance in computations]
+        computations = agreement.computations(here, batch)
+        found = [agreement._compare(name, work, tolerance, here, there, 1) for name, work, tolerance in computations]
     differing = {comparison.name for comparison in found if not comparison.agrees}
     assert {"stage 1: encode", "stage 1: gradient", "a scene, sampled and rendered"} <= differing, found
     assert not differing & {"stage 2: encode", "stage 2: decode"}
-    gpu_check.show(found)
-    assert "DIFFERS" in capsys.readouterr().out
-    assert gpu_check.relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+    assert agreement.relative_error(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
 
 
 def test_rays_are_exact_under_autocast(batch: SceneBatch) -> None:
@@ -84,8 +64,8 @@ def test_rays_are_exact_under_autocast(batch: SceneBatch) -> None:
 
 
 @pytest.mark.gpu
-def test_the_gpu_agrees_with_the_cpu(gpu_check: ModuleType, batch: SceneBatch) -> None:
-    found = gpu_check.compare(small_pipeline(), batch, "cuda")
+def test_the_gpu_agrees_with_the_cpu(batch: SceneBatch) -> None:
+    found = agreement.compare(small_pipeline(), batch, "cuda")
     assert not [comparison for comparison in found if not comparison.agrees]
 
 

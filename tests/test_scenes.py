@@ -26,6 +26,7 @@ from nfldm_ns.scenes.views import (
     evenly_spread_views,
     index_cameras,
     make_cameras,
+    project_points,
     resize_cameras,
     rotate_cameras90,
     sparse_depths,
@@ -70,6 +71,23 @@ def test_camera_rays_are_those_of_nerfstudio() -> None:
         rays = cameras.generate_rays(camera_indices=i, keep_shape=True)
         torch.testing.assert_close(F.normalize(directions[i], dim=-1), rays.directions)
         torch.testing.assert_close(origins[i].expand(5, 7, 3), rays.origins)
+
+
+def test_points_are_projected_to_the_pixels_of_their_rays() -> None:
+    cameras = random_cameras(3, height=4, width=6)
+    origins, directions = camera_rays(cameras, 4, 6)
+    depths = 0.5 + torch.rand(3, 4 * 6)
+    points = origins[:, None] + depths[..., None] * directions.flatten(1, 2)
+    rows, columns = torch.meshgrid(torch.arange(4) + 0.5, torch.arange(6) + 0.5, indexing="ij")
+    each = [project_points(cameras[i], points[i]) for i in range(3)]
+    for found in (project_points(cameras, points), zip(*each, strict=True)):
+        column, row, depth = (values if isinstance(values, Tensor) else torch.stack(values) for values in found)
+        torch.testing.assert_close(depth, depths, atol=1e-4, rtol=0)
+        torch.testing.assert_close(column, columns.flatten().expand(3, -1), atol=1e-3, rtol=0)
+        torch.testing.assert_close(row, rows.flatten().expand(3, -1), atol=1e-3, rtol=0)
+    column, row, depth = project_points(cameras, 2 * origins[:, None] - points)
+    torch.testing.assert_close(depth, -depths, atol=1e-4, rtol=0)
+    assert bool((column.isfinite() & row.isfinite()).all()), "also behind the cameras"
 
 
 def test_camera_rays_have_unit_planar_depth_and_hit_pixel_centres() -> None:

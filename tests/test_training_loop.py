@@ -177,6 +177,44 @@ def test_accelerate_launch_does_with_two_processes_what_the_command_does_alone(s
     assert done.stdout.count("Still to train") == 1, "the first process alone talks"
 
 
+# Being compiled
+
+
+@pytest.mark.parametrize(
+    ("stage", "backend"), [("global", "aot_eager"), pytest.param("stage2", "eager", marks=pytest.mark.slow)]
+)
+def test_a_compiled_training_has_the_same_losses_and_names(trainings, tmp_path, stage, backend):
+    """These backends, which need no compiler, take a model apart; "aot_eager" traces it forward and backward, too."""
+    schedule = replace(SCHEDULE, max_steps=2)
+    for name, compile_with in (("plain", None), ("compiled", backend)):
+        given = tmp_path / name, replace(schedule, compile_with=compile_with)
+        trainings.stage2(*given) if stage == "stage2" else trainings.stage3(*given, stage)
+    plain, found = (checkpoint(tmp_path / name) for name in ("plain", "compiled"))
+    assert not any("_orig_mod" in key for key in found)
+    assert_close(found, plain, schedule.learning_rate, schedule.max_steps)
+    plain_losses, losses = (read_metrics(tmp_path / name)[-1] for name in ("plain", "compiled"))
+    for key in {*plain_losses} - {"seconds"}:
+        assert losses[key] == pytest.approx(plain_losses[key], rel=1e-3), key
+
+
+def test_a_run_goes_on_compiled_or_not(trainings, tmp_path):
+    trainings.stage3(tmp_path, replace(SCHEDULE, max_steps=2, compile_with="eager"), "global")
+    trainings.stage3(tmp_path, SCHEDULE, "global")
+    assert read_metrics(tmp_path)[-1]["step"] == SCHEDULE.max_steps
+
+
+def test_a_compiler_that_fails_is_one_sentence(trainings, tmp_path):
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise OSError("no compiler is here\nat all")
+
+    torch._dynamo.register_backend(broken, name="broken")
+    reasons = {"broken": r"\(no compiler is here\): train without --compile", "nothing": "Invalid backend"}
+    for backend, said in reasons.items():
+        with pytest.raises(UserInputError, match=f"torch.compile failed with the backend {backend} .*{said}") as told:
+            trainings.stage3(tmp_path / backend, replace(SCHEDULE, compile_with=backend), "global")
+        assert "\n" not in str(told.value) and not list((tmp_path / backend).glob("checkpoint-*"))
+
+
 # Being killed
 
 
@@ -185,8 +223,8 @@ def _die(*_: Any) -> None:
 
 
 def _die_in_a_step() -> None:
-    step, calls = loop._step, iter(range(100))
-    loop._step = lambda *args: _die() if next(calls) == 3 else step(*args)  # type: ignore[assignment]
+    step, calls = loop.take_step, iter(range(100))
+    loop.take_step = lambda *args: _die() if next(calls) == 3 else step(*args)  # type: ignore[assignment]
 
 
 def _die_within_a_checkpoint() -> None:
@@ -266,8 +304,8 @@ def test_sample_renders_of_stage_2_are_logged_once_also_after_a_stop(trainings, 
         raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        step, calls = loop._step, iter(range(100))
-        patch.setattr(loop, "_step", lambda *args: stop() if next(calls) == 3 else step(*args))
+        step, calls = loop.take_step, iter(range(100))
+        patch.setattr(loop, "take_step", lambda *args: stop() if next(calls) == 3 else step(*args))
         with pytest.raises(Interrupted):
             trainings.stage2(tmp_path / "watched", replace(schedule, checkpoint_every=2), quantize=True)
     trainings.stage2(tmp_path / "watched", schedule, quantize=True)
@@ -308,14 +346,14 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_wandb_behind_its_last_entry(tr
 
     monkeypatch.setitem(accelerator.LOGGER_TYPE_TO_CLASS, "wandb", FakeTracker)
     schedule = replace(SCHEDULE, log_every=1, checkpoint_every=10, report_to="wandb")
-    step, calls = loop._step, iter(range(100))
+    step, calls = loop.take_step, iter(range(100))
 
     def stop(*args: Any) -> Any:
         if next(calls) == 3:
             raise KeyboardInterrupt
         return step(*args)
 
-    monkeypatch.setattr(loop, "_step", stop)
+    monkeypatch.setattr(loop, "take_step", stop)
     with pytest.raises(KeyboardInterrupt):
         trainings.stage3(tmp_path, schedule, "global")
     trainings.stage3(tmp_path, schedule, "global")

@@ -50,47 +50,76 @@ REPEATS = 3
 @torch.no_grad()
 def scene() -> tuple[VoxelGrid, str]:
     """The scene, and what it is made of."""
-    if MAZES.is_dir():
-        collection = SceneCollection.open(MAZES)
-        batch = collection.batch([collection.load_scene(collection.split("test")[0])])
-        grid, name = load_scene_autoencoder(resolve_model(SCENE_AUTOENCODER)).eval().encode(batch.source), "maze"
-    else:
-        pipeline = load_pipeline(resolve_model(GENERATOR))
-        grids = pipeline(1, scene_generators(0, 1), num_inference_steps=10).grids
-        assert grids is not None
-        grid, name = grids, "sampled room"
+    if not MAZES.is_dir():
+        return enlarged(sampled_room(), SHAPE), "sampled room"
+    collection = SceneCollection.open(MAZES)
+    batch = collection.batch([collection.load_scene(collection.split("test")[0])])
+    grid = load_scene_autoencoder(resolve_model(SCENE_AUTOENCODER)).eval().encode(batch.source)
+    return enlarged(grid, SHAPE), "maze"
+
+
+def sampled_room(name: str = GENERATOR, device: str = "cpu") -> VoxelGrid:
+    """A room of a generator."""
+    pipeline = load_pipeline(resolve_model(name)).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    grids = pipeline(1, scene_generators(0, 1), num_inference_steps=10).grids
+    assert grids is not None
+    return grids
+
+
+def enlarged(grid: VoxelGrid, shape: tuple[int, int, int], channels: int | None = None) -> VoxelGrid:
+    """A grid with finer voxels, and its features twice, or as often as `channels` of them need."""
     voxels = torch.cat([grid.density, grid.features], dim=1)
-    voxels = F.interpolate(voxels, size=SHAPE, mode="trilinear", align_corners=False)
+    voxels = F.interpolate(voxels, size=shape, mode="trilinear", align_corners=False)
     features = torch.cat([voxels[:, 1:], voxels[:, 1:].flip(1)], dim=1)
-    return VoxelGrid(voxels[:, :1].contiguous(), features.contiguous(), grid.aabb), name
+    while channels is not None and features.shape[1] < channels:
+        features = torch.cat([features, features], dim=1)
+    return VoxelGrid(voxels[:, :1].contiguous(), features[:, :channels].contiguous(), grid.aabb)
 
 
-def camera() -> Cameras:
-    pose = look_along(torch.zeros(1, 3), torch.tensor([0.3]), torch.zeros(1))
-    focal = SIZE / FIELD_OF_VIEW
-    return make_cameras(pose, focal, focal, SIZE / 2, SIZE / 2, SIZE, SIZE)[None, ...]
+def camera(size: int = SIZE, yaw: float = 0.3) -> Cameras:
+    pose = look_along(torch.zeros(1, 3), torch.tensor([yaw]), torch.zeros(1))
+    focal = size / FIELD_OF_VIEW
+    return make_cameras(pose, focal, focal, size / 2, size / 2, size, size)[None, ...]
 
 
-def plain(grid: VoxelGrid, cameras: Cameras, rays: int) -> tuple[Tensor, Tensor]:
-    """Uniform samples, and all channels of all of them at once by `grid_sample`."""
-    return _in_chunks(cameras, rays, grid.aabb, lambda points: sample_voxels(voxels, grid.normalise(points[None]))[0])
+def density_and_features(grid: VoxelGrid) -> Tensor:
+    """`[1, 1 + C, Z, Y, X]`, as the plain way looks them up together."""
+    return torch.cat([grid.density, grid.features], dim=1)
 
 
-voxels: Tensor
-"""Density and features in one, as the plain way has them; set by `measure`."""
+def plain(
+    voxels: Tensor, grid: VoxelGrid, cameras: Cameras, rays: int, samples: int = SAMPLES, at_once: int = RAYS_AT_ONCE
+) -> tuple[Tensor, Tensor]:
+    """Uniform samples, and all channels of all of them at once by `grid_sample`.
+
+    Args:
+        voxels: `density_and_features` of the grid.
+        at_once: rays.
+    """
+
+    def look_up(points: Tensor) -> Tensor:
+        return sample_voxels(voxels, grid.normalise(points[None]))[0]
+
+    return _in_chunks(cameras, rays, grid.aabb, look_up, samples, at_once)
 
 
 def _in_chunks(
-    cameras: Cameras, size: int, aabb: Tensor, look_up: Callable[[Tensor], Tensor]
+    cameras: Cameras,
+    size: int,
+    aabb: Tensor,
+    look_up: Callable[[Tensor], Tensor],
+    samples: int = SAMPLES,
+    at_once: int = RAYS_AT_ONCE,
 ) -> tuple[Float[Tensor, "1 channels h w"], Float[Tensor, "1 1 h w"]]:
     origins, directions = camera_rays(cameras, size, size)
     parts = []
-    for chunk in directions.reshape(-1, 3).split(RAYS_AT_ONCE):
+    for chunk in directions.reshape(-1, 3).split(at_once):
         origin = origins.reshape(1, 3).expand_as(chunk)
         enter, leave = box_exit_depth(origin, chunk, aabb)
         start = torch.minimum(enter.clamp(min=NEAR), leave)
-        step = (leave - start) / SAMPLES
-        depth = start[:, None] + step[:, None] * (torch.arange(SAMPLES) + 0.5)
+        step = (leave - start) / samples
+        depth = start[:, None] + step[:, None] * (torch.arange(samples, device=chunk.device) + 0.5)
         values = look_up(origin[:, None] + chunk[:, None] * depth[..., None])
         weights, _ = occupancy_along_rays(values[..., 0], (step * chunk.norm(dim=-1))[:, None])
         features = (weights[..., None] * values[..., 1:]).sum(-2)
@@ -99,8 +128,10 @@ def _in_chunks(
     return image[:, :-1], image[:, -1:]
 
 
-def ours(grid: VoxelGrid, cameras: Cameras, rays: int, skipping: bool = True) -> tuple[Tensor, Tensor]:
-    maps = render_feature_maps(grid, cameras, rays, rays, NEAR, SAMPLES, None, skipping)
+def ours(
+    grid: VoxelGrid, cameras: Cameras, rays: int, skipping: bool = True, samples: int = SAMPLES
+) -> tuple[Tensor, Tensor]:
+    maps = render_feature_maps(grid, cameras, rays, rays, NEAR, samples, None, skipping)
     return maps.features[0], maps.accumulation[0]
 
 
@@ -182,10 +213,8 @@ def measure(repeats: int = REPEATS, all_rays: bool = False) -> dict[str, Any]:
     Args:
         all_rays: also other numbers of rays, and the field.
     """
-    global voxels
     torch.manual_seed(0)
     grid, name = scene()
-    voxels = torch.cat([grid.density, grid.features], dim=1)
     decoder = ImageDecoder(SHAPE[0], 2, (64, 32), 1).eval().to(memory_format=torch.channels_last)
     nn.init.normal_(decoder.out.weight, std=0.05)  # as an untrained one adds next to no detail
     result: dict[str, Any] = {"scene": name, "threads": torch.get_num_threads()}
@@ -203,13 +232,13 @@ def measure(repeats: int = REPEATS, all_rays: bool = False) -> dict[str, Any]:
 
 def measure_rays(grid: VoxelGrid, decoder: nn.Module, rays: int, repeats: int) -> dict[str, Any]:
     """What `measure` says of `rays` x `rays` rays."""
-    cameras = camera()
+    cameras, voxels = camera(), density_and_features(grid)
 
     def decoded(maps: tuple[Tensor, Tensor]) -> Tensor:
         return (decoder(maps[0].contiguous(memory_format=torch.channels_last), maps[1]) / 2 + 0.5).clamp(0, 1)
 
     shown = {
-        "plain": lambda: decoded(plain(grid, cameras, rays)),
+        "plain": lambda: decoded(plain(voxels, grid, cameras, rays)),
         "dense": lambda: decoded(ours(grid, cameras, rays, False)),
         "ours": lambda: decoded(ours(grid, cameras, rays)),
     }

@@ -26,6 +26,7 @@ from nfldm_ns.autoencoder.lifting import EPS
 from nfldm_ns.autoencoder.skipping import WEIGHT_BOUND, SampledRays
 from nfldm_ns.scenes.empty_space import EmptySpace
 from nfldm_ns.scenes.writing import atomic_path
+from nfldm_ns.user_cache import cache_folder
 
 SOURCE = Path(__file__).with_name("march.cpp")
 FLAGS = ("-std=c++17", "-O3", "-ffast-math", "-march=native", "-shared", "-fPIC", "-pthread")
@@ -40,7 +41,7 @@ def compiled() -> Callable[..., None] | None:
     if os.environ.get("NFLDM_COMPILED", "1") == "0" or compiler is None:
         return None
     try:
-        library = _cache_folder() / f"march-{_fingerprint(compiler)}.so"
+        library = cache_folder() / f"march-{_fingerprint(compiler)}.so"
         if not library.is_file():
             library.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(library) as temporary:
@@ -62,10 +63,6 @@ def _first_line(error: Exception) -> str:
     """What a compiler said, or else what went wrong with it."""
     told = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
     return (told.strip() or str(error)).splitlines()[0]
-
-
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nfldm_ns"
 
 
 def _fingerprint(compiler: str) -> str:

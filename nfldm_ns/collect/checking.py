@@ -13,7 +13,7 @@ import torch
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import Scene, SceneCollection
-from nfldm_ns.scenes.views import Views, camera_rays
+from nfldm_ns.scenes.views import Views, camera_rays, project_points
 
 CONSISTENT = 0.05
 """Two depths of one point agree when they differ by less than this share."""
@@ -259,14 +259,9 @@ def _agreement(sightings: list[_Sightings]) -> Reprojection:
 
 def _project(views: Views, points: torch.Tensor):
     """Planar depth, row and column of points `[P, 3]` in N views, and whether they are in the image, each `[N, P]`."""
-    cameras = views.cameras
     height, width = views.image_size
-    poses = cameras.camera_to_worlds
-    local = torch.einsum("nji,npj->npi", poses[:, :, :3], points - poses[:, None, :, 3])
-    z = -local[..., 2]
-    safe = z.clamp(min=1e-6)
-    column = torch.floor(local[..., 0] / safe * cameras.fx + cameras.cx)
-    row = torch.floor(-local[..., 1] / safe * cameras.fy + cameras.cy)
+    column, row, z = project_points(views.cameras, points.expand(views.shape[0], -1, 3))
+    column, row = torch.floor(column), torch.floor(row)
     visible = (z > 1e-3) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     clip = 2.0**30
     return z, row.clamp(-clip, clip).long(), column.clamp(-clip, clip).long(), visible

@@ -98,9 +98,9 @@ class DecoderExample:
         tensors = read_safetensors(path)
         if not set(_names()) <= set(tensors):
             raise UserInputError(f"{path} is no example for a decoder: delete it to have it made again.")
-        parts = ({kind: tensors[f"{kind}.{part}"].float() for kind in KINDS} for part in MAPS)
+        features, accumulation = ({kind: tensors[f"{kind}.{part}"].float() for kind in KINDS} for part in MAPS)
         latents = {kind: SceneLatents(*(tensors[f"{kind}.{name}"].float() for name in LATENTS)) for kind in KINDS}
-        return DecoderExample(tensors["views"], tensors["share"], *parts, latents)
+        return DecoderExample(tensors["views"], tensors["share"], features, accumulation, latents)
 
 
 class DecoderExamples:

@@ -25,6 +25,7 @@ from nfldm_ns.exports.isosurface import (
 )
 from nfldm_ns.exports.surface_views import SurfaceViews, views_of
 from nfldm_ns.generated.scene_files import GeneratedScene
+from nfldm_ns.scenes.views import project_points
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 
@@ -153,12 +154,7 @@ def project(
     camera: Cameras, points: Float[Tensor, "points 3"]
 ) -> tuple[Float[Tensor, "points 2"], Float[Tensor, " points"]]:
     """Where a camera of batch shape `[]` sees points, in an image of [-1, 1]^2 (x right, y down), and planar depths."""
-    pose = camera.camera_to_worlds
-    local = (points - pose[:, 3]) @ pose[:, :3]
-    depth = -local[:, 2]
-    safe = torch.where(depth.abs() < 1e-6, torch.full_like(depth, 1e-6), depth)
-    x = camera.cx + camera.fx * local[:, 0] / safe
-    y = camera.cy - camera.fy * local[:, 1] / safe
+    x, y, depth = project_points(camera, points)
     return torch.stack([x / camera.width * 2 - 1, y / camera.height * 2 - 1], dim=-1), depth
 
 

@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from nfldm_ns.scenes.views import Views, camera_rays
+from nfldm_ns.scenes.views import Views, camera_rays, project_points
 
 DEPTH_TOLERANCE = 0.05  # relative; what differs by more is another surface
 
@@ -38,12 +38,8 @@ def reproject(
     height, width = views.image_size
     origins, directions = camera_rays(cameras, height, width)
     points = origins[:, None, None] + depths[:, 0, ..., None] * directions
-    poses = views.cameras.camera_to_worlds
-    local = torch.einsum("nji,nhwj->nhwi", poses[:, :, :3], points - poses[:, None, None, :, 3])
-    distance = -local[..., 2]
-    safe = distance.clamp(min=1e-6)
-    fx, fy, cx, cy = (getattr(views.cameras, name)[:, None] for name in ("fx", "fy", "cx", "cy"))
-    column, row = fx * local[..., 0] / safe + cx, cy - fy * local[..., 1] / safe
+    seen = project_points(views.cameras, points.flatten(1, 2))
+    column, row, distance = (values.unflatten(1, (height, width)) for values in seen)
     place = torch.stack([2 * column / width - 1, 2 * row / height - 1], dim=-1)
     colours = F.grid_sample(views.images, place, align_corners=False)
     # The inverse of depth is linear in the pixels of a plane.

@@ -38,6 +38,7 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.pretrained.i3d import InceptionI3D
 from nfldm_ns.pretrained.inception import InceptionFeatures
 from nfldm_ns.scenes.writing import atomic_path
+from nfldm_ns.user_cache import cache_folder
 
 if TYPE_CHECKING:
     import lpips
@@ -103,9 +104,8 @@ class PretrainedWeights:
 
 
 def cache_dir() -> Path:
-    """Our folder in the user's cache; `XDG_CACHE_HOME` moves it."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nfldm_ns" / "weights"
+    """Of pretrained weights in the user's cache; `XDG_CACHE_HOME` moves it."""
+    return cache_folder() / "weights"
 
 
 def explicit_folder(folder: Path | str | None = None) -> Path | None:

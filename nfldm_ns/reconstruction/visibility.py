@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
+from nfldm_ns.scenes.views import project_points
 from nfldm_ns.scenes.voxel_grid import voxel_centres
 
 MARGIN = 0.75  # diagonals of a voxel that a surface may lie before the centre of the voxel that stands for it
@@ -33,12 +34,8 @@ def seen_points(
     seen = torch.zeros(points.shape[:-1], dtype=torch.bool, device=points.device)
     height, width = depths.shape[-2:]
     for i in range(cameras.shape[0]):
-        pose = cameras.camera_to_worlds[i]
-        x, y, back = ((points - pose[:, 3]) @ pose[:, :3]).unbind(-1)
-        depth = -back
-        safe = depth.clamp(min=1e-6)
-        column = (cameras.fx[i] * x / safe + cameras.cx[i]) / cameras.width[i]
-        row = (cameras.cy[i] - cameras.fy[i] * y / safe) / cameras.height[i]
+        column, row, depth = (v.reshape(seen.shape) for v in project_points(cameras[i], points.reshape(-1, 3)))
+        column, row = column / cameras.width[i], row / cameras.height[i]
         inside = (depth > 0) & (column >= 0) & (column < 1) & (row >= 0) & (row < 1)
         # The nearest pixel: a mean across an edge would lie where nothing is.
         r, c = ((part * size).long().clamp(0, size - 1) for part, size in ((row, height), (column, width)))

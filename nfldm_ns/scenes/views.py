@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
+MIN_DEPTH = 1e-6  # in metres, by which points are divided that lie behind a camera
+
 
 @dataclass
 class Views:
@@ -251,6 +253,23 @@ def sparse_depths(
     kept = order.topk(min(num_points, flat.shape[-1]), dim=-1).indices
     sparse = torch.zeros_like(flat).scatter(-1, kept, flat.gather(-1, kept))
     return sparse.reshape(depths.shape)
+
+
+def project_points(
+    cameras: Cameras, points: Float[Tensor, "*batch points 3"]
+) -> tuple[Float[Tensor, "*batch points"], Float[Tensor, "*batch points"], Float[Tensor, "*batch points"]]:
+    """Where cameras of batch shape `*B` see points in world space: `camera_rays` the other way round.
+
+    Returns:
+        columns and rows in pixels of the cameras' images, 0 at their left and upper borders, and planar depths in
+        metres. Of points that are not in front of a camera the depth says so, and columns and rows say nothing.
+    """
+    pose = cameras.camera_to_worlds
+    with torch.autocast(points.device.type, enabled=False):
+        local = torch.einsum("...ji,...pj->...pi", pose[..., :3], points - pose[..., None, :, 3])
+    x, y, back = local.unbind(-1)
+    before = (-back).clamp(min=MIN_DEPTH)
+    return cameras.cx + cameras.fx * x / before, cameras.cy - cameras.fy * y / before, -back
 
 
 def camera_rays(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.writing import atomic_path
+from nfldm_ns.training.compiling import compiled_model, compiler_told
 from nfldm_ns.training.draws import seed_step
 from nfldm_ns.training.posthoc_ema import PowerAverages, forget_snapshots
 from nfldm_ns.training.run import RunFolder
@@ -50,9 +51,9 @@ def train(
     same weights, on the CPU bit by bit.
 
     Args:
-        make_losses: given the (wrapped) model, returns a function from the number of a pass to weighted losses by name,
-            all means over its items; their sum is minimised, and names that start with `_` are logged only. A step
-            takes the mean over all passes and processes.
+        make_losses: given the (wrapped, compiled) model, returns a function from the number of a pass to weighted
+            losses by name, all means over its items; their sum is minimised, and names that start with `_` are logged
+            only. A step takes the mean over all passes and processes.
         rates: learning rates of the model's parts (by name, together the whole model) as multiples of the schedule's.
         ema: moving averages of the model's parameters.
         render: makes pictures of what the model can do by now, every `validation_steps`; called with the averaged
@@ -65,7 +66,7 @@ def train(
     profiles = PowerAverages(model, schedule.ema_profiles) if schedule.ema_profiles else None
     step, spent = folder.load(model, optimizer, ema, accelerator.scaler, profiles)
     wrapped, prepared = accelerator.prepare(model, optimizer)
-    compute_losses = make_losses(wrapped)
+    compute_losses = make_losses(compiled_model(wrapped, schedule.compile_with))
     main = accelerator.is_main_process
     if main:
         folder.start_logging(step, accelerator, schedule)
@@ -84,7 +85,8 @@ def train(
                 rate = schedule.rate(step, seconds)
                 for group in prepared.param_groups:
                     group["lr"] = rate * group[RATE]
-                window += _step(step, wrapped, compute_losses, prepared, schedule, accelerator)
+                with compiler_told(schedule.compile_with):
+                    window += take_step(step, wrapped, compute_losses, prepared, schedule, accelerator)
                 if ema is not None:
                     ema.step(model.parameters())
                 step += 1
@@ -144,7 +146,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _step(
+def take_step(
     step: int,
     wrapped: nn.Module,
     compute_losses: LossFunction,
@@ -152,7 +154,11 @@ def _step(
     schedule: Schedule,
     accelerator: Accelerator,
 ) -> list[dict[str, Tensor]]:
-    """One step of the optimiser; returns the losses of its passes."""
+    """One step of the optimiser, the `step`-th; returns the losses of its passes.
+
+    Args:
+        wrapped, optimizer: as the accelerator prepared them.
+    """
     passes = []
     count = accelerator.gradient_accumulation_steps
     for number in range(step * count, (step + 1) * count):

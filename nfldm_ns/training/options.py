@@ -27,6 +27,9 @@ class ScheduleOptions:
     """Its peak."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
     """By default the preset's, else what `accelerate launch` says."""
+    compile: bool = False
+    """Compile the network's passes with torch.compile: the first step takes a minute or more, and later ones less; it
+    needs Triton on a GPU, a C++ compiler on a CPU."""
     validation_steps: int | None = None
     """Steps between sample pictures in the trackers; 0 for none."""
     report_to: ReportTo = "tensorboard"
@@ -36,7 +39,9 @@ class ScheduleOptions:
 
     def given(self) -> dict[str, Any]:
         """Fields of `nfldm_ns.training.schedule.Schedule` that the user gave; the preset has the others."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        values = asdict(self)
+        values["compile_with"] = "inductor" if values.pop("compile") else None
+        return {name: value for name, value in values.items() if value is not None}
 
 
 def looks_at_maps(condition: Literal["none", "bev"], bev_dropout: float | None) -> bool:

@@ -39,6 +39,8 @@ class Schedule:
     seed: int = 0
     mixed_precision: str | None = None
     """"no", "bf16" or "fp16"; None for what `accelerate launch` says, else "no"."""
+    compile_with: str | None = None
+    """Backend of `torch.compile`, as "inductor", by which the model's passes are compiled; None compiles nothing."""
     log_every: int = 10
     checkpoint_every: int = 200
     """Steps between checkpoints; the last step is always one."""

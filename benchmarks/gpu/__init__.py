@@ -1,0 +1,1 @@
+"""The parts of `make gpu-check`, a module each, and what runs them."""
