@@ -27,6 +27,7 @@ from nfldm_ns.collect.street_roads import (
     VEGETATION,
     VEHICLE,
     Lane,
+    dead_ends,
     rectangle,
     street_map,
 )
@@ -44,7 +45,8 @@ MOVING = 100
 """Class, in pictures, of vehicles that drive."""
 _CLEARANCE = 1.5  # metres between a camera and a vehicle's outline
 _WARM_UP, _BETWEEN = 20, 4  # steps of 0.1 s before the first place of a layout, and before each
-_ATTEMPTS = 300
+_FROM_ENDS = 20.0  # metres between a place and where a road ends in nothing
+_ATTEMPTS = 400
 _LAYOUTS = 1_000_000
 
 
@@ -210,9 +212,7 @@ def plan_layouts(options: StreetOptions) -> list[_Layout]:
     return layouts
 
 
-def plan_rig(
-    lane: Lane, distance: float, speed: float, rng: np.random.Generator, options: StreetOptions
-) -> Rig:
+def plan_rig(lane: Lane, distance: float, speed: float, rng: np.random.Generator, options: StreetOptions) -> Rig:
     """Six cameras all around, as of a car that drives along the middle of a lane, at each of a scene's moments.
 
     Args:
@@ -307,14 +307,17 @@ def _find_place(
     for _ in range(options.time_steps - 1):
         moving = options.moving != "still"
         moments.append(simulator.step(round(10 * options.time_step)) if moving else vehicles)
-    lengths = np.array([lane.length for lane in lanes])
+    lengths, ends = np.array([lane.length for lane in lanes]), dead_ends(lanes)
     for _ in range(_ATTEMPTS):
         lane = lanes[int(rng.choice(len(lanes), p=lengths / lengths.sum()))]
         speed = float(rng.uniform(3, 8))
         drive = speed * options.time_step * (options.time_steps - 1)
         start = float(rng.uniform(0, 1)) * (lane.length - drive)
         rig = plan_rig(lane, start, speed, rng, options)
-        if start < 0 or any(np.hypot(*(_origin(rig)[:2] - spot)) < options.min_distance for spot in taken):
+        spot = _origin(rig)[:2]
+        if start < 0 or any(np.hypot(*(spot - other)) < options.min_distance for other in taken):
+            continue
+        if len(ends) and np.linalg.norm(ends - spot, axis=1).min() < _FROM_ENDS:
             continue
         if all(is_clear(rig, t, [*moment, *scenery.parked]) for t, moment in enumerate(moments)):
             return rig, moments
@@ -409,7 +412,9 @@ def scene_map(
         for v in [*scenery.parked, *vehicles]
     ]
     layers = [(label, scenery.layers[label]) for label in (PAVEMENT, ROAD, LINE, BUILDING)]
-    return street_map(centre, corners, options.bev_size, [*layers, (VEHICLE, outlines), (VEGETATION, scenery.layers[VEGETATION])])
+    return street_map(
+        centre, corners, options.bev_size, [*layers, (VEHICLE, outlines), (VEGETATION, scenery.layers[VEGETATION])]
+    )
 
 
 def _describe(root: Path, options: StreetOptions, splits: dict[str, list[str]]) -> None:

@@ -7,7 +7,14 @@ from typing import Any
 
 import numpy as np
 
-SUN_ELEVATIONS = {"noon": (45, 70), "afternoon": (22, 45), "evening": (6, 16), "overcast": (30, 60), "fog": (12, 35), "dusk": (3, 7)}
+SUN_ELEVATIONS = {
+    "noon": (45, 70),
+    "afternoon": (22, 45),
+    "evening": (6, 16),
+    "overcast": (30, 60),
+    "fog": (12, 35),
+    "dusk": (3, 7),
+}
 """Least and greatest height of the sun in degrees, by what kind of light it is."""
 _SHARES = (0.22, 0.24, 0.18, 0.16, 0.1, 0.1)
 

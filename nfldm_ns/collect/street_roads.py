@@ -28,6 +28,7 @@ BEV_CLASSES = (
 NO_LINE, BROKEN, CONTINUOUS, KERB = range(4)
 LINE_WIDTH = 0.15
 _DASH, _GAP = 3.0, 4.0
+_JOINED = 1.0  # metres between ends of lanes that are one
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,7 @@ def outline(points: Float[np.ndarray, "points 2"], left: float, right: float) ->
     return np.concatenate([offset(points, left), offset(points, right)[::-1]])
 
 
-def rectangle(
-    centre: Float[np.ndarray, " 2"], heading: float, length: float, width: float
-) -> Float[np.ndarray, "4 2"]:
+def rectangle(centre: Float[np.ndarray, " 2"], heading: float, length: float, width: float) -> Float[np.ndarray, "4 2"]:
     """Corners of a rectangle that is `length` long in the direction of `heading`, counter-clockwise."""
     along = np.array([np.cos(heading), np.sin(heading)])
     left = np.array([-along[1], along[0]])
@@ -130,6 +129,13 @@ def kerbs(lanes: Sequence[Lane]) -> list[Float[np.ndarray, "points 2"]]:
         if lane.lines[0] == KERB:
             found.append(offset(lane.points, lane.width / 2)[::-1])
     return found
+
+
+def dead_ends(lanes: Sequence[Lane]) -> Float[np.ndarray, "ends 2"]:
+    """Where lanes begin or end and no other one does: where the world does."""
+    ends = np.array([lane.points[k] for lane in lanes for k in (0, -1)])
+    near = np.linalg.norm(ends[:, None] - ends, axis=-1) < _JOINED
+    return ends[near.sum(axis=1) < 2]
 
 
 class Footprints:

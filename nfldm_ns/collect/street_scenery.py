@@ -38,6 +38,7 @@ _KERB_HEIGHT = 0.14
 _BAY, _FLOOR = 3.0, 3.2  # one window of a facade
 _MARGIN = 70.0  # of scenery around the roads
 _GROUND_REACH = 1500.0
+_TILE = 60.0
 _FACADES = 10
 PARKED_KINDS = ("s", "m", "l", "default")
 PAINTS = (
@@ -69,8 +70,8 @@ class Style:
 STYLES = {
     "town": Style((0.5, 0.5, 0.46), 0.95, (2, 5), 0.0, 0.5, 0.45, 0.15),
     "centre": Style((0.52, 0.51, 0.5), 1.0, (3, 8), 0.0, 0.3, 0.5, 0.05),
-    "suburb": Style((0.36, 0.48, 0.22), 0.6, (1, 2), 1.0, 0.7, 0.3, 0.6),
-    "village": Style((0.45, 0.5, 0.25), 0.4, (1, 3), 0.8, 0.6, 0.2, 1.0),
+    "suburb": Style((0.36, 0.48, 0.22), 0.9, (1, 2), 1.0, 0.7, 0.35, 0.8),
+    "village": Style((0.45, 0.5, 0.25), 0.7, (1, 3), 0.8, 0.7, 0.25, 1.4),
 }
 
 
@@ -100,10 +101,10 @@ def make_scenery(lanes: Sequence[Lane], seed: Sequence[int]) -> Scenery:
 
 
 class _Meshes:
-    """Triangles, gathered by what they look like."""
+    """Triangles by what they look like and in which square of `_TILE` m they are, so that far ones are not drawn."""
 
     def __init__(self) -> None:
-        self._parts: dict[tuple[str, int, float], list[tuple[np.ndarray, ...]]] = defaultdict(list)
+        self._parts: dict[tuple[str, int, float, int, int], list[tuple[np.ndarray, ...]]] = defaultdict(list)
 
     def add(
         self,
@@ -117,7 +118,8 @@ class _Meshes:
         glow: float = 0.0,
     ) -> None:
         colours = np.broadcast_to(np.asarray(colour, dtype=np.float64), (len(vertices), 3))
-        self._parts[texture, label, glow].append((vertices, triangles, normals, uv, colours))
+        x, y = np.floor(vertices[:, :2].mean(axis=0) / _TILE).astype(int)
+        self._parts[texture, label, glow, int(x), int(y)].append((vertices, triangles, normals, uv, colours))
 
     def quad(self, corners: Float[np.ndarray, "4 3"], uv: Float[np.ndarray, "4 2"], colour, **look: Any) -> None:
         """A flat quadrilateral, counter-clockwise as seen from its front."""
@@ -136,17 +138,19 @@ class _Meshes:
         normals = np.cross(corners[:, 1] - corners[:, 0], corners[:, 3] - corners[:, 0])
         normals = normals / np.maximum(np.linalg.norm(normals, axis=-1, keepdims=True), 1e-9)
         first = 4 * np.arange(len(at))[:, None]
-        triangles = np.concatenate([first + (0, 1, 2), first + (0, 2, 3)])
+        triangles = np.concatenate([first + np.array(triangle) for triangle in ((0, 1, 2), (0, 2, 3))])
         flat = corners.reshape(-1, 3)
         self.add(flat, triangles, np.repeat(normals, 4, axis=0), flat[:, :2] / scale, colour, **look)
 
     def gathered(self) -> list[dict[str, Any]]:
         found = []
-        for (texture, label, glow), parts in self._parts.items():
+        for (texture, label, glow, _, _), parts in self._parts.items():
             counts = np.cumsum([0, *(len(part[0]) for part in parts)])
             columns = list(zip(*parts, strict=True))
             names = ("vertices", "normals", "uv", "colours")
-            arrays = {name: np.concatenate(columns[k]).astype(np.float32) for name, k in zip(names, (0, 2, 3, 4), strict=True)}
+            arrays = {
+                name: np.concatenate(columns[k]).astype(np.float32) for name, k in zip(names, (0, 2, 3, 4), strict=True)
+            }
             triangles = np.concatenate([part[1] + start for part, start in zip(parts, counts[:-1], strict=True)])
             arrays["triangles"] = triangles.astype(np.uint32)
             found.append({"texture": texture, "label": label, "glow": glow, **arrays})
@@ -258,7 +262,9 @@ class _Builder:
         spot, heading = self._spot(edge, along, s, PARKING / 2)
         length, width = 4.6, 1.9
         footprint = rectangle(spot, heading, length, width)
-        if self.roads.taken(footprint).any() or any(np.hypot(*(spot - (v["x"], v["y"]))) < 5.5 for v in self.scenery.parked):
+        if self.roads.taken(footprint).any() or any(
+            np.hypot(*(spot - (v["x"], v["y"]))) < 5.5 for v in self.scenery.parked
+        ):
             return
         kind = PARKED_KINDS[int(self.rng.integers(len(PARKED_KINDS)))]
         paint = PAINTS[int(self.rng.integers(len(PAINTS)))]
@@ -278,17 +284,36 @@ class _Builder:
         self._prism(spot, 0.07, 0.05, 0.0, height, 6, grey, GROUND)
         beam = rectangle(spot + 0.7 * toward, heading + np.pi / 2, 1.4, 0.08)
         self._box(beam, height - 0.08, height, grey, GROUND)
-        self._box(rectangle(spot + 1.3 * toward, heading, 0.3, 0.6), height - 0.18, height - 0.02, (1.0, 0.93, 0.75), GROUND, glow=0.9)
+        self._box(
+            rectangle(spot + 1.3 * toward, heading, 0.3, 0.6),
+            height - 0.18,
+            height - 0.02,
+            (1.0, 0.93, 0.75),
+            GROUND,
+            glow=0.9,
+        )
 
     def _tree(self, spot: np.ndarray, heading: float) -> None:
         rng = self.rng
-        leaves = np.array(_LEAVES[int(rng.choice(len(_LEAVES), p=(0.35, 0.3, 0.2, 0.1, 0.05)))]) * rng.uniform(0.85, 1.15)
+        leaves = np.array(_LEAVES[int(rng.choice(len(_LEAVES), p=(0.35, 0.3, 0.2, 0.1, 0.05)))]) * rng.uniform(
+            0.85, 1.15
+        )
         height = rng.uniform(4.5, 8.5)
         radius = height * rng.uniform(0.2, 0.28)
         self._prism(spot, 0.16, 0.09, 0.0, height * 0.6, 6, (0.32, 0.24, 0.17), VEGETATION)
         if rng.random() < 0.2:
             for low, wide in ((0.22, 0.9), (0.45, 0.7), (0.66, 0.5)):
-                self._prism(spot, radius * wide, 0.02, height * low, height * min(1.0, low + 0.38), 9, leaves * 0.8, VEGETATION, "leaves")
+                self._prism(
+                    spot,
+                    radius * wide,
+                    0.02,
+                    height * low,
+                    height * min(1.0, low + 0.38),
+                    9,
+                    leaves * 0.8,
+                    VEGETATION,
+                    "leaves",
+                )
         else:
             for _ in range(3):
                 middle = np.array([*(spot + rng.normal(0, radius * 0.3, 2)), height * rng.uniform(0.62, 0.78)])
@@ -300,7 +325,11 @@ class _Builder:
         rng, along, style = self.rng, arc_lengths(edge), self.style
         s = rng.uniform(0, 4)
         while s < along[-1]:
-            front, deep = (rng.uniform(7, 11), rng.uniform(7, 10)) if style.gabled > 0.5 else (rng.uniform(9, 18), rng.uniform(9, 14))
+            front, deep = (
+                (rng.uniform(7, 11), rng.uniform(7, 10))
+                if style.gabled > 0.5
+                else (rng.uniform(9, 18), rng.uniform(9, 14))
+            )
             gap = rng.uniform(2, 7) if style.gabled > 0.5 else rng.uniform(0.2, 2.0)
             back = PARKING + WALK + (rng.uniform(2, 5) if style.gabled > 0.5 else rng.uniform(0.2, 1.2))
             spot, heading = self._spot(edge, along, min(s + front / 2, along[-1]), back + deep / 2)
@@ -365,12 +394,23 @@ class _Builder:
             spot, heading = rng.uniform(self.low, self.high), rng.uniform(0, np.pi)
             if rng.random() < 0.5 * self.style.buildings:
                 self._raise_house(spot, heading, rng.uniform(8, 14), rng.uniform(8, 12))
-        for _ in range(int(self.style.forest * extent.prod() / 120)):
+        for _ in range(int(self.style.forest * extent.prod() / 250)):
             spot = rng.uniform(self.low, self.high)
             if self.taken.is_free(rectangle(spot, 0.0, 3.0, 3.0)):
                 self._tree(spot, 0.0)
 
-    def _prism(self, spot, low_radius: float, top_radius: float, low: float, top: float, sides: int, colour, label: int, texture: str = "") -> None:
+    def _prism(
+        self,
+        spot,
+        low_radius: float,
+        top_radius: float,
+        low: float,
+        top: float,
+        sides: int,
+        colour,
+        label: int,
+        texture: str = "",
+    ) -> None:
         turn = np.linspace(0, 2 * np.pi, sides + 1)
         round_ = np.stack([np.cos(turn), np.sin(turn)], axis=1)
         below = np.concatenate([spot + low_radius * round_, np.full((sides + 1, 1), low)], axis=1)
@@ -379,23 +419,35 @@ class _Builder:
         normals = np.concatenate([round_, slope], axis=1)
         normals = normals / np.linalg.norm(normals, axis=1, keepdims=True)
         k = np.arange(sides)[:, None]
-        triangles = np.concatenate([np.concatenate([k, k + 1, k + sides + 2], 1), np.concatenate([k, k + sides + 2, k + sides + 1], 1)])
+        triangles = np.concatenate(
+            [np.concatenate([k, k + 1, k + sides + 2], 1), np.concatenate([k, k + sides + 2, k + sides + 1], 1)]
+        )
         uv = np.stack([np.tile(turn, 2), np.repeat([low, top], sides + 1)], axis=1) / 2
-        self.meshes.add(np.concatenate([below, above]), triangles, np.tile(normals, (2, 1)), uv, colour, texture=texture, label=label)
+        self.meshes.add(
+            np.concatenate([below, above]),
+            triangles,
+            np.tile(normals, (2, 1)),
+            uv,
+            colour,
+            texture=texture,
+            label=label,
+        )
 
     def _blob(self, middle: Float[np.ndarray, " 3"], radius: float, colour) -> None:
         """A round crown with bumps."""
-        across, up = np.meshgrid(np.linspace(0, 2 * np.pi, 10), np.linspace(-np.pi / 2, np.pi / 2, 7))
+        across, up = np.meshgrid(np.linspace(0, 2 * np.pi, 8), np.linspace(-np.pi / 2, np.pi / 2, 6))
         ball = np.stack([np.cos(up) * np.cos(across), np.cos(up) * np.sin(across), np.sin(up)], axis=-1)
         bumps = self.rng.uniform(0.8, 1.15, ball.shape[:2])
         bumps[:, -1] = bumps[:, 0]
         bumps[0], bumps[-1] = bumps[0, 0], bumps[-1, 0]
         vertices = middle + radius * (ball * bumps[..., None] * (1, 1, 0.85)).reshape(-1, 3)
-        corner = (np.arange(6)[:, None] * 10 + np.arange(9)).reshape(-1, 1)
-        triangles = np.concatenate([corner + (0, 1, 11), corner + (0, 11, 10)])
+        corner = (np.arange(5)[:, None] * 8 + np.arange(7)).reshape(-1, 1)
+        triangles = np.concatenate([corner + np.array(triangle) for triangle in ((0, 1, 9), (0, 9, 8))])
         uv = np.stack([across / np.pi, up / np.pi * 2], axis=-1).reshape(-1, 2)
         shade = (0.72 + 0.28 * (ball[..., 2:].reshape(-1, 1) * 0.5 + 0.5)) * np.asarray(colour)
-        self.meshes.add(vertices, triangles, ball.reshape(-1, 3), uv, shade.clip(0, 1), texture="leaves", label=VEGETATION)
+        self.meshes.add(
+            vertices, triangles, ball.reshape(-1, 3), uv, shade.clip(0, 1), texture="leaves", label=VEGETATION
+        )
 
     def _box(self, footprint: np.ndarray, low: float, top: float, colour, label: int, glow: float = 0.0) -> None:
         for a, b in zip(footprint, np.roll(footprint, -1, axis=0), strict=True):
@@ -441,7 +493,14 @@ def _courses(rng: np.random.Generator) -> UInt8[np.ndarray, "64 64 4"]:
 def _facade(rng: np.random.Generator) -> UInt8[np.ndarray, "128 128 4"]:
     """Four by four windows in a wall of plaster, brick or concrete."""
     size, bay = 128, 32
-    walls = ((0.8, 0.74, 0.62), (0.62, 0.36, 0.28), (0.72, 0.72, 0.7), (0.85, 0.82, 0.76), (0.6, 0.66, 0.7), (0.82, 0.68, 0.5))
+    walls = (
+        (0.8, 0.74, 0.62),
+        (0.62, 0.36, 0.28),
+        (0.72, 0.72, 0.7),
+        (0.85, 0.82, 0.76),
+        (0.6, 0.66, 0.7),
+        (0.82, 0.68, 0.5),
+    )
     wall = np.array(walls[int(rng.integers(len(walls)))]) * rng.uniform(0.85, 1.05)
     image = wall * (1 + 0.03 * _waves(rng, size, 0.5))[..., None]
     if rng.random() < 0.5:  # bricks, or panels
@@ -457,7 +516,9 @@ def _facade(rng: np.random.Generator) -> UInt8[np.ndarray, "128 128 4"]:
             glass = np.array((0.2, 0.27, 0.34)) * rng.uniform(0.6, 1.5)
             cell[top:bottom, left:right] = glass
             if rng.random() < 0.35:  # a curtain
-                cell[top : top + int(rng.integers(4, 14)), left:right] = np.array((0.8, 0.76, 0.68)) * rng.uniform(0.7, 1.1)
+                cell[top : top + int(rng.integers(4, 14)), left:right] = np.array((0.8, 0.76, 0.68)) * rng.uniform(
+                    0.7, 1.1
+                )
             cell[top:bottom, (left + right) // 2] = frame
             cell[bottom + 2 : bottom + 4, left - 3 : right + 3] = wall * 0.7
     return _opaque(image)

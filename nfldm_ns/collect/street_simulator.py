@@ -85,9 +85,7 @@ class StreetSimulator:
     def __init__(self, environment: Path, size: tuple[int, int]) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="nfldm_streets_"))
         variables = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith(("PYTHON", "VIRTUAL_ENV", "DISPLAY"))
+            key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "DISPLAY"))
         }
         variables |= {"SDL_VIDEODRIVER": "dummy", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "2"}
         self._log = (self._folder / "log").open("w+")
@@ -187,7 +185,9 @@ class StreetSimulator:
             stdin.flush()
             line = stdout.readline()
         if not line:
-            raise UserInputError(f"MetaDrive's process ended while asked to '{what}' ({self._last_words()}): {_OPENGL}.")
+            raise UserInputError(
+                f"MetaDrive's process ended while asked to '{what}' ({self._last_words()}): {_OPENGL}."
+            )
         answer = json.loads(line)
         if not answer.pop("ok"):
             if what == "hello":

@@ -3,7 +3,7 @@
 Runs in MetaDrive's own environment and so imports nothing of this package. The world is in metres, right-handed, z up,
 the road at z = 0; poses are OpenGL camera-to-worlds. Light is linear: textures and colours are sRGB, and so are
 pictures. Shading is Lambert's, with a sun that throws shadows, a sky that lights from above, and fog that grows
-exponentially with distance.
+exponentially with distance. Gamma is 2, which is sRGB's but for dark colours, and quick.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import numpy as np
 from panda3d.core import (
     Camera,
     FrameBufferProperties,
-    GeomEnums,
     Geom,
+    GeomEnums,
     GeomNode,
     GeomTriangles,
     GeomVertexData,
@@ -42,7 +42,7 @@ NEAR, FAR = 0.3, 2000.0
 SKY_RADIUS = 1500.0
 SAMPLES = 3
 """Samples of a pixel along each axis; odd, so that one is at its centre, where depth and class are taken."""
-_SHADOW_SIZE = 2048
+_SHADOW_SIZE = 1024
 _SHADOW_REACH = 75.0  # metres around the cameras
 _SUN_DISTANCE = 300.0
 
@@ -88,18 +88,13 @@ float lit() {
     vec4 at = shadow_matrix * vec4(place, 1.0);
     vec3 spot = at.xyz * 0.5 + 0.5;
     if (any(lessThan(spot, vec3(0.0))) || any(greaterThan(spot, vec3(1.0)))) return 1.0;
-    float sum = 0.0;
-    for (int i = 0; i < 2; i++) for (int j = 0; j < 2; j++) {
-        vec2 offset = (vec2(i, j) - 0.5) * SHADOW_STEP;
-        sum += texture(shadow_map, spot.xy + offset).r + 0.0012 < spot.z ? 0.0 : 0.25;
-    }
-    return sum;
+    return texture(shadow_map, spot.xy).r + 0.0012 < spot.z ? 0.0 : 1.0;
 }
 
 void main() {
     vec4 texel = texture(p3d_Texture0, uv);
     if (texel.a < 0.5) discard;
-    vec3 albedo = pow(texel.rgb * colour.rgb, vec3(2.2)) * base_colour.rgb;
+    vec3 albedo = texel.rgb * texel.rgb * colour.rgb * colour.rgb * base_colour.rgb;
     vec3 n = normalize(normal);
     if (dot(n, eye - place) < 0.0 && surface.z > 0.5) n = -n;
     float facing = max(dot(n, sun), 0.0);
@@ -107,7 +102,7 @@ void main() {
     if (facing > 0.0) light += sun_colour * facing * lit();
     vec3 shade = albedo * light + surface.y * albedo;
     float clear = exp(-fog.a * distance(place, eye));
-    picture = vec4(pow(clamp(mix(fog.rgb, shade, clear), 0.0, 1.0), vec3(1.0 / 2.2)), surface.x);
+    picture = vec4(sqrt(clamp(mix(fog.rgb, shade, clear), 0.0, 1.0)), surface.x);
 }
 """
 
@@ -131,7 +126,7 @@ void main() {
     vec2 at = d.xy / (up + 0.12) * 0.11 + drift;
     float puff = texture(p3d_Texture0, at).r * 0.65 + texture(p3d_Texture0, at * 2.3).r * 0.35;
     float cover = smoothstep(1.0 - clouds.a, 1.25 - clouds.a, puff) * smoothstep(0.02, 0.25, up);
-    picture = vec4(pow(clamp(mix(sky, clouds.rgb, cover * 0.85), 0.0, 1.0), vec3(1.0 / 2.2)), 0.0);
+    picture = vec4(sqrt(clamp(mix(sky, clouds.rgb, cover * 0.85), 0.0, 1.0)), 0.0);
 }
 """
 
@@ -178,7 +173,7 @@ class StreetDrawer:
         self._buffer.make_display_region().set_camera(self._camera)
         self._static, self._moving = self._world.attach_new_node("scenery"), self._world.attach_new_node("vehicles")
         self._make_shadows()
-        shader = Shader.make(Shader.SL_GLSL, _VERTEX, _FRAGMENT.replace("SHADOW_STEP", f"{1 / _SHADOW_SIZE:.8f}"))
+        shader = Shader.make(Shader.SL_GLSL, _VERTEX, _FRAGMENT)
         self._world.set_shader(shader)
         self._sky = _sky_dome()
         self._sky.reparent_to(self._world)
@@ -194,8 +189,10 @@ class StreetDrawer:
         flags = GraphicsPipe.BF_refuse_window
         window = WindowProperties(size=(width, height))
         arguments = (self._pipe, name, 0, properties, window, flags)
-        buffer = self._engine.make_output(*arguments) if host is None else self._engine.make_output(
-            *arguments, host.get_gsg(), host
+        buffer = (
+            self._engine.make_output(*arguments)
+            if host is None
+            else self._engine.make_output(*arguments, host.get_gsg(), host)
         )
         if buffer is None:
             raise RuntimeError("OpenGL gives no buffer to draw into")
@@ -278,9 +275,7 @@ class StreetDrawer:
         )
         self._shadows.set_active(True)
 
-    def draw(
-        self, poses: np.ndarray, focal_lengths: Sequence[float]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def draw(self, poses: np.ndarray, focal_lengths: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pictures of cameras whose principal point is the middle of the image.
 
         Args:
@@ -358,7 +353,6 @@ def _texture(name: str, pixels: np.ndarray) -> Texture:
     texture.set_ram_image_as(np.ascontiguousarray(pixels[::-1]).tobytes(), "RGBA")
     texture.set_minfilter(SamplerState.FT_linear_mipmap_linear)
     texture.set_magfilter(SamplerState.FT_linear)
-    texture.set_anisotropic_degree(4)
     return texture
 
 
@@ -366,7 +360,9 @@ def _sky_dome() -> NodePath:
     across, up = np.meshgrid(np.linspace(0, 2 * np.pi, 33), np.linspace(-np.pi / 2, np.pi / 2, 17))
     vertices = np.stack([np.cos(up) * np.cos(across), np.cos(up) * np.sin(across), np.sin(up)], -1).reshape(-1, 3)
     corner = (np.arange(16)[:, None] * 33 + np.arange(32)).reshape(-1)
-    triangles = np.concatenate([np.stack([corner, corner + 1, corner + 34], -1), np.stack([corner, corner + 34, corner + 33], -1)])
+    triangles = np.concatenate(
+        [np.stack([corner, corner + 1, corner + 34], -1), np.stack([corner, corner + 34, corner + 33], -1)]
+    )
     sky = NodePath(
         _geometry(
             {
@@ -417,6 +413,6 @@ def _materials_to_inputs(node: NodePath) -> None:
 
 def _paint(part: NodePath, paint: Sequence[float], label: int) -> None:
     base = [float(v) for v in part.get_tag("base").split()]
-    colour = [float(v) ** 2.2 for v in paint] if part.get_tag("body") else base
+    colour = [float(v) ** 2 for v in paint] if part.get_tag("body") else base
     part.set_shader_input("base_colour", (*colour, 1))
     part.set_shader_input("surface", (label / 255, 0, 1, 0))

@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
@@ -90,7 +91,11 @@ class Streets:
         manager._traffic_vehicles = []
         rng = np.random.default_rng(seed)
         kinds = [kind for kind in ("s", "m", "l", "xl", "default") if kind in vehicle_type]
+        blocks = self.environment.engine.current_map.blocks
+        ends = [socket for block in (blocks[0], blocks[-1]) for socket in block.get_socket_list()]
         for lane in _lanes(self.environment):
+            if any(socket.is_socket_node(lane.index[0]) for socket in ends):
+                continue  # MetaDrive finds no destination for cars that begin there
             for at in np.arange(4.0, lane.length - 4.0, _CLEARANCE):
                 if rng.random() >= cars or lane.index[0] == ">":  # where the agent stands
                     continue
@@ -161,8 +166,10 @@ def _convert(vehicle: Any, file: Path) -> None:
 
 
 def _make_environment(blocks: int) -> Any:
+    from metadrive.component.map.base_map import BaseMap
     from metadrive.envs.metadrive_env import MetaDriveEnv
 
+    BaseMap.MAX_LANE_NUM, BaseMap.MAX_LANE_WIDTH = 2, 3.7  # streets of towns rather than motorways
     return MetaDriveEnv(
         {
             "use_render": False,
@@ -211,6 +218,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         try:
             answer = {"ok": True, **getattr(streets, request.pop("do"))(**request)}
         except Exception as error:  # any of it is the client's to tell
+            traceback.print_exc()
             answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
