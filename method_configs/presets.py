@@ -184,7 +184,7 @@ SCENE_AUTOENCODER = {
     ),
 }
 
-_FAR = {"depth_spacing": "log", "background_channels": 16}
+_FAR = {"depth_spacing": "inverse", "background_channels": 16}
 """Of scenes whose surfaces are from two to sixty metres away, under a sky."""
 
 SCENE_AUTOENCODER |= {

@@ -288,7 +288,9 @@ class Metadrive:
 
     def run(self) -> int:
         from nfldm_ns.collect import street_simulator
+        from nfldm_ns.collect.contact_sheet import write_panoramas
         from nfldm_ns.collect.street_collection import StreetOptions, check_options, collect_streets, plan_layouts
+        from nfldm_ns.scenes.collection import SceneCollection
 
         values = vars(self) | {
             "fractions": {"test": self.test_fraction, "val": self.val_fraction},
@@ -310,6 +312,8 @@ class Metadrive:
         counts = ", ".join(f"{count} {name}" for name, count in report.num_scenes.items() if count)
         print(f"{self.out}: {counts} scenes, {report.new_scenes} of them new, in {report.seconds:.0f} s")
         _write_sheet(self.out)
+        write_panoramas(SceneCollection.open(self.out), self.out / "panoramas.png")
+        print(f"{self.out / 'panoramas.png'} shows a few of them all around")
         return 0
 
 
