@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +16,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 
 from nfldm_ns.collect.level_cameras import level_poses
-from nfldm_ns.collect.miniworld_collection import house_splits
-from nfldm_ns.collect.resuming import claim_folder
+from nfldm_ns.collect.resuming import claim_folder, numbered_splits
 from nfldm_ns.collect.street_light import StreetLight, street_light
 from nfldm_ns.collect.street_roads import (
     BEV_CLASSES,
@@ -201,7 +201,7 @@ def plan_layouts(options: StreetOptions) -> list[_Layout]:
     count = math.ceil(options.num_scenes / options.places)
     layouts = [
         _Layout(number, split, min(options.places, options.num_scenes - number * options.places))
-        for number, split in islice(house_splits(options.fractions), count)
+        for number, split in islice(numbered_splits(options.fractions), count)
     ]
     for name, fraction in {"train": 1.0, **options.fractions}.items():
         if fraction > 0 and not any(layout.split == name for layout in layouts):
@@ -259,7 +259,8 @@ _state: dict[str, Any] = {}
 
 def _start(state: dict[str, Any]) -> None:
     _state.update(state)
-    _state["simulator"] = StreetSimulator(state["environment"], state["options"].image_size)
+    simulator = _state["simulator"] = StreetSimulator(state["environment"], state["options"].image_size)
+    Finalize(None, simulator.close, exitpriority=1)  # workers run no other code at their end
 
 
 def _stop() -> None:

@@ -55,6 +55,10 @@ def street_light(rng: np.random.Generator) -> StreetLight:
     def colour(name: str, spread: float = 0.06) -> tuple[float, ...]:
         return _floats(np.clip(strength * np.array(values[name]) * (1 + rng.normal(0, spread, 3)), 0, 2))
 
+    def between(name: str) -> float:
+        low, high = values[name]
+        return float(rng.uniform(low, high))
+
     return StreetLight(
         kind=kind,
         sun=_floats(sun),
@@ -62,10 +66,10 @@ def street_light(rng: np.random.Generator) -> StreetLight:
         sky_light=colour("sky"),
         ground_light=colour("ground"),
         fog_colour=colour("horizon"),
-        fog_density=float(rng.uniform(*values["fog"])),
+        fog_density=between("fog"),
         zenith=colour("zenith"),
         cloud_colour=colour("clouds", 0.03),
-        cloud_cover=float(rng.uniform(*values["cover"])),
+        cloud_cover=between("cover"),
         cloud_drift=_floats(rng.uniform(0, 1, 2)),
     )
 

@@ -87,7 +87,7 @@ class StreetSimulator:
         variables = {
             key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV", "DISPLAY"))
         }
-        variables |= {"SDL_VIDEODRIVER": "dummy", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "2"}
+        variables |= {"SDL_VIDEODRIVER": "dummy", "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "LP_NUM_THREADS": "1"}
         self._log = (self._folder / "log").open("w+")
         self._process = subprocess.Popen(
             [str(_python(environment)), str(_SERVER)],
@@ -96,7 +96,6 @@ class StreetSimulator:
             stderr=self._log,
             text=True,
             env=variables,
-            start_new_session=False,
         )
         try:
             self.versions = self._ask("hello", size=list(size))
@@ -111,7 +110,9 @@ class StreetSimulator:
         self.close()
 
     def close(self) -> None:
-        """Ends the process and removes its files."""
+        """Ends the process and removes its files; may be called again."""
+        if not self._folder.exists():
+            return
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 with contextlib.suppress(OSError):
