@@ -144,7 +144,7 @@ class Footprints:
     def __init__(self, points: Float[np.ndarray, "points 2"], margin: float, cell: float = 0.5) -> None:
         self._low, self._cell = points.min(axis=0) - margin, cell
         extent = points.max(axis=0) + margin - self._low
-        self._image = Image.new("1", tuple(int(v) for v in np.ceil(extent / cell)))
+        self._image = Image.new("1", [int(v) for v in np.ceil(extent / cell)])
         self._draw = ImageDraw.Draw(self._image)
 
     def take(self, polygon: Float[np.ndarray, "corners 2"]) -> None:
@@ -156,7 +156,7 @@ class Footprints:
         low, high = np.floor(cells.min(axis=0)).astype(int), np.ceil(cells.max(axis=0)).astype(int) + 1
         if (low < 0).any() or (high > self._image.size).any():
             return False
-        stencil = Image.new("1", tuple(int(v) for v in high - low))
+        stencil = Image.new("1", [int(v) for v in high - low])
         _fill(ImageDraw.Draw(stencil), cells - low, 1)
         here = self._image.crop((int(low[0]), int(low[1]), int(high[0]), int(high[1])))
         return not (np.asarray(here) & np.asarray(stencil)).any()
