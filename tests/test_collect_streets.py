@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from nfldm_ns.collect import street_collection as streets
 from nfldm_ns.collect import street_roads as roads
 from nfldm_ns.collect.checking import check_collection
+from nfldm_ns.collect.contact_sheet import panorama_order
 from nfldm_ns.collect.street_collection import StreetOptions, collect_streets, plan_layouts, plan_rig
 from nfldm_ns.collect.street_light import SUN_ELEVATIONS, street_light
 from nfldm_ns.collect.street_roads import BROKEN, BUILDING, CONTINUOUS, KERB, LINE, ROAD, VEGETATION, VEHICLE, Lane
@@ -25,6 +27,7 @@ from nfldm_ns.collect.street_simulator import StreetSimulator, default_environme
 from nfldm_ns.commands.collect import main
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.scenes.views import make_cameras
 
 VARIABLE = "NFLDM_METADRIVE"
 
@@ -168,6 +171,8 @@ def test_the_rig_looks_all_around_at_each_moment() -> None:
     fov = 2 * np.degrees(np.arctan(options.image_size[0] / 2 / rig.focal_lengths))
     assert np.allclose(fov[:6], options.fov) and np.allclose(fov[6:12], options.fov)
     assert np.allclose(np.linalg.det(rig.poses[:, :, :3]), 1)
+    around = make_cameras(torch.from_numpy(rig.poses[:6]), 60.0, 60.0, 64.0, 64.0, 128, 128)
+    assert panorama_order(around) == [3, 2, 1, 0, 5, 4], "from behind over the left to the front, and on"
 
 
 def test_cars_must_not_be_where_cameras_are() -> None:

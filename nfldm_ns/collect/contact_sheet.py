@@ -98,7 +98,8 @@ def scene_row(collection: SceneCollection, scene: Scene) -> tuple[list[np.ndarra
 
 def panorama_order(cameras: Cameras) -> list[int]:
     """Indices of cameras `[N]` from left to right, in a panorama whose middle is the direction of the first one."""
-    turn = (view_yaws(cameras) - view_yaws(cameras)[0] + math.pi).remainder(2 * math.pi)
+    behind = math.pi - 1e-3  # so that a camera straight behind is always at the left
+    turn = (view_yaws(cameras) - view_yaws(cameras)[0] + behind).remainder(2 * math.pi)
     return turn.argsort(descending=True).tolist()
 
 
