@@ -55,7 +55,7 @@ def make_environment(folder: Path) -> None:
     with atomic_path(folder) as temporary:
         steps = (
             [sys.executable, "-m", "venv", str(temporary)],
-            [str(_python(temporary)), "-m", "pip", "install", "--quiet", *PACKAGES],
+            [str(_python(temporary)), "-m", "pip", "install", "--quiet", "--no-compile", *PACKAGES],
         )
         for step in steps:
             done = subprocess.run(step, capture_output=True, text=True)
