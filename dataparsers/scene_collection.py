@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from nerfstudio.data.dataparsers.base_dataparser import DataParser, DataParserConfig, DataparserOutputs
 from nerfstudio.data.scene_box import SceneBox
@@ -84,9 +85,15 @@ def scene_outputs(collection: SceneCollection, scene_id: str, split: str) -> Dat
             "near": collection.near,
             "far": collection.far,
             "image_size": collection.image_size[::-1],
-            "focal_length": float(frames[0]["fl_x"]),
+            **_focal_lengths(list(transforms.frames.values())),
         },
     )
+
+
+def _focal_lengths(frames: list[dict[str, Any]]) -> dict[str, float | None]:
+    """The smallest and, where they differ, the largest horizontal focal length of a scene, in pixels."""
+    found = [float(frame["fl_x"]) for frame in frames]
+    return {"focal_length": min(found), "max_focal_length": max(found) if max(found) > min(found) else None}
 
 
 SceneCollectionDataParserSpecification = DataParserSpecification(

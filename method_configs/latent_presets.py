@@ -5,6 +5,9 @@
 | tiny | two CPU cores, minutes | c 12 x 4 x 8 x 8, f 16 x 32 x 32 |
 | rooms | the model that comes with this package: two CPU cores, hours | c 12 x 4 x 12 x 12, f 20 x 48 x 48 |
 | rooms128 | the same latents for images of 128 x 128 pixels; has not been trained | as rooms |
+| streets-tiny | streets of 80 x 80 x 16 m on two CPU cores: voxels of 1.7 m | c 12 x 4 x 12 x 12, f 16 x 48 x 48 |
+| streets | streets on one GPU: voxels of 1 m | c 8 x 8 x 20 x 20, f 8 x 80 x 80 |
+| streets-paper | streets at the paper's sizes: voxels of 0.6 m | as paper |
 | base | one GPU, hours | c 8 x 8 x 16 x 16, f 8 x 64 x 64 |
 | paper | the paper's sizes | c 4 x 8 x 32 x 32, f 4 x 128 x 128 |
 """
@@ -20,7 +23,7 @@ from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig
 from nfldm_ns.training.schedule import Schedule
 
-PresetName = Literal["tiny", "rooms", "rooms128", "base", "paper"]
+PresetName = Literal["tiny", "rooms", "rooms128", "base", "paper", "streets-tiny", "streets", "streets-paper"]
 
 
 @dataclass(frozen=True)
@@ -253,3 +256,10 @@ DECODER_PRESETS: dict[str, DecoderTrainingConfig] = {
     "base": _decoder(10_000, 8, 2000, 1e-4, on_gpu=True),
     "paper": _decoder(20_000, 8, 4000, 1e-4, on_gpu=True),
 }
+
+STREETS = {"streets-tiny": "tiny", "streets": "base", "streets-paper": "paper"}
+"""Presets of streets, and those whose stages 2 and 3 they share; their stage 1 tells their background from others'."""
+for _name, _base in STREETS.items():
+    LATENT_PRESETS[_name] = LATENT_PRESETS[_base]
+    DIFFUSION_PRESETS[_name] = DIFFUSION_PRESETS[_base]
+    DECODER_PRESETS[_name] = DECODER_PRESETS[_base]

@@ -183,3 +183,33 @@ SCENE_AUTOENCODER = {
         num_source_views=6,
     ),
 }
+
+_FAR = {"depth_spacing": "inverse", "background_channels": 16}
+"""Of scenes whose surfaces are from two to sixty metres away, under a sky."""
+
+SCENE_AUTOENCODER |= {
+    "streets-tiny": replace(
+        SCENE_AUTOENCODER["tiny"],
+        network={
+            **SCENE_AUTOENCODER["tiny"].network,
+            **_FAR,
+            "grid_shape": (12, 48, 48),
+            "splatting": "filled",
+            "num_depth_bins": 48,
+            "num_samples": 64,
+        },
+        # An error in metres is larger where all is farther away.
+        loss={**SCENE_AUTOENCODER["tiny"].loss, "depth_mult": 0.02, "hidden_background_mult": 0.05},
+        num_source_views=6,
+    ),
+    "streets": replace(
+        SCENE_AUTOENCODER["base"],
+        network={**SCENE_AUTOENCODER["base"].network, **_FAR, "grid_shape": (16, 80, 80), "num_samples": 128},
+        loss={**SCENE_AUTOENCODER["base"].loss, "depth_mult": 0.02, "depth_norm": "l1", "hidden_background_mult": 0.05},
+        num_source_views=6,
+    ),
+    "streets-paper": replace(
+        SCENE_AUTOENCODER["paper"],
+        network={**SCENE_AUTOENCODER["paper"].network, **_FAR, "num_depth_bins": 96, "num_samples": 192},
+    ),
+}

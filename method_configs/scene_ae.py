@@ -1,4 +1,6 @@
-"""nerfstudio methods of stage 1: `nfldm-scene-ae`, with `-tiny`, `-small`, `-rooms`, `-rooms128`, `-paper`."""
+"""nerfstudio methods of stage 1: `nfldm-scene-ae`, with `-tiny`, `-small`, `-rooms`, `-rooms128`, `-paper`, and
+`-streets-tiny`, `-streets`, `-streets-paper`.
+"""
 
 from __future__ import annotations
 
@@ -96,4 +98,19 @@ nfldm_scene_ae = MethodSpecification(
 nfldm_scene_ae_paper = MethodSpecification(
     config=scene_autoencoder_config("nfldm-scene-ae-paper", SCENE_AUTOENCODER["paper"]),
     description="NeuralField-LDM stage 1: scene auto-encoder at the paper's size, several GPUs.",
+)
+
+nfldm_scene_ae_streets_tiny = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae-streets-tiny", SCENE_AUTOENCODER["streets-tiny"]),
+    description="NeuralField-LDM stage 1 of streets (80 x 80 x 16 m), minutes on a CPU.",
+)
+
+nfldm_scene_ae_streets = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae-streets", SCENE_AUTOENCODER["streets"]),
+    description="NeuralField-LDM stage 1 of streets (80 x 80 x 16 m), one GPU.",
+)
+
+nfldm_scene_ae_streets_paper = MethodSpecification(
+    config=scene_autoencoder_config("nfldm-scene-ae-streets-paper", SCENE_AUTOENCODER["streets-paper"]),
+    description="NeuralField-LDM stage 1 of streets (80 x 80 x 16 m) at the paper's size, several GPUs.",
 )

@@ -13,7 +13,8 @@ import pytest
 
 from nfldm_ns.collect.checking import check_collection
 from nfldm_ns.collect.level_cameras import level_poses
-from nfldm_ns.collect.miniworld_collection import MiniworldOptions, collect_miniworld, house_splits, open_renderer
+from nfldm_ns.collect.miniworld_collection import MiniworldOptions, collect_miniworld, open_renderer
+from nfldm_ns.collect.resuming import numbered_splits
 from nfldm_ns.commands.collect import main
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SceneCollection
@@ -111,10 +112,10 @@ def test_an_interrupted_run_goes_on_to_the_same_files(tmp_path: Path, renderer, 
 
 
 def test_houses_are_for_the_same_whatever_is_asked_for() -> None:
-    splits = [split for _, split in islice(house_splits({"test": 0.1, "val": 0.05}), 400)]
+    splits = [split for _, split in islice(numbered_splits({"test": 0.1, "val": 0.05}), 400)]
     assert splits[:3] == ["train", "test", "val"]
     assert splits.count("test") == 40 and splits.count("val") == 20
-    assert set(islice((s for _, s in house_splits({"test": 0.0, "val": 0.0})), 50)) == {"train"}
+    assert set(islice((s for _, s in numbered_splits({"test": 0.0, "val": 0.0})), 50)) == {"train"}
 
 
 def test_what_cannot_be_collected_is_one_sentence(tmp_path: Path, renderer, monkeypatch) -> None:

@@ -216,13 +216,16 @@ def test_normaliser_inverts_and_never_blows_up_constants(space):
     torch.testing.assert_close(normaliser.inverse(normalised), values)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "rooms", "base", "paper"])
+@pytest.mark.parametrize("preset", ["tiny", "rooms", "base", "paper", "streets-tiny", "streets", "streets-paper"])
 def test_denoisers_of_every_preset_fit_its_latents(preset):
     shapes = {
         "tiny": ((12, 4, 8, 8), (16, 32, 32)),
         "rooms": ((12, 4, 12, 12), (20, 48, 48)),
         "base": ((8, 8, 16, 16), (8, 64, 64)),
         "paper": ((4, 8, 32, 32), (4, 128, 128)),
+        "streets-tiny": ((12, 4, 12, 12), (16, 48, 48)),
+        "streets": ((8, 8, 20, 20), (8, 80, 80)),
+        "streets-paper": ((4, 8, 32, 32), (4, 128, 128)),
     }
     coarse, fine = shapes[preset]
     assert LATENT_PRESETS[preset].model.get("coarse_channels", 8) == coarse[0]

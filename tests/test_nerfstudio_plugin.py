@@ -211,7 +211,7 @@ def test_a_box_that_cannot_be_turned_is_refused(box_room_collection):
 
 def test_network_config_covers_what_the_data_do_not_decide():
     parameters = set(inspect.signature(SceneAutoencoder.__init__).parameters)
-    from_data = {"self", "aabb", "near", "far", "image_size", "focal_length"}
+    from_data = {"self", "aabb", "near", "far", "image_size", "focal_length", "max_focal_length"}
     assert set(vars(SMALL_NETWORK)) == parameters - from_data
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.commands import presets
-from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
+from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS, STREETS
 from nfldm_ns.method_configs.preset_costs import discriminator_cost, preset_costs, scene_autoencoder_cost
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.metrics.network_cost import NetworkCost, network_cost
@@ -87,7 +87,31 @@ def test_the_command_lists_them(capsys):
         assert name in said
 
 
-@pytest.mark.parametrize("name", ["rooms128", "base", "paper"])
+def test_presets_of_streets_cover_the_papers_box_with_voxels_that_fit_their_latents():
+    for name, base in STREETS.items():
+        network = SCENE_AUTOENCODER[name].network
+        z, y, x = network["grid_shape"]
+        assert y == x and y % 4 == 0 and 0.6 <= 80 / y <= 1.7 and 0.5 <= 16 / z <= 1.4
+        assert network["depth_spacing"] == "inverse" and SCENE_AUTOENCODER[name].num_source_views == 6
+        assert LATENT_PRESETS[name] is LATENT_PRESETS[base] and DIFFUSION_PRESETS[name] is DIFFUSION_PRESETS[base]
+
+
+def test_cameras_of_unequal_focal_lengths_have_the_rays_of_training():
+    """Whichever comes first; beyond the trained ones the angle of a ray is kept."""
+    network = {**SCENE_AUTOENCODER["tiny"].network, "grid_shape": (4, 8, 8)}
+    model = SceneAutoencoder(**network, image_size=(64, 64), focal_length=30.0, max_focal_length=45.0)
+    cameras = surround_cameras(4, 64, torch.Generator().manual_seed(0))
+
+    def rays(*focal: float) -> tuple[int, int]:
+        cameras.fx = torch.tensor(focal)[:, None]
+        return model._ray_grid(cameras)
+
+    for order in ((30.0, 45.0, 40.0, 40.0), (45.0, 40.0, 30.0, 40.0), (30.0,) * 4, (45.0,) * 4):
+        assert rays(*order) == (32, 32)
+    assert rays(90.0, 90.0, 90.0, 90.0) == (16, 16) and rays(15.0, 15.0, 15.0, 15.0) == (64, 64)
+
+
+@pytest.mark.parametrize("name", ["rooms128", "base", "paper", "streets-tiny"])
 def test_large_presets_take_a_step(name):
     """One scene with all its source views, one target view."""
     preset, generator = SCENE_AUTOENCODER[name], torch.Generator().manual_seed(0)

@@ -72,12 +72,18 @@ class TestOccupancy:
         torch.testing.assert_close(occupancy.sum(-1), 1 - torch.exp(-(density * delta).sum(-1)))
 
 
-@pytest.mark.parametrize("spacing", ["linear", "inverse"])
+@pytest.mark.parametrize("spacing", ["linear", "inverse", "log"])
 def test_depth_bins_cover_the_range(spacing):
     centres, widths = depth_bins(0.5, 20, 13, spacing)
     assert float(widths.sum()) == pytest.approx(19.5, rel=1e-5)
     assert bool((centres.diff() > 0).all()) and float(centres[0]) > 0.5 and float(centres[-1]) < 20
-    assert (float(widths[-1]) > float(widths[0]) * 2) == (spacing == "inverse")
+    if spacing == "linear":
+        torch.testing.assert_close(widths, widths[:1].expand(13))
+    elif spacing == "inverse":
+        edges = torch.cat([centres - widths / 2, centres[-1:] + widths[-1:] / 2])
+        torch.testing.assert_close((1 / edges).diff(), (1 / edges).diff()[:1].expand(13), rtol=1e-3, atol=0)
+    else:
+        torch.testing.assert_close(widths[1:] / widths[:-1], torch.full((12,), (20 / 0.5) ** (1 / 13)))
 
 
 def test_rays_leave_the_box_on_its_border():

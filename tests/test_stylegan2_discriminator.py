@@ -368,8 +368,14 @@ def test_images_that_are_too_small():
 
 def test_presets_choose_the_kind_of_discriminator_and_its_optimiser():
     kinds = {name: preset.loss.get("discriminator", "projected") for name, preset in SCENE_AUTOENCODER.items()}
-    assert {name for name, kind in kinds.items() if kind == "stylegan2"} == {"base", "paper"}
-    assert {name for name, kind in kinds.items() if kind == "projected"} == {"tiny", "small", "rooms", "rooms128"}
+    assert {name for name, kind in kinds.items() if kind == "stylegan2"} == {
+        "base",
+        "paper",
+        "streets",
+        "streets-paper",
+    }
+    small = {"tiny", "small", "rooms", "rooms128", "streets-tiny"}
+    assert {name for name, kind in kinds.items() if kind == "projected"} == small
     for name, preset in SCENE_AUTOENCODER.items():
         group = scene_autoencoder_config(name, preset).optimizers["discriminator"]["optimizer"]
         assert group == discriminator_optimizer(StageOneLossConfig(**preset.loss), preset.discriminator_learning_rate)

@@ -23,7 +23,7 @@ from nfldm_ns.scenes.collection import SceneCollection
 
 def make_autoencoder(collection: SceneCollection, network: SceneNetworkConfig) -> SceneAutoencoder:
     """An untrained auto-encoder for the images and the box of a collection."""
-    camera = collection.load_scene(collection.split("train")[0]).source.cameras
+    focal = collection.load_scene(collection.split("train")[0]).source.cameras.fx
     width, height = collection.image_size
     return SceneAutoencoder(
         **asdict(network),
@@ -31,7 +31,8 @@ def make_autoencoder(collection: SceneCollection, network: SceneNetworkConfig) -
         near=collection.near,
         far=collection.far,
         image_size=(height, width),
-        focal_length=float(camera.fx[0]),
+        focal_length=float(focal.min()),
+        max_focal_length=float(focal.max()),
     )
 
 

@@ -18,20 +18,27 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 Fusion = Literal["attention", "occupancy", "mean"]
 Splatting = Literal["filled", "nearest", "trilinear"]
+DepthSpacing = Literal["linear", "inverse", "log"]
 EPS = 1e-6
 FILLING = 0.05  # weight of the coarser grid's mean in a voxel, relative to an entry of its own
 SEEN = 1e-3  # entries that rays end at with a lower probability carry no features
 
 
 def depth_bins(
-    near: float, far: float, num_bins: int, spacing: Literal["linear", "inverse"] = "linear"
+    near: float, far: float, num_bins: int, spacing: DepthSpacing = "linear"
 ) -> tuple[Float[Tensor, " bins"], Float[Tensor, " bins"]]:
-    """Centres and widths of planar-depth bins between near and far, in metres, on the CPU."""
+    """Centres and widths of planar-depth bins between near and far, in metres, on the CPU.
+
+    Their edges are equally spaced in depth ("linear"), in its inverse, so that widths grow with the square of depth, or
+    in its logarithm ("log"), so that they grow with depth.
+    """
     cpu = torch.device("cpu")  # also where a model is built without memory, for which linspace would want the compiler
     if spacing == "linear":
         edges = torch.linspace(near, far, num_bins + 1, device=cpu)
-    else:
+    elif spacing == "inverse":
         edges = 1 / torch.linspace(1 / near, 1 / far, num_bins + 1, device=cpu)
+    else:
+        edges = torch.linspace(math.log(near), math.log(far), num_bins + 1, device=cpu).exp()
     return (edges[1:] + edges[:-1]) / 2, edges.diff()
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS, Background, background_code
 from nfldm_ns.autoencoder.decoder import ImageDecoder
 from nfldm_ns.autoencoder.encoder import ImageEncoder
-from nfldm_ns.autoencoder.lifting import Fusion, Splatting, box_exit_depth, depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.lifting import DepthSpacing, Fusion, Splatting, box_exit_depth, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.refinement import GridRefiner, edge_error, refine_grid
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
 from nfldm_ns.scenes.views import Views, camera_rays, valid_cells
@@ -56,9 +56,10 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         image_size: (height, width) of the images it is trained on.
         focal_length: horizontal focal length in pixels at `image_size`; with the image's size it fixes the ray density
             at which features are rendered whatever size is asked for.
+        max_focal_length: the largest one, where cameras differ and `focal_length` is the smallest; None if they do not.
         feature_stride: image pixels per feature pixel, for encoder and decoder alike.
         num_depth_bins: D.
-        depth_spacing: "linear" or "inverse".
+        depth_spacing: "linear", "inverse" or "log", see `depth_bins`.
         encoder_input: "rgbd" takes depth where a view has it, as input and as prior of the densities; "rgb" is the
             paper's way.
         density_from: "views", the paper's: the image encoder gives explicit densities along its rays; "voxels", its
@@ -86,6 +87,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         far: float = 30.0,
         image_size: tuple[int, int] = (64, 64),
         focal_length: float = 51.2,
+        max_focal_length: float | None = None,
         feature_stride: int = 2,
         num_depth_bins: int = 40,
         depth_spacing: str = "linear",
@@ -108,7 +110,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         choices = {
             "encoder_input": (encoder_input, ("rgb", "rgbd")),
             "density_from": (density_from, ("views", "voxels")),
-            "depth_spacing": (depth_spacing, ("linear", "inverse")),
+            "depth_spacing": (depth_spacing, get_args(DepthSpacing)),
             "fusion": (fusion, get_args(Fusion)),
             "splatting": (splatting, get_args(Splatting)),
         }
@@ -314,9 +316,14 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         return replace(maps, features=maps.features + (1 - maps.accumulation) * beyond, background=beyond)
 
     def _ray_grid(self, cameras: Cameras) -> tuple[int, int]:
-        """Rows and columns of rays, so that a ray covers the same angle as in training."""
-        focal = float(cameras.fx.reshape(-1)[0]) / float(self.config.focal_length)
-        stride = self.config.feature_stride * focal
+        """Rows and columns of rays, so that a ray covers an angle as in training.
+
+        Cameras of one size share a grid: of their focal lengths their mean counts, and any that was trained on, of the
+        trained size, has the grid of training.
+        """
+        focal, trained = float(cameras.fx.double().mean()), float(self.config.focal_length)
+        trained = min(max(focal, trained), float(self.config.max_focal_length or trained))
+        stride = self.config.feature_stride * focal / trained
         sizes = (int(cameras.height.reshape(-1)[0]), int(cameras.width.reshape(-1)[0]))
         rows, columns = (max(4, round(size / stride)) for size in sizes)
         return rows, columns

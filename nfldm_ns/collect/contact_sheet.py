@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from jaxtyping import Float, UInt8
+from nerfstudio.cameras.cameras import Cameras
 from PIL import Image, ImageDraw
 
 from nfldm_ns.scenes.collection import BevClass, Scene, SceneCollection
+from nfldm_ns.scenes.views import view_yaws
 from nfldm_ns.scenes.writing import atomic_path
 
 _MARGIN = 2
@@ -91,6 +94,36 @@ def scene_row(collection: SceneCollection, scene: Scene) -> tuple[list[np.ndarra
         pictures.append(colour_bev(scene.bev, collection.bev_classes))
         labels.append("BEV")
     return pictures, labels
+
+
+def panorama_order(cameras: Cameras) -> list[int]:
+    """Indices of cameras `[N]` from left to right, in a panorama whose middle is the direction of the first one."""
+    behind = math.pi - 1e-3  # so that a camera straight behind is always at the left
+    turn = (view_yaws(cameras) - view_yaws(cameras)[0] + behind).remainder(2 * math.pi)
+    return turn.argsort(descending=True).tolist()
+
+
+def write_panoramas(
+    collection: SceneCollection, path: Path, num_views: int = 6, num_scenes: int = 8, cell: int = 128
+) -> None:
+    """Writes a PNG of scenes taken evenly from all splits: their first source views all around, depths, and map."""
+    named = [(split, scene_id) for split, ids in collection.splits.items() for scene_id in ids]
+    rows, labels = [], []
+    for i in np.linspace(0, len(named) - 1, min(num_scenes, len(named))).round().astype(int):
+        split, scene_id = named[i]
+        scene = collection.load_scene(scene_id)
+        views = scene.source[: min(num_views, scene.source.shape[0])]
+        order = panorama_order(views.cameras)
+        rows.append([to_uint8(views.images[k].numpy()) for k in order])
+        labels.append(f"{scene_id}\n{split}")
+        if scene.bev is not None:
+            rows[-1].append(colour_bev(scene.bev, collection.bev_classes))
+        if views.depths is not None:
+            rows.append([colour_depth(views.depths[k, 0].numpy(), collection.near, collection.far) for k in order])
+            labels.append("depth")
+    sheet = image_grid(rows, labels, cell=cell)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="PNG")
 
 
 def write_contact_sheet(collection: SceneCollection, path: Path, num_scenes: int = 16, cell: int = 72) -> None:

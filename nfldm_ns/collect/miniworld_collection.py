@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from jaxtyping import Float, UInt8
 
 from nfldm_ns.collect.level_cameras import level_poses, share_inside
-from nfldm_ns.collect.resuming import claim_folder
+from nfldm_ns.collect.resuming import claim_folder, numbered_splits
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SPLITS, read_json
 from nfldm_ns.scenes.views import Views, make_cameras
@@ -101,7 +100,7 @@ def collect_miniworld(
     splits: dict[str, list[str]] = {name: [] for name in SPLITS}
     drawn = found = drought = 0
     finished = _finished(root)
-    for house, split in house_splits(options.fractions):
+    for house, split in numbered_splits(options.fractions):
         if found >= options.num_scenes:
             break
         if house not in finished:
@@ -156,21 +155,6 @@ def _cannot_draw(error: Exception) -> UserInputError:
 def scene_id(house: int, place: int) -> str:
     """Names a scene after its house and its number among the house's places."""
     return f"house{house:05d}-{place:02d}"
-
-
-def house_splits(fractions: Mapping[str, float]) -> Iterator[tuple[int, str]]:
-    """All houses and what each is for, whatever number of scenes is asked for; the first of each kind come early."""
-    counts = dict.fromkeys(fractions, 0)
-    house = 0
-    while True:
-        split = "train"
-        for lag, (name, fraction) in enumerate(fractions.items()):
-            if house > lag and counts[name] < math.ceil(fraction * (house - lag)):
-                split = name
-                counts[name] += 1
-                break
-        yield house, split
-        house += 1
 
 
 def _check(options: MiniworldOptions) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,3 +40,22 @@ def claim_folder(root: Path, options: Mapping[str, Any], file: str = OPTIONS_FIL
         raise UserInputError(f"{root} is not empty and was not begun by this command: choose another folder.")
     else:
         write_json(path, wanted)
+
+
+def numbered_splits(fractions: Mapping[str, float]) -> Iterator[tuple[int, str]]:
+    """Numbers of made-up worlds and what each is for, however many are asked for; the first of each kind come early.
+
+    Args:
+        fractions: share of the worlds by held-out split.
+    """
+    counts = dict.fromkeys(fractions, 0)
+    number = 0
+    while True:
+        split = "train"
+        for lag, (name, fraction) in enumerate(fractions.items()):
+            if number > lag and counts[name] < math.ceil(fraction * (number - lag)):
+                split = name
+                counts[name] += 1
+                break
+        yield number, split
+        number += 1

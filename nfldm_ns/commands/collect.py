@@ -238,6 +238,86 @@ class Carla:
 
 
 @dataclass
+class Metadrive:
+    """Makes a collection of streets: MetaDrive's roads and traffic, six cameras all around; run again, it continues.
+
+    The first run installs MetaDrive into a virtual environment of its own. No display or GPU is needed.
+    """
+
+    out: tyro.conf.Positional[Path]
+    """Folder of the collection."""
+    num_scenes: int = 500
+    image_size: tuple[int, int] = (128, 128)
+    """Width and height of the images in pixels."""
+    workers: int = 1
+    seed: int = 0
+    places: int = 6
+    """Scenes of each layout of roads; all of a layout are in one split."""
+    test_fraction: float = 0.1
+    """Share of the layouts held out for testing."""
+    val_fraction: float = 0.0
+    blocks: int = 4
+    """Parts of a layout: straights, bends, crossings, roundabouts, ramps."""
+    moving: Literal["still", "keep", "mask"] = "still"
+    """Cars that drive: stand still within a scene, drive on between its time steps, or do so and are masked."""
+    cars: float = 0.12
+    """Share of the places on lanes, 9 m apart, that have a car that drives; others are parked."""
+    fov: tuple[float, ...] = (90.0,)
+    """Horizontal field of view in degrees; or six, from the front counter-clockwise."""
+    height: float = 1.8
+    """Of the cameras above the road, in metres."""
+    time_steps: int = 3
+    """Moments of a scene, while the cameras drive along a lane."""
+    time_step: float = 0.5
+    """Seconds between them."""
+    source_steps: int = 1
+    """Moments, in the middle, whose six cameras are source views; target views are of the others."""
+    num_target_views: int = 4
+    """Held-back views per scene, between the directions of the six cameras."""
+    min_distance: float = 15.0
+    """Least distance between two places of a layout, in metres."""
+    box: Box = (-40, -40, -3, 40, 40, 13)
+    """The box around each place: minimum x, y, z, then maximum x, y, z, in metres relative to the cameras."""
+    near: float = 1.5
+    far: float = 60.0
+    """Depth beyond this many metres is unknown, like the sky's."""
+    bev_size: int = 128
+    """Width and height of the semantic maps in pixels."""
+    environment: Path | None = None
+    """Folder of the virtual environment with MetaDrive, made if it isn't there; by default in the user's cache."""
+
+    def run(self) -> int:
+        from nfldm_ns.collect import street_simulator
+        from nfldm_ns.collect.contact_sheet import write_panoramas
+        from nfldm_ns.collect.street_collection import StreetOptions, check_options, collect_streets, plan_layouts
+        from nfldm_ns.scenes.collection import SceneCollection
+
+        values = vars(self) | {
+            "fractions": {"test": self.test_fraction, "val": self.val_fraction},
+            "aabb": (self.box[:3], self.box[3:]),
+        }
+        names = {field.name for field in fields(StreetOptions)}
+        options = StreetOptions(**{key: value for key, value in values.items() if key in names})
+        check_options(options)
+        plan_layouts(options)
+        environment = self.environment or street_simulator.default_environment()
+        if not street_simulator.ready_environment(environment):
+            print(f"MetaDrive is installed into {environment} first, which takes minutes.")
+            street_simulator.make_environment(environment)
+        with _progress() as progress:
+            task = progress.add_task("scenes", total=self.num_scenes)
+            report = collect_streets(
+                self.out, options, environment, self.workers, lambda done: progress.update(task, completed=done)
+            )
+        counts = ", ".join(f"{count} {name}" for name, count in report.num_scenes.items() if count)
+        print(f"{self.out}: {counts} scenes, {report.new_scenes} of them new, in {report.seconds:.0f} s")
+        _write_sheet(self.out)
+        write_panoramas(SceneCollection.open(self.out), self.out / "panoramas.png")
+        print(f"{self.out / 'panoramas.png'} shows a few of them all around")
+        return 0
+
+
+@dataclass
 class Check:
     """Judges a collection; exit code 1 if something is wrong with it."""
 
@@ -675,6 +755,7 @@ def main(args: list[str] | None = None) -> None:
             "vizdoom": Vizdoom,
             "miniworld": Miniworld,
             "carla": Carla,
+            "metadrive": Metadrive,
             "check": Check,
             "import": Import,
             "nerfstudio": Import,

@@ -26,7 +26,7 @@ class TrainDecoder:
     """The run folder; the generator with the tuned decoder goes to pipeline/ in it."""
     pipeline: Path = Path(GENERATOR)
     """A trained generator: the pipeline folder of nfldm-train-diffusion, or the model that comes with this package."""
-    preset: Literal["tiny", "rooms", "rooms128", "base", "paper"] = "tiny"
+    preset: Literal["tiny", "rooms", "rooms128", "base", "paper", "streets-tiny", "streets", "streets-paper"] = "tiny"
     num_scenes: int | None = None
     """Scenes to make feature maps of: training scenes, each after its latents, and with c and f noised and denoised."""
     num_views: int | None = None

@@ -37,7 +37,7 @@ class TrainDiffusion:
     """The run of nfldm-train-latent-ae."""
     output_dir: Path
     """One run folder per denoiser, and pipeline/ when all are trained."""
-    preset: Literal["tiny", "rooms", "rooms128", "base", "paper"] = "tiny"
+    preset: Literal["tiny", "rooms", "rooms128", "base", "paper", "streets-tiny", "streets", "streets-paper"] = "tiny"
     prediction_type: Literal["v_prediction", "epsilon", "sample", "flow"] = "v_prediction"
     """What the denoisers predict; epsilon needs `--no-zero-terminal-snr`, and flow trains them for a rectified flow
     instead of a diffusion, which has samplers of its own (FlowMatchEulerDiscreteScheduler, FlowMatchHeun...)."""

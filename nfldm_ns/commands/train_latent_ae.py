@@ -28,7 +28,7 @@ class TrainLatentAutoencoder:
     """Encoded scenes, from nfldm-encode."""
     output_dir: Path
     """Folder of the run; the model goes to its latent_autoencoder folder."""
-    preset: Literal["tiny", "rooms", "rooms128", "base", "paper"] = "tiny"
+    preset: Literal["tiny", "rooms", "rooms128", "base", "paper", "streets-tiny", "streets", "streets-paper"] = "tiny"
     quantize: bool = True
     """Vector-quantise c and f, as the paper does."""
     use_fine: bool = True

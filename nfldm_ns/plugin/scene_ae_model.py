@@ -34,8 +34,8 @@ class SceneNetworkConfig:
     """image pixels per feature pixel, a power of two"""
     num_depth_bins: int = 40
     """depths along a pixel's ray at which densities are predicted"""
-    depth_spacing: Literal["linear", "inverse"] = "linear"
-    """how those depths are spaced"""
+    depth_spacing: Literal["linear", "inverse", "log"] = "linear"
+    """how those depths are spaced; log: widths grow with depth"""
     encoder_input: Literal["rgb", "rgbd"] = "rgbd"
     """rgbd: depth is an input and a prior where a view has it; rgb: as in the paper"""
     density_from: Literal["views", "voxels"] = "views"
@@ -97,7 +97,7 @@ class SceneAutoencoderModel(VoxelModel):
         self.autoencoder = SceneAutoencoder(
             **asdict(self.config.network),
             aabb=tuple(tuple(corner) for corner in self.scene_box.aabb.tolist()),
-            **{key: data[key] for key in ("near", "far", "image_size", "focal_length")},
+            **{key: data[key] for key in ("near", "far", "image_size", "focal_length", "max_focal_length")},
         )
         for network in (self.autoencoder.encoder, self.autoencoder.decoder):
             network.to(memory_format=torch.channels_last)
