@@ -338,6 +338,9 @@ class DomainPrior(ImagePrior):
     def encode(self, images: Tensor) -> Tensor:
         return self.space(images)
 
+    def decode(self, encoded: Tensor) -> Tensor | None:
+        return (encoded + 1) / 2 if isinstance(self.space, PixelSpace) else None
+
     def condition(self, images: Tensor | None = None, text: str | None = None) -> Condition:
         if text is not None or images is None:
             raise UserInputError(

@@ -60,6 +60,9 @@ class HubPrior(ImagePrior):
         scaled = 2 * resize_square(images.float(), self.image_size) - 1
         return self.vae.encode(scaled).latent_dist.mean * self.vae.config.scaling_factor
 
+    def decode(self, encoded: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 size size"]:
+        return (self.vae.decode(encoded.float() / self.vae.config.scaling_factor).sample + 1) / 2
+
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         dtype = self.unet.dtype
         condition = {name: values.to(dtype) for name, values in condition.items()}

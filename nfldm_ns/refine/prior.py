@@ -62,6 +62,10 @@ class ImagePrior(nn.Module, ABC):
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
         """Square images in [0, 1], of any size, as the model diffuses them; differentiable."""
 
+    def decode(self, encoded: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 size size"] | None:
+        """The images in [0, 1] that samples are of, not clamped; None where samples do not tell them."""
+        return None
+
     @abstractmethod
     def condition(
         self, images: Float[Tensor, "batch 3 height width"] | None = None, text: str | None = None
@@ -144,8 +148,8 @@ def repeat(condition: Condition, count: int) -> Condition:
 
 
 def rows_of(condition: Condition) -> int:
-    """How many images a condition is of."""
-    return len(next(iter(condition.values())))
+    """How many images a condition is of; 1 of one that says nothing."""
+    return len(next(iter(condition.values()))) if condition else 1
 
 
 def resize_square(images: Float[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:

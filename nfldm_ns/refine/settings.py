@@ -30,6 +30,31 @@ class RegulariserConfig:
 
 
 @dataclass
+class ShadingConfig:
+    """Renders lit by a lamp near the camera, as in DreamFusion (Poole et al. 2023)."""
+
+    shaded_share: float = 0.0
+    """Share of the views that the prior sees lit from a random place."""
+    textureless_share: float = 0.0
+    """Share of the views that it sees lit and without colours, so that only geometry answers."""
+    ambient: float = 0.1
+    """Light that comes from everywhere, in [0, 1]; the rest is the lamp's."""
+    lamp_distance: float = 1.0
+    """Standard deviation of the lamp's place around the camera, in metres along each axis."""
+
+    def check(self) -> None:
+        """Raises `UserInputError` for values that make no sense."""
+        shares = (self.shaded_share, self.textureless_share)
+        if min(shares) < 0 or sum(shares) > 1:
+            raise UserInputError(
+                f"Of all views {shares[0]:g} shaded and {shares[1]:g} textureless cannot be: give shares from 0 to 1 "
+                "that are together at most 1."
+            )
+        if not 0 <= self.ambient <= 1 or not 0 < self.lamp_distance < float("inf"):
+            raise UserInputError("--ambient lies from 0 to 1 and --lamp-distance above 0: change these options.")
+
+
+@dataclass
 class RefinementConfig:
     """What a scene is refined to, and how."""
 
@@ -40,6 +65,9 @@ class RefinementConfig:
     """Of the denoisers of diffusers pipelines."""
     style: str | None = None
     """An image, a folder of images, or (for priors that know text) words: what the scene shall look like."""
+    view_prompt_share: float = 0.0
+    """For words as style: share of the views whose words also say ", front view", side, back or overhead, by where the
+    camera looks; the scene's first camera looks to the front (DreamFusion)."""
     clean_images: Path | None = None
     """Without a style: images the scene shall look like, as a folder or a scene collection. By default those that an
     in-domain prior was trained on."""
@@ -55,6 +83,8 @@ class RefinementConfig:
     """What is asked of the prior."""
     views: ViewSamplingConfig = field(default_factory=ViewSamplingConfig)
     """Where the scene is looked at."""
+    shading: ShadingConfig = field(default_factory=ShadingConfig)
+    """In which light."""
     regularisers: RegulariserConfig = field(default_factory=RegulariserConfig)
     """What keeps it whole."""
 
@@ -69,8 +99,18 @@ class RefinementConfig:
             raise UserInputError(
                 f"The strength must lie above 0 and not above 1, not {self.strength}: change --strength."
             )
+        if not 0 <= self.view_prompt_share <= 1:
+            raise UserInputError(
+                f"The share of view prompts must lie from 0 to 1, not {self.view_prompt_share}: change "
+                "--view-prompt-share."
+            )
         self.distillation.check()
+        self.shading.check()
         self.views.check()
+
+    def of_priors(self) -> list[tuple[RefinementConfig, float]]:
+        """What is wanted of each prior, and its weight."""
+        return [(self, 1.0)]
 
     def effective_distillation(self) -> DistillationConfig:
         """With the noise range that the strength leaves."""
