@@ -672,12 +672,35 @@ def test_refining_is_measured_before_and_after_and_continues(
     # What is there is not made again; more scenes and guidances add to it.
     kept = {path: path.stat().st_mtime_ns for path in (options.output_dir / "records").rglob("*.safetensors")}
     assert len(kept) == 3 * 3 + 1
-    more = replace(options, num_scenes=4, guidances=("none", "classifier_free"), styles=())
+    ways = {"guidances": ("none", "classifier_free"), "objectives": ("sds", "csd")}
+    more = replace(options, num_scenes=4, styles=(), **ways)
     refining.main(more)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
-    assert set(results(options.output_dir)["refining"]["states"]) == {"before", "none", "classifier_free"}
+    states = {"before", "none", "classifier_free", "classifier_free-csd"}
+    assert set(results(options.output_dir)["refining"]["states"]) == states
     with pytest.raises(UserInputError, match="other settings"):
         refining.main(replace(options, steps=3))
+
+
+def test_ways_of_refining_are_all_combinations_by_what_differs() -> None:
+    refining = script("refining")
+    options = refining.Options(
+        refinement=RefinementConfig(prior="here/first"),
+        data=Path("data"),
+        output_dir=Path("out"),
+        guidances=("none", "negative"),
+        objectives=("sds", "csd"),
+        priors=("here/first", "there/second"),
+        lights=("plain", "shaded"),
+    )
+    ways = refining.ways(options)
+    plain = ["none", "negative", "negative-csd", "none-second", "negative-second", "negative-csd-second"]
+    assert set(ways) == {*plain, *(f"{name}-shaded" for name in plain)}
+    last = ways["negative-csd-second-shaded"]
+    assert (last.prior, last.distillation.objective, last.distillation.guidance) == ("there/second", "csd", "negative")
+    assert last.shading.shaded_share == 0.5 and ways["none"].shading.shaded_share == 0
+    with pytest.raises(UserInputError, match="Two of --priors are called second"):
+        refining.ways(replace(options, priors=("here/second", "there/second")))
 
 
 def test_refining_has_the_defaults_of_the_method() -> None:

@@ -295,9 +295,12 @@ class RefineTrainer(WholeCheckpointTrainer):
         refinement, seed = self.config.refinement, self.config.machine.seed
         self._scene = load_generated_scene(self.config.scene_folder())
         assert refinement.prior is not None
-        prior = load_prior(refinement.prior, refinement.precision)
-        scene_map = map_of_scene(prior.maps, self.config.scene_folder(), refinement.bev, self._scene.grid.aabb)
-        refiner = Refiner(copy.deepcopy(self._scene), prior, refinement, seed, self.device, scene_map)
+        priors = [load_prior(refinement.prior, refinement.precision, refinement.lora, refinement.lora_scale)]
+        if refinement.second_prior is not None:
+            priors.append(load_prior(refinement.second_prior, refinement.precision))
+        maps = next((prior.maps for prior in priors if prior.maps is not None), None)
+        scene_map = map_of_scene(maps, self.config.scene_folder(), refinement.bev, self._scene.grid.aabb)
+        refiner = Refiner(copy.deepcopy(self._scene), priors, refinement, seed, self.device, scene_map)
         super().setup(*args, **kwargs)
         self.pipeline.refine_with(refiner, seed, self.total_steps)
         self._broken_steps = 0
@@ -365,9 +368,17 @@ def refined_provenance(before: Mapping[str, Any], config: RefineTrainerConfig, s
         "prior": refinement.prior,
         "style": refinement.style,
         "clean_images": None if refinement.clean_images is None else str(refinement.clean_images),
+        "observed": refinement.observed,
         "bev": None if refinement.bev is None else str(refinement.bev),
         "strength": refinement.strength,
         "distillation": vars(refinement.distillation),
+        "lora": refinement.lora,
+        "lora_scale": refinement.lora_scale,
+        "second": {
+            name.removeprefix("second_"): str(value) if isinstance(value, Path) else value
+            for name, value in vars(refinement).items()
+            if name.startswith("second_") and refinement.second_prior is not None
+        },
         "view_prompt_share": refinement.view_prompt_share,
         "views": vars(refinement.views),
         "shading": vars(refinement.shading),

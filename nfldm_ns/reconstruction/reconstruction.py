@@ -19,6 +19,7 @@ from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_code import VoxelCode
 from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig, fine_tune
+from nfldm_ns.reconstruction.prior_refinement import PriorRefinement, refine_by_prior
 from nfldm_ns.reconstruction.rendering_guide import GuidanceConfig, RenderingGuide, RenderingLoss
 from nfldm_ns.reconstruction.scene_code import cameras_around, sample_scene_code, scene_code_of_views
 from nfldm_ns.reconstruction.visibility import Visibility, ends_of_rays, seen_voxels
@@ -43,6 +44,7 @@ class ReconstructionConfig:
         temperatures: of g, c and f; None: the pipeline's own.
         keep_seen: whether seen voxels are those of stage 1 in the end, as far as these are sure.
         voxel_steps: of Adam on V itself, for the given images and near to what it was.
+        refinement: of V by a prior of images; seen voxels are those of stage 1 again afterwards.
         column_share, cell_share: see `Visibility`.
         loss: weights of the rendering loss.
     """
@@ -57,6 +59,7 @@ class ReconstructionConfig:
     temperatures: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
     keep_seen: bool = True
     voxel_steps: int = 0
+    refinement: PriorRefinement | None = None
     column_share: float = 0.1
     cell_share: float = 0.25
     loss: StageOneLossConfig = field(default_factory=lambda: LOSS)
@@ -165,13 +168,25 @@ def reconstruct_seen(
         latents = fine_tune(pipeline, output.latents, code, loss, config.fine_tuning, generator)
         with torch.no_grad():
             grid = stage2.decode(latents)
-        if config.keep_seen:
-            grid = blend_voxels(grid, seen.grid, seen.visibility.weights())
+        grid = _with_seen(grid, seen, config)
+        cameras = _cameras(pipeline, seen.views)
+        if config.refinement is not None:
+            grid = refine_by_prior(stage1, grid, seen.views, cameras, config.refinement, seed)
+            grid = _with_seen(grid, seen, config)
         if config.voxel_steps:
             grid = _optimise_voxels(pipeline, grid, seen.views, config, perceptual, seed)
-    count = pipeline.global_denoiser.config.num_cameras
-    cameras = cameras_around(seen.views[0].cameras, max(count, seen.views.shape[1]))
     return Reconstruction(grid, latents, cameras, seen.visibility)
+
+
+def _with_seen(grid: VoxelGrid, seen: SeenPlace, config: ReconstructionConfig) -> VoxelGrid:
+    """V with the voxels of stage 1 where the images show them, if these are kept."""
+    return blend_voxels(grid, seen.grid, seen.visibility.weights()) if config.keep_seen else grid
+
+
+def _cameras(pipeline: NFLDMPipeline, views: Views) -> Cameras:
+    """The given ones and others around them, `[N]`."""
+    count = pipeline.global_denoiser.config.num_cameras
+    return cameras_around(views[0].cameras, max(count, views.shape[1]))
 
 
 def _optimise_voxels(

@@ -23,13 +23,14 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.refine.prior import Condition, ImagePrior
 
 Guidance = Literal["none", "classifier_free", "negative"]
+ObjectiveName = Literal["sds", "csd", "reconstruction", "multistep"]
 
 
 @dataclass
 class DistillationConfig:
     """How a prior is listened to."""
 
-    objective: Literal["sds", "csd", "reconstruction", "multistep"] = "sds"
+    objective: ObjectiveName = "sds"
     """sds: the paper's gradient. csd: classifier score distillation (Yu et al. 2024), of the paper's gradient only what
     guidance adds, eps_hat(x | y) - eps_hat(x | y'): what tells wanted images from those that y' or the unconditional
     embedding stands for; steadier, and indifferent to the guidance scale. reconstruction: renders approach what the

@@ -1,6 +1,6 @@
 """What renders are changed by: the gradients of score distillation, and losses to samples of a prior.
 
-A new objective is a class here or in a file of its own, a line in `OBJECTIVES`, and its name in `DistillationConfig`.
+A new objective is a class here or in a file of its own, a line in `OBJECTIVES`, and its name in `ObjectiveName`.
 """
 
 from __future__ import annotations

@@ -17,12 +17,11 @@ from nfldm_ns.refine.prior import Condition, ImagePrior
 from nfldm_ns.refine.seen_maps import SceneMap
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.refine.shading import Shading
-from nfldm_ns.refine.terms import Conditions, PriorTerm
+from nfldm_ns.refine.terms import Conditions, PriorTerm, StartOfScene
 from nfldm_ns.refine.views import ViewSampler
+from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
-NUM_INITIAL_RENDERS = 16  # that y' is embeddings of
-RENDERED_AT_ONCE = 4
 EMPTY_OPACITY = 0.05  # of a voxel: less counts as empty
 
 
@@ -51,6 +50,7 @@ class Refiner:
         seed: of the renders that y' is made of.
         device: of the scene that is refined.
         scene_map: what a prior that knows maps is told of the scene.
+        observed: clean views of the place, `[1, M]`, for priors that observe; by default `config.observed` says which.
 
     Raises:
         UserInputError: if a prior cannot be conditioned on what is wanted, or the scene has no cameras.
@@ -64,30 +64,22 @@ class Refiner:
         seed: int = 0,
         device: torch.device | str = "cpu",
         scene_map: SceneMap | None = None,
+        observed: Views | None = None,
     ) -> None:
         if scene.cameras is None:
             raise UserInputError("The scene has no transforms.json, so nothing tells its cameras: sample it again.")
         priors = [priors] if isinstance(priors, ImagePrior) else priors
-        self.config, self.seed = config, seed
+        self.config = config
         self.scene_map = None if scene_map is None else scene_map.to(device)
         self.start, self.start_renderer = scene.grid.to(device), scene.renderer.to(device)
         self.views = ViewSampler(config.views, self.start, scene.cameras)
         self.start_opacity = self._opacity(self.start)
         used = self.start.features[self.start.features != 0]
         self.feature_std = used.std() if used.numel() > 1 else self.start.features.new_tensor(1.0)
-        front = -scene.cameras.camera_to_worlds[0, :3, 2]
+        start = StartOfScene(self.start, self.start_renderer, scene.cameras, self.views, seed, observed)
         wanted = zip(priors, config.of_priors(), strict=True)
-        self.terms = [PriorTerm(p.to(device), told, self._renders, front, weight) for p, (told, weight) in wanted]
+        self.terms = [PriorTerm(prior.to(device), told, start, weight) for prior, (told, weight) in wanted]
         self._drawn: DrawnViews | None = None
-
-    def _renders(self) -> Float[Tensor, "renders 3 height width"]:
-        """Images in [0, 1] of the scene as it began."""
-        cameras = self.views(NUM_INITIAL_RENDERS, torch.Generator().manual_seed(self.seed))
-        renders = [
-            self.start_renderer.render(self.start, cameras[:, first : first + RENDERED_AT_ONCE]).rgb[0]
-            for first in range(0, NUM_INITIAL_RENDERS, RENDERED_AT_ONCE)
-        ]
-        return torch.cat(renders).clamp(0, 1)
 
     def losses(
         self,
