@@ -16,9 +16,9 @@ scenes as they began and for each way
 - seconds of 100 steps, and peak memory.
 
 Leaves `refining.json`, `before_and_after_<way>.png` (of the first scenes, whatever they look like) and, with
-`--styles`, `styles.png` of one scene. What they are made from is kept, too: an interrupted run continues, and further
-guidances, objectives, priors, lights or styles add to it. Needs the weights of FID's Inception and of LPIPS (`nfldm-weights get
-fid-inception`, `lpips-vgg`).
+`--styles`, `styles.png` of one scene. What they are made from is kept, too: an interrupted run continues, and more
+guidances, objectives, priors, lights or styles add to it. Needs the weights of FID's Inception and of LPIPS
+(`nfldm-weights get fid-inception`, `lpips-vgg`).
 """
 
 from __future__ import annotations
