@@ -23,7 +23,7 @@ from tests.test_domain_prior import MODEL, TRAINING
 
 LONGER = replace(
     TRAINING,
-    schedule=Schedule(max_steps=40, batch_size=8, learning_rate=1e-2, warmup_steps=2, log_every=20, report_to="none"),
+    schedule=Schedule(max_steps=40, batch_size=4, learning_rate=1e-2, warmup_steps=2, log_every=20, report_to="none"),
     ema_decay=0.9,
 )
 

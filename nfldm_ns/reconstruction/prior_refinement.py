@@ -23,9 +23,13 @@ from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
-OBSERVED_DISTILLATION = DistillationConfig(
-    objective="multistep", guidance="none", max_time=0.6, time_annealing="decreasing", sample_every=4
-)
+
+def observed_refinement() -> RefinementConfig:
+    """ReconFusion's objective, from much noise to little, by what a prior that observes says without guidance."""
+    asked = DistillationConfig(
+        objective="multistep", guidance="none", max_time=0.6, time_annealing="decreasing", sample_every=4
+    )
+    return RefinementConfig(distillation=asked)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class PriorRefinement:
     prior: ImagePrior
     optimizers: Mapping[str, Any]
     steps: int = 40
-    config: RefinementConfig = field(default_factory=lambda: RefinementConfig(distillation=OBSERVED_DISTILLATION))
+    config: RefinementConfig = field(default_factory=observed_refinement)
 
     def __post_init__(self) -> None:
         if self.steps < 1:

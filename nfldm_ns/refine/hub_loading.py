@@ -76,7 +76,7 @@ def add_lora(pipeline: Any, lora: str, scale: float = 1.0) -> None:
             raise ValueError("nothing in it is of this model")
         pipeline.fuse_lora(lora_scale=scale)
         pipeline.unload_lora_weights()
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, RuntimeError, SafetensorError) as error:
         raise UserInputError(
             f"The LoRA weights {lora} cannot be loaded ({_reason(error)}): give a safetensors file, its folder, or a "
             "hub id, of weights that were trained for this prior."
