@@ -23,6 +23,7 @@ from nfldm_ns.refine.images import collection_paths
 from nfldm_ns.refine.observed_views import (
     MAX_OBSERVED,
     ObservedViewEncoder,
+    ObservedViews,
     map_channels,
     middle_squares,
     most_similar_place,
@@ -31,7 +32,7 @@ from nfldm_ns.refine.observed_views import (
     require_box,
     without_depth,
 )
-from nfldm_ns.refine.prior_training import PriorLosses, train_prior
+from nfldm_ns.refine.prior_training import PriorLosses, held_out_losses, train_prior
 from nfldm_ns.refine.refiner import Refiner
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import read_transforms
@@ -189,6 +190,27 @@ def test_the_denoiser_is_told_of_the_place_and_not_of_the_image(box_room_collect
     losses.config = replace(TRAINING, view_dropout=1.0)
     losses.losses([2, 1, 0, 3], torch.tensor([5, 6, 7, 8]), losses.share.draws(0))
     assert (told["views"] == 0).all()
+
+
+def test_what_was_observed_is_made_use_of(prior):
+    """Of images in greys, of which nothing tells the grey but the maps: the loss falls by what they tell."""
+    torch.manual_seed(0)
+    greys = torch.linspace(40, 215, 16)
+    images = greys.view(-1, 1, 1, 1).expand(-1, 3, 16, 16).to(torch.uint8)
+    maps = (greys / 255).view(-1, 1, 1, 1).expand(-1, 6, SIDE, SIDE).half()
+    denoiser = PriorDenoiser(**MODEL, embedding_dim=1152, view_channels=6)
+    denoiser.view_encoder.fit(maps)
+    observed = ObservedViews(maps, torch.zeros(16, 1152), [()] * 16)
+    config = replace(TRAINING, condition_dropout=1.0, view_dropout=0.3)
+    asked = (denoiser, denoiser, prior.space, prior.embedder, images, config, torch.device("cpu"))
+    losses = PriorLosses(*asked, observed=observed)
+    optimiser = torch.optim.Adam(denoiser.parameters(), lr=5e-3)
+    for step in range(100):
+        optimiser.zero_grad()
+        losses(step)["loss"].backward()
+        optimiser.step()
+    found = held_out_losses(losses)
+    assert found["held_out_loss"] < 0.7 * found["held_out_loss_without_views"], found
 
 
 # Refining

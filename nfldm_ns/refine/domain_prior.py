@@ -61,6 +61,7 @@ COLOUR_WEIGHT = 10.0  # of what the judge says of colours: it moves 3 of many ch
 LEAST_SHARE = 1e-5  # of the largest variance, of a component that counts
 LARGEST_COMPONENT = 4.0  # standard deviations: images unlike all of the domain are as its most extreme ones
 LEAST_LOG_VARIANCE = -2.0  # of what the judge says: nothing is certain
+LARGEST_VIEW_SIDE = 16  # of maps of observed views, which are kept for all images of a training
 SMALLEST_EMBEDDED = 64  # pixels; AlexNet has nothing left of much smaller images
 
 EmbeddingNetwork = Literal["vgg", "alex"]
@@ -205,8 +206,8 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
 
     @property
     def view_side(self) -> int:
-        """Of the maps that it sees of observed views."""
-        return self.sample_shape[-1] // self.config.patch_size
+        """Of the maps that it sees of observed views; larger samples see them interpolated."""
+        return min(self.sample_shape[-1] // self.config.patch_size, LARGEST_VIEW_SIDE)
 
     def fit(self, embeddings: Float[Tensor, "images dim"], moments: Float[Tensor, "images 9"]) -> None:
         """Takes on the statistics of embeddings and `colour_moments`."""

@@ -110,6 +110,42 @@ class Personalisation:
             raise UserInputError(f"--preservation-share is {self.preservation_share}: give a share from 0 to below 1.")
 
 
+@dataclass
+class LearnedImages:
+    """Images, and what is known of each.
+
+    Attributes:
+        images: `[N, 3, S, S]`, 8 bits.
+        seen: what they see of their scenes' maps; None for a prior without.
+        observed: what was observed of their places; None for a prior that observes nothing.
+    """
+
+    images: UInt8[Tensor, "images 3 size size"]
+    seen: SeenMaps | None = None
+    observed: ObservedViews | None = None
+
+    @staticmethod
+    def read(
+        collection: SceneCollection,
+        paths: Sequence[Path],
+        denoiser: PriorDenoiser,
+        embedder: ImageEmbedder,
+        maps: MapDescription | None,
+        stage1: SceneAutoencoder | None,
+        seed: int,
+    ) -> LearnedImages:
+        """Images of a collection, with what the denoiser is to be told of them."""
+        images = read_square_images(paths, denoiser.config.image_size)
+        seen = None if maps is None else maps_seen_in(collection, maps, paths)
+        if stage1 is None:
+            return LearnedImages(images, seen)
+        return LearnedImages(images, seen, observed_in(collection, stage1, embedder, paths, denoiser.view_side, seed))
+
+    def first(self, count: int) -> tuple[Tensor, SeenMaps | None, ObservedViews | None]:
+        """Of the first images; what was observed is that of all."""
+        return self.images[:count], None if self.seen is None else self.seen[:count], self.observed
+
+
 class PriorLosses:
     """Mean squared errors of velocities; what is drawn depends on an image's place in the sequence of all images.
 
@@ -276,6 +312,19 @@ def evaluate_prior(losses: PriorLosses, seed: int = 0) -> float:
     return total / count
 
 
+def held_out_losses(judged: PriorLosses) -> dict[str, float]:
+    """`held_out_loss`, and the same without maps and without observed views, where the prior knows any."""
+    losses = {"held_out_loss": judged}
+    if judged.seen is not None:
+        losses["held_out_loss_without_maps"] = copy(judged)
+        losses["held_out_loss_without_maps"].seen = None
+    if judged.observed is not None:
+        hidden = replace(judged.observed, maps=torch.zeros_like(judged.observed.maps))
+        losses["held_out_loss_without_views"] = copy(judged)
+        losses["held_out_loss_without_views"].observed = hidden
+    return {name: round(evaluate_prior(value), 5) for name, value in losses.items()}
+
+
 def train_prior(
     collection: SceneCollection,
     output_dir: Path | str,
@@ -310,95 +359,66 @@ def train_prior(
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     if personal is not None:
-        start = personal.start
-        config = replace(config, embedding=start.embedder.network)
-        model_config = {"image_size": start.image_size}
+        config = replace(config, embedding=personal.start.embedder.network)
+        model_config = {"image_size": personal.start.image_size}
     size = int(model_config.get("image_size", 64))
     embedder = ImageEmbedder(config.embedding, size).to(accelerator.device)
     maps = MapDescription.of_collection(collection) if with_maps else None
-    try:
-        sizes = {**model_config, "embedding_dim": embedder.dim, "knows_renders": bool(generated)}
-        sizes["bev_classes"] = 0 if maps is None else maps.outside
-        sizes["view_channels"] = 0 if stage1 is None else map_channels(stage1)
-        denoiser = PriorDenoiser(**sizes) if personal is None else _free(personal.start.denoiser)
-    except ValueError as error:
-        raise UserInputError(f"The prior cannot be built ({error}): choose another --image-size.") from None
-    paths = collection_paths(collection, "train")
-    paths = paths if max_images is None else evenly(paths, max_images)
-    images = read_square_images(paths, size)
-    renders = read_square_images(render_paths(generated), size) if generated else images[:0]
-    held_out = held_out_split(collection.splits)
-    held_out_paths = evenly(collection_paths(collection, held_out), NUM_HELD_OUT)
-    held_out_images = read_square_images(held_out_paths, size)
-    seen, held_out_seen = (
-        None if maps is None else maps_seen_in(collection, maps, chosen) for chosen in (paths, held_out_paths)
-    )
-    observed, held_out_observed = (
-        None
-        if stage1 is None
-        else observed_in(
-            collection,
-            stage1.to(accelerator.device),
-            embedder,
-            chosen,
-            denoiser.view_side,
-            config.schedule.seed,
-        )
-        for chosen in (paths, held_out_paths)
-    )
+    if personal is None:
+        denoiser = _new_denoiser(model_config, embedder, bool(generated), maps, stage1)
+    else:
+        denoiser = _free(personal.start.denoiser)
     denoiser.to(accelerator.device)
+    stage1 = None if stage1 is None else stage1.to(accelerator.device)
+
+    def read(paths: Sequence[Path]) -> LearnedImages:
+        return LearnedImages.read(collection, paths, denoiser, embedder, maps, stage1, config.schedule.seed)
+
+    paths = collection_paths(collection, "train")
+    learned = read(paths if max_images is None else evenly(paths, max_images))
+    renders = read_square_images(render_paths(generated), size) if generated else learned.images[:0]
+    split = held_out_split(collection.splits)
+    held_out = read(evenly(collection_paths(collection, split), NUM_HELD_OUT))
     preserved = None
     if personal is None:
         space = make_space(denoiser.config.space, size).to(accelerator.device)
-        examples = images[evenly(range(len(images)), NUM_STATISTICS)]
-        space.fit(examples)
-        denoiser.fit(_embed(embedder, examples), colour_moments(examples.float() / 255))
+        _fit(denoiser, space, embedder, learned)
     else:
         space = personal.start.space.to(accelerator.device)
-        preserved = (images, personal.preservation_share)
-        images = read_square_images(personal.images, size)
-    if observed is not None:
-        denoiser.view_encoder.fit(observed.maps[evenly(range(len(images)), NUM_STATISTICS)])
+        preserved = (learned.images, personal.preservation_share)
+        learned = LearnedImages(read_square_images(personal.images, size))
     identity = {
         "kind": "image prior",
-        "collection": {"name": collection.name, "scenes": len(collection.splits["train"]), "images": len(images)},
+        "collection": {
+            "name": collection.name,
+            "scenes": len(collection.splits["train"]),
+            "images": len(learned.images),
+        },
         "renders": len(renders),
         "model": public_config(denoiser),
         "embedding": config.embedding,
         "seed": config.schedule.seed,
         "batch_size": joint_batch_size(config.schedule, accelerator),
+        **_further_identity(denoiser, stage1, personal),
     }
     if stage1 is None:
         identity["model"].pop("view_channels", None)  # which runs of earlier versions do not have
-    else:
-        identity["stage1"] = model_hash(stage1)
-    if personal is not None:
-        identity["personalised"] = {"start": model_hash(denoiser), "share": personal.preservation_share}
     folder = RunFolder(output_dir, identity, accelerator)
     ema = moving_averages(denoiser, config.ema_decay)
 
+    def losses_of(wrapped: nn.Module, found: LearnedImages, **changes: Any) -> PriorLosses:
+        told = {"seen": found.seen, "observed": found.observed, **changes}
+        return PriorLosses(wrapped, denoiser, space, embedder, found.images, config, accelerator.device, **told)
+
     def make_losses(wrapped: nn.Module) -> PriorLosses:
         share = batch_share(config.schedule, accelerator)
-        device = accelerator.device
-        learned = (images, config, device, share, renders, seen, observed, preserved)
-        return PriorLosses(wrapped, denoiser, space, embedder, *learned)
+        return losses_of(wrapped, learned, share=share, renders=renders, preserved=preserved)
 
-    judged = PriorLosses(
-        denoiser,
-        denoiser,
-        space,
-        embedder,
-        held_out_images,
-        config,
-        accelerator.device,
-        seen=held_out_seen,
-        observed=held_out_observed,
-    )
-    before = {} if personal is None else _personal_losses(judged, images, "_before")
-    render = None
+    judged = losses_of(denoiser, held_out)
+    before = {} if personal is None else _personal_losses(judged, learned.images, "_before")
+    pictures = None
     if config.schedule.validation_steps:
-        shown = None if held_out_seen is None else held_out_seen[:NUM_PICTURES]
-        render = PriorPictures(denoiser, space, embedder, held_out_images[:NUM_PICTURES], shown, held_out_observed)
+        pictures = PriorPictures(denoiser, space, embedder, *held_out.first(NUM_PICTURES))
     train(
         folder,
         denoiser,
@@ -406,7 +426,7 @@ def train_prior(
         config.schedule,
         accelerator,
         ema=ema,
-        render=render,
+        render=pictures,
         description="Prior of the collection's images",
         on_progress=on_progress,
     )
@@ -414,36 +434,68 @@ def train_prior(
     destination = Path(output_dir) / PRIOR_FOLDER
     if accelerator.is_main_process:
         made_by: dict[str, Any] = {
-            "command": "nfldm-train-prior",
+            "command": "nfldm-train-prior" + ("" if personal is None else " --personalise"),
             "collection": collection.name,
             "licence": collection.licence,
-            "images": len(images),
+            "images": len(learned.images),
             "renders": len(renders),
             "steps": folder.steps,
             "seed": config.schedule.seed,
-            "held_out_split": held_out,
-            "held_out_loss": round(evaluate_prior(judged), 5),
+            "held_out_split": split,
+            **(held_out_losses(judged) if personal is None else _personal_losses(judged, learned.images)),
+            **before,
         }
-        if personal is not None:
-            made_by |= {"command": "nfldm-train-prior --personalise", **before, **_personal_losses(judged, images)}
-        if maps is not None:
-            judged.seen = None
-            made_by["held_out_loss_without_maps"] = round(evaluate_prior(judged), 5)
-        if held_out_observed is not None:
-            hidden = replace(held_out_observed, maps=torch.zeros_like(held_out_observed.maps))
-            judged.seen, judged.observed = held_out_seen, hidden
-            made_by["held_out_loss_without_views"] = round(evaluate_prior(judged), 5)
         save_domain_prior(
             destination,
             denoiser,
             space,
             judged.scheduler,
-            _embed(embedder, images[evenly(range(len(images)), NUM_CLEAN)]),
+            _embed(embedder, evenly_chosen(learned.images, NUM_CLEAN)),
             PriorDescription(config.embedding, made_by, maps),
             stage1,
         )
     accelerator.wait_for_everyone()
     return destination
+
+
+def _new_denoiser(
+    model_config: dict[str, Any],
+    embedder: ImageEmbedder,
+    knows_renders: bool,
+    maps: MapDescription | None,
+    stage1: SceneAutoencoder | None,
+) -> PriorDenoiser:
+    try:
+        return PriorDenoiser(
+            **model_config,
+            embedding_dim=embedder.dim,
+            knows_renders=knows_renders,
+            bev_classes=0 if maps is None else maps.outside,
+            view_channels=0 if stage1 is None else map_channels(stage1),
+        )
+    except ValueError as error:
+        raise UserInputError(f"The prior cannot be built ({error}): choose another --image-size.") from None
+
+
+def _fit(
+    denoiser: PriorDenoiser, space: PixelSpace | FeatureSpace, embedder: ImageEmbedder, learned: LearnedImages
+) -> None:
+    """Takes on the statistics of what is learned."""
+    examples = evenly_chosen(learned.images, NUM_STATISTICS)
+    space.fit(examples)
+    denoiser.fit(_embed(embedder, examples), colour_moments(examples.float() / 255))
+    if learned.observed is not None and denoiser.view_encoder is not None:
+        denoiser.view_encoder.fit(evenly_chosen(learned.observed.maps, NUM_STATISTICS))
+
+
+def _further_identity(
+    denoiser: PriorDenoiser, stage1: SceneAutoencoder | None, personal: Personalisation | None
+) -> dict[str, Any]:
+    """What a run that observes, or personalises, is told apart by."""
+    found: dict[str, Any] = {} if stage1 is None else {"stage1": model_hash(stage1)}
+    if personal is not None:
+        found["personalised"] = {"start": model_hash(denoiser), "share": personal.preservation_share}
+    return found
 
 
 def _free(denoiser: PriorDenoiser) -> PriorDenoiser:
@@ -461,6 +513,11 @@ def _personal_losses(
     few.images = images
     losses = {"held_out_loss": evaluate_prior(judged), "personal_loss": evaluate_prior(few)}
     return {f"{name}{when}": round(value, 5) for name, value in losses.items()}
+
+
+def evenly_chosen(rows: Tensor, count: int) -> Tensor:
+    """At most `count` rows, evenly spaced."""
+    return rows[evenly(range(len(rows)), count)]
 
 
 def _embed(embedder: ImageEmbedder, images: UInt8[Tensor, "images 3 size size"]) -> Float[Tensor, "images dim"]:
