@@ -142,15 +142,23 @@ class RefinementConfig:
         """What is wanted of each prior, and its weight. Of two, those that are told words are told prompts by view."""
         if self.second_prior is None:
             return [(self, 1.0)]
-        changes = {"guidance": self.second_guidance, "guidance_scale": self.second_guidance_scale}
-        changes = {name: value for name, value in changes.items() if value is not None}
+        scale = self.second_guidance_scale
+        distillation = replace(
+            self.distillation,
+            guidance=self.second_guidance or self.distillation.guidance,
+            guidance_scale=self.distillation.guidance_scale if scale is None else scale,
+        )
         second = replace(
             self,
             prior=self.second_prior,
             style=self.second_style,
             clean_images=self.second_clean_images,
-            distillation=replace(self.distillation, **changes),
-            **{f"second_{name}": None for name in ("prior", "style", "clean_images", "guidance", "guidance_scale")},
+            distillation=distillation,
+            second_prior=None,
+            second_style=None,
+            second_clean_images=None,
+            second_guidance=None,
+            second_guidance_scale=None,
         )
         both = [told if told.says_words else replace(told, view_prompt_share=0.0) for told in (self, second)]
         return [(both[0], 1.0), (both[1], self.second_weight)]

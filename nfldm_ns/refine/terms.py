@@ -177,6 +177,7 @@ class PriorTerm:
             return None
         if not config.says_words:
             raise UserInputError("Prompts by view want words: give --style in words, or leave out --view-prompt-share.")
+        assert config.style is not None
         clean = None if config.clean_images is None else self._examples(config.clean_images)
         return [self.prior.condition(clean, words) for words in prompts_by_direction(config.style)]
 
