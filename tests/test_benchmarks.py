@@ -55,6 +55,7 @@ from tests.small_models import (
     small_scene_autoencoder,
 )
 from tests.synthetic import AABB
+from tests.test_distillation import GaussianPrior
 from tests.tiny_priors import save_image_variation_prior
 
 SMALL_NETWORK = {
@@ -507,6 +508,13 @@ def test_reconstructions_are_measured_once_and_drawn(
     assert results(options.output_dir) == found
     with pytest.raises(UserInputError, match="other settings"):
         reconstruction.main(replace(options, seed=1))
+    monkeypatch.setattr(reconstruction, "load_prior", lambda name: GaussianPrior(32))
+    refined = {"priors": ("here/gaussian",), "prior_steps": 1, "what": ("views",), "counts": (1,)}
+    reconstruction.main(replace(options, output_dir=tmp_path / "refined", **refined))
+    rows = results(tmp_path / "refined")["views"]["counts"]["1"]["rows"]
+    assert set(rows) == {"stage1", "stage2", "prior", "refined-here/gaussian"}
+    assert rows["refined-here/gaussian"]["lpips"] != rows["prior"]["lpips"]
+    assert "| 1 | refined by gaussian |" in capsys.readouterr().out
 
 
 def test_maps_that_are_followed_score_like_real_scenes(edit_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:

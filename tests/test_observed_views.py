@@ -270,12 +270,12 @@ def test_answers_are_refined_where_no_image_shows_them(box_room_collection, prio
     config: ReconstructionConfig = QUICK
     seen = SeenPlace.of(pipeline, views, config)
     plain = reconstruct_seen(pipeline, seen, 0, config)
-    refined = reconstruct_seen(pipeline, seen, 0, replace(config, refinement=refinement))
+    refined = reconstruct_seen(pipeline, seen, 0, config, refinement=refinement)
     kept = seen.visibility.weights().expand_as(plain.grid.features) == 1
     assert bool(kept.any()) and torch.equal(refined.grid.features[kept], seen.grid.features[kept])
     assert not torch.equal(refined.grid.features[~kept], plain.grid.features[~kept])
     assert torch.equal(refined.latents.coarse, plain.latents.coarse)
-    again = reconstruct_seen(pipeline, seen, 0, replace(config, refinement=refinement))
+    again = reconstruct_seen(pipeline, seen, 0, config, refinement=refinement)
     assert torch.equal(again.grid.features, refined.grid.features), "the same seed, the same answer"
     with pytest.raises(UserInputError, match="--prior-steps"):
         replace(refinement, steps=0)

@@ -372,10 +372,13 @@ def test_the_original_is_never_the_result(folders, tmp_path, capfd):
 
 def test_options_of_the_command_line():
     arguments = ["--prior", "folder", "--style", "winter wonderland", "--strength", "0.5", "--data", "scene"]
-    arguments += ["--guidance", "classifier_free", "--area", "4"]
+    arguments += ["--guidance", "classifier_free", "--area", "4", "--objective", "multistep", "--sample-every", "2"]
+    arguments += ["--shaded-share", "0.2", "--view-prompt-share", "0.5", "--second-prior", "other", "--lora", "weights"]
     config = tyro.cli(RefineTrainerConfig, default=copy.deepcopy(nfldm_refine.config), args=arguments)
     assert config.refinement.style == "winter wonderland" and config.refinement.strength == 0.5
     assert config.refinement.distillation.guidance == "classifier_free" and config.refinement.views.area == 4
+    assert config.refinement.distillation.objective == "multistep" and config.refinement.shading.shaded_share == 0.2
+    assert config.refinement.second_prior == "other" and config.refinement.lora == "weights"
 
 
 def test_refining_without_a_trainer_gives_the_same_scene(folders, trainer):

@@ -89,8 +89,9 @@ class Reconstruct:
         if self.prior is not None:
             record |= {"prior": self.prior, "prior_steps": self.prior_steps}
         folders = []
+        options = {"record": record, "refinement": self._refinement()}
         for folder in write_answers(
-            pipeline, views, self.output_dir, self.num_answers, self.seed, self._config(), record=record
+            pipeline, views, self.output_dir, self.num_answers, self.seed, self._config(), **options
         ):
             print(folder)
             folders.append(folder)
@@ -105,7 +106,6 @@ class Reconstruct:
             num_inference_steps=self.steps,
             guidance=GuidanceConfig(scale=self.guidance),
             fine_tuning=FineTuningConfig(steps=self.fine_tuning),
-            refinement=self._refinement(),
         )
 
     def _refinement(self) -> PriorRefinement | None:

@@ -44,7 +44,6 @@ class ReconstructionConfig:
         temperatures: of g, c and f; None: the pipeline's own.
         keep_seen: whether seen voxels are those of stage 1 in the end, as far as these are sure.
         voxel_steps: of Adam on V itself, for the given images and near to what it was.
-        refinement: of V by a prior of images; seen voxels are those of stage 1 again afterwards.
         column_share, cell_share: see `Visibility`.
         loss: weights of the rendering loss.
     """
@@ -59,7 +58,6 @@ class ReconstructionConfig:
     temperatures: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
     keep_seen: bool = True
     voxel_steps: int = 0
-    refinement: PriorRefinement | None = None
     column_share: float = 0.1
     cell_share: float = 0.25
     loss: StageOneLossConfig = field(default_factory=lambda: LOSS)
@@ -119,6 +117,7 @@ def reconstruct_scene(
     seed: int = 0,
     config: ReconstructionConfig | None = None,
     perceptual: PerceptualNetwork | None = None,
+    refinement: PriorRefinement | None = None,
 ) -> Reconstruction:
     """One answer of as many as there are seeds.
 
@@ -130,9 +129,10 @@ def reconstruct_scene(
         views: 1 to 4 posed images of one place, batch shape `[1, N]`, of the size that stage 1 was trained on, with
             depth where there is any.
         perceptual: the network of LPIPS, if `config.loss` has weights for it.
+        refinement: of the voxels by a prior of images; none by default.
     """
     config = config or ReconstructionConfig()
-    return reconstruct_seen(pipeline, SeenPlace.of(pipeline, views, config), seed, config, perceptual)
+    return reconstruct_seen(pipeline, SeenPlace.of(pipeline, views, config), seed, config, perceptual, refinement)
 
 
 def reconstruct_seen(
@@ -141,6 +141,7 @@ def reconstruct_seen(
     seed: int,
     config: ReconstructionConfig,
     perceptual: PerceptualNetwork | None = None,
+    refinement: PriorRefinement | None = None,
 ) -> Reconstruction:
     """`reconstruct_scene` of a place that is encoded."""
     stage1, stage2 = pipeline.scene_autoencoder, pipeline.latent_autoencoder
@@ -169,13 +170,25 @@ def reconstruct_seen(
         with torch.no_grad():
             grid = stage2.decode(latents)
         grid = _with_seen(grid, seen, config)
-        cameras = _cameras(pipeline, seen.views)
-        if config.refinement is not None:
-            grid = refine_by_prior(stage1, grid, seen.views, cameras, config.refinement, seed)
-            grid = _with_seen(grid, seen, config)
+        if refinement is not None:
+            grid = refine_unseen(pipeline, seen, grid, config, refinement, seed)
         if config.voxel_steps:
             grid = _optimise_voxels(pipeline, grid, seen.views, config, perceptual, seed)
-    return Reconstruction(grid, latents, cameras, seen.visibility)
+    return Reconstruction(grid, latents, _cameras(pipeline, seen.views), seen.visibility)
+
+
+def refine_unseen(
+    pipeline: NFLDMPipeline,
+    seen: SeenPlace,
+    grid: VoxelGrid,
+    config: ReconstructionConfig,
+    refinement: PriorRefinement,
+    seed: int,
+) -> VoxelGrid:
+    """V of an answer, refined by a prior of images; seen voxels are those of stage 1 again afterwards."""
+    cameras = _cameras(pipeline, seen.views)
+    refined = refine_by_prior(pipeline.scene_autoencoder, grid, seen.views, cameras, refinement, seed)
+    return _with_seen(refined, seen, config)
 
 
 def _with_seen(grid: VoxelGrid, seen: SeenPlace, config: ReconstructionConfig) -> VoxelGrid:

@@ -138,7 +138,7 @@ class PriorTerm:
         return most_similar_place(SceneCollection.open(folder), stage1, grid)[1]
 
     def _wanted(self) -> Condition:
-        """y: of the style, or of clean images."""
+        """y: of the style, of clean images, or else of photos of the place."""
         config, prior = self.config, self.prior
         if prior.observes_alone and config.style is None and config.clean_images is None:
             return prior.condition()
@@ -154,6 +154,8 @@ class PriorTerm:
             return prior.condition(clean)
         if isinstance(prior, DomainPrior):
             return prior.clean_condition()
+        if self.start.observed is not None:
+            return prior.condition(self.start.observed.images[0].to(prior.device))
         raise UserInputError(
             "Nothing tells this prior what the scene shall look like: name clean images with --clean-images, or give "
             "a --style."
