@@ -193,24 +193,30 @@ def test_the_denoiser_is_told_of_the_place_and_not_of_the_image(box_room_collect
 
 
 def test_what_was_observed_is_made_use_of(prior):
-    """Of images in greys, of which nothing tells the grey but the maps: the loss falls by what they tell."""
+    """Of patterns that nothing tells but the maps: what is lost at much noise falls by what they tell."""
+    generator = torch.Generator().manual_seed(0)
+    patterns = torch.randint(0, 2, (16, 1, 4, 4), generator=generator).float()
+    patterns = torch.nn.functional.interpolate(patterns, (16, 16))
+    images = (40 + 175 * patterns).expand(-1, 3, -1, -1).to(torch.uint8)
+    maps = torch.cat([patterns.expand(-1, 5, -1, -1), torch.ones(16, 1, SIDE, SIDE)], dim=1).half()
     torch.manual_seed(0)
-    greys = torch.linspace(40, 215, 16)
-    images = greys.view(-1, 1, 1, 1).expand(-1, 3, 16, 16).to(torch.uint8)
-    maps = (greys / 255).view(-1, 1, 1, 1).expand(-1, 6, SIDE, SIDE).half()
     denoiser = PriorDenoiser(**MODEL, embedding_dim=1152, view_channels=6)
     denoiser.view_encoder.fit(maps)
+
+    def silent(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(pixels), 1152)
+
     observed = ObservedViews(maps, torch.zeros(16, 1152), [()] * 16)
-    config = replace(TRAINING, condition_dropout=1.0, view_dropout=0.3)
-    asked = (denoiser, denoiser, prior.space, prior.embedder, images, config, torch.device("cpu"))
+    config = replace(TRAINING, view_dropout=0.3, schedule=replace(TRAINING.schedule, batch_size=16))
+    asked = (denoiser, denoiser, prior.space, silent, images, config, torch.device("cpu"))
     losses = PriorLosses(*asked, observed=observed)
-    optimiser = torch.optim.Adam(denoiser.parameters(), lr=5e-3)
-    for step in range(100):
+    optimiser = torch.optim.Adam(denoiser.parameters(), lr=1e-2)
+    for step in range(60):
         optimiser.zero_grad()
         losses(step)["loss"].backward()
         optimiser.step()
     found = held_out_losses(losses)
-    assert found["held_out_loss"] < 0.7 * found["held_out_loss_without_views"], found
+    assert found["held_out_loss"] < 0.8 * found["held_out_loss_without_views"], found
 
 
 # Refining

@@ -208,7 +208,6 @@ class ObservedViewEncoder(nn.Module):
             nn.Conv2d(channels, VIEW_FEATURES, 1),
             nn.SiLU(),
             nn.Conv2d(VIEW_FEATURES, VIEW_FEATURES, 3, padding=1),
-            nn.GroupNorm(1, VIEW_FEATURES),
         )
 
     def fit(self, maps: Float[Tensor, "images channels side side"]) -> None:
