@@ -89,9 +89,16 @@ class Reconstruct:
         if self.prior is not None:
             record |= {"prior": self.prior, "prior_steps": self.prior_steps}
         folders = []
-        options = {"record": record, "refinement": self._refinement()}
+        settings, refinement = self._config(), self._refinement()
         for folder in write_answers(
-            pipeline, views, self.output_dir, self.num_answers, self.seed, self._config(), **options
+            pipeline,
+            views,
+            self.output_dir,
+            self.num_answers,
+            self.seed,
+            settings,
+            record=record,
+            refinement=refinement,
         ):
             print(folder)
             folders.append(folder)
