@@ -1,10 +1,12 @@
 """How well places are reconstructed from a few images by the prior (docs/reconstruction.md).
 
     python benchmarks/reconstruction.py --data DATA --output-dir OUT [--what views poses pictures] [--counts 1 2 4]
+    ... --priors vizdoom-prior outputs/observing
 
 - `views`: of held-out places reconstructed from 1, 2, 4 of their images: PSNR, LPIPS, FID and KID of views that were
-  not given, target views and further source views, beside stage 1 given the same images, and stages 1 and 2. Of those
-  whose surfaces the given images hardly show, KID beside that of views of sampled scenes; the real views that both are
+  not given, target views and further source views, beside stage 1 given the same images, and stages 1 and 2. With
+  `--priors` answers are also refined by priors of images, as `nfldm-reconstruct --prior` does it. Of views whose
+  surfaces the given images hardly show, KID beside that of views of sampled scenes; the real views that both are
   compared with are of other held-out places. PSNR also of the pixels that the given images show and of all others: a
   room sampled where nothing was seen has at best twice the squared error of the mean of all rooms, 3 dB.
 - `poses`: unposed photos, one of each place: the share of poses within 5 and 10 degrees and within 5 % of the box, raw
@@ -34,12 +36,15 @@ from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along, surround_cameras
+from nfldm_ns.method_configs.refine import refine_trainer_config
 from nfldm_ns.metrics.images import extract_features, frechet_distance, kernel_distance, lpips_distance, psnr
 from nfldm_ns.models import GENERATOR
 from nfldm_ns.pretrained.weights import fetch_weights, load_inception, load_lpips
 from nfldm_ns.reconstruction.poses import PoseConfig, estimate_pose, pose_error
-from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig, SeenPlace, reconstruct_seen
+from nfldm_ns.reconstruction.prior_refinement import PriorRefinement
+from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig, SeenPlace, reconstruct_seen, refine_unseen
 from nfldm_ns.reconstruction.visibility import seen_points
+from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.reports.galleries import write_png
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
@@ -79,6 +84,10 @@ class Options:
     """whether given images come with depth"""
     config: ReconstructionConfig = field(default_factory=ReconstructionConfig)
     """of the reconstruction"""
+    priors: tuple[str, ...] = ()
+    """priors of images that answers are also refined by, each by itself"""
+    prior_steps: int = 40
+    """of these refinements"""
     num_photos: int = 16
     """unposed photos"""
     poses: PoseConfig = field(default_factory=PoseConfig)
@@ -91,8 +100,15 @@ class Options:
         use_threads(self.threads)
         if min(self.num_scenes, self.num_photos, *self.counts) < 1 or not self.counts:
             raise UserInputError("--num-scenes, --num-photos and --counts must be at least 1: give larger numbers.")
+        if self.prior_steps < 1:
+            raise UserInputError(f"--prior-steps is {self.prior_steps}: give at least 1.")
         if self.num_views < 2:
             raise UserInputError(f"--num-views is {self.num_views}: give at least 2.")
+
+
+def methods(options: Options) -> dict[str, str]:
+    """Titles of all methods by name."""
+    return METHODS | {f"refined-{prior}": f"refined by {Path(prior).name}" for prior in options.priors}
 
 
 class Places:
@@ -119,6 +135,13 @@ class Places:
     @cached_property
     def lpips(self) -> torch.nn.Module:
         return load_lpips("vgg").to(self.device)
+
+    @cached_property
+    def refinements(self) -> dict[str, PriorRefinement]:
+        """By the names of their methods."""
+        optimizers, steps = refine_trainer_config().optimizers, self.options.prior_steps
+        priors = {prior: load_prior(prior).to(self.device) for prior in self.options.priors}
+        return {f"refined-{name}": PriorRefinement(prior, optimizers, steps) for name, prior in priors.items()}
 
     def split_views(self, scene_id: str, count: int) -> tuple[Views, Views]:
         """Given views, and all others, `[N]` and `[M]`."""
@@ -182,6 +205,9 @@ def made_views(places: Places, scene_id: str, count: int) -> dict[str, Any]:
     with torch.no_grad():
         decoded = places.pipeline.latent_autoencoder.decode(seen.latents)
     grids = {"stage1": seen.grid, "stage2": decoded, "prior": answer.grid}
+    for name, refinement in places.refinements.items():
+        config = options.config
+        grids[name] = refine_unseen(places.pipeline, seen, answer.grid, config, refinement, options.seed)
     images = {name: places.show(grid, others) for name, grid in grids.items()}
     scores = {}
     for name, shown in images.items():
@@ -207,8 +233,16 @@ def made_views(places: Places, scene_id: str, count: int) -> dict[str, Any]:
 def _settings(places: Places) -> dict[str, Any]:
     """All that views depend on."""
     options = asdict(places.options)
-    chosen = {name: options[name] for name in ("split", "num_views", "use_depth", "config", "seed")}
+    chosen = {
+        name: options[name]
+        for name in ("split", "num_views", "use_depth", "config", "seed", *_of_priors(places.options))
+    }
     return {"components": fingerprints(places.pipeline), "collection": fingerprint_of(places.collection), **chosen}
+
+
+def _of_priors(options: Options) -> tuple[str, ...]:
+    """Options that views depend on where answers are refined by priors."""
+    return ("priors", "prior_steps") if options.priors else ()
 
 
 def measure_views(places: Places) -> dict[str, Any]:
@@ -224,7 +258,7 @@ def measure_views(places: Places) -> dict[str, Any]:
             print(f"{count} images: {i + 1} of {len(places.scene_ids)}, {made[-1]['seconds']:.0f} s", flush=True)
         unseen = torch.cat([found["seen"] for found in made]) < UNSEEN
         rows = {}
-        for name in METHODS:
+        for name in methods(places.options):
             features = places.features(torch.cat([found["images"][name].float() for found in made]))
             row = {
                 score: float(torch.stack([found["scores"][name][score].mean() for found in made]).mean())
@@ -275,7 +309,7 @@ def _sampled_views(places: Places) -> Tensor:
 def views_tables(found: dict[str, Any], options: Options) -> list[Table]:
     rows = []
     for count, part in found["counts"].items():
-        for name, title in METHODS.items():
+        for name, title in methods(options).items():
             row = part["rows"][name]
             cells = [row[key] for key in ("psnr", "lpips", "fid", "kid")]
             pixels = [row.get("seen_pixels_psnr"), row.get("other_pixels_psnr")]
@@ -332,7 +366,7 @@ def draw(places: Places) -> None:
         for scene_id in places.scene_ids[:PICTURED]:
             found = made_views(places, scene_id, count)
             given, _ = places.split_views(scene_id, count)
-            images = [found["real"], *(found["images"][name] for name in METHODS)]
+            images = [found["real"], *(found["images"][name] for name in methods(places.options))]
             rows = [torch.cat(list(row.float()), dim=-1) for row in images]
             rows.insert(0, _padded(torch.cat(list(given.images), dim=-1), rows[0].shape[-1]))
             write_png(places.options.output_dir / f"{scene_id}-{count}.png", torch.cat(rows, dim=-2))
@@ -355,7 +389,8 @@ def main(options: Options) -> None:
         if part not in options.what:
             continue
         chosen = asdict(options)
-        settings = {name: chosen[name] for name in ("split", "seed", *DEPENDS[part])}
+        further = _of_priors(options) if part == "views" else ()
+        settings = {name: chosen[name] for name in ("split", "seed", *DEPENDS[part], *further)}
         settings |= {"components": fingerprints(places.pipeline), "collection": fingerprint_of(places.collection)}
         found = stored(options.output_dir / f"{part}.json", settings, partial(MEASURE[part], places))
         for table in TABLES[part](found, options):

@@ -1,9 +1,11 @@
 """What refining generated scenes changes: pictures, geometry, agreement of views, and what it costs.
 
     python benchmarks/refining.py --prior PRIOR --data DATA --output-dir OUT [--num-scenes 32] [--styles A B C]
+    ... --guidances none negative --objectives sds csd multistep --priors vizdoom-prior outputs/observing
 
-Samples scenes, and refines each with each of `--guidances`, with the steps, learning rates and draws of `ns-train
-nfldm-refine` and the same seed; all its options can be given. Prints for the scenes as they began and for each guidance
+Samples scenes, and refines each with each of `--guidances`, `--objectives`, `--priors` and `--lights`, with the steps,
+learning rates and draws of `ns-train nfldm-refine` and the same seed; all its options can be given. Prints for the
+scenes as they began and for each way
 
 - FID and KID to real views of the test split: of cameras of the scenes' own trajectories, and of cameras drawn where
   refining looks, too (the same ones before and after). The relative change of KID stands beside its standard error (a
@@ -13,10 +15,10 @@ nfldm-refine` and the same seed; all its options can be given. Prints for the sc
   beside their difference without being moved. Sharper views differ more by either.
 - seconds of 100 steps, and peak memory.
 
-Leaves `refining.json`, `before_and_after_<guidance>.png` (of the first scenes, whatever they look like) and, with
-`--styles`, `styles.png` of one scene. What they are made from is kept, too: an interrupted run continues, and further
-guidances or styles add to it. Needs the weights of FID's Inception and of LPIPS (`nfldm-weights get fid-inception`,
-`lpips-vgg`).
+Leaves `refining.json`, `before_and_after_<way>.png` (of the first scenes, whatever they look like) and, with
+`--styles`, `styles.png` of one scene. What they are made from is kept, too: an interrupted run continues, and more
+guidances, objectives, priors, lights or styles add to it. Needs the weights of FID's Inception and of LPIPS
+(`nfldm-weights get fid-inception`, `lpips-vgg`).
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import tyro
@@ -49,12 +52,12 @@ from nfldm_ns.metrics.geometry import DepthHistogram, floating_density
 from nfldm_ns.metrics.image_sets import REFERENCE, picture_features, read_picture
 from nfldm_ns.models import GENERATOR
 from nfldm_ns.plugin.refine import refine_grid
-from nfldm_ns.refine.distillation import Guidance
+from nfldm_ns.refine.distillation import Guidance, ObjectiveName
 from nfldm_ns.refine.images import example_images
 from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.refine.prior import ImagePrior
 from nfldm_ns.refine.refiner import Refiner
-from nfldm_ns.refine.settings import RefinementConfig
+from nfldm_ns.refine.settings import RefinementConfig, ShadingConfig
 from nfldm_ns.refine.views import ViewSampler
 from nfldm_ns.reports.galleries import image_grid, write_png
 from nfldm_ns.reports.report import Table
@@ -73,6 +76,12 @@ FLIGHT_FRAMES = 24  # of the closed path whose neighbours are compared: 15 degre
 RENDERED_AT_ONCE = 8
 PICTURED_SCENES, PICTURED_VIEWS = 8, 4
 DEFAULTS = refine_trainer_config()
+Light = Literal["plain", "shaded", "textureless"]
+LIGHTS: dict[Light, ShadingConfig] = {
+    "shaded": ShadingConfig(shaded_share=0.5),
+    "textureless": ShadingConfig(shaded_share=0.25, textureless_share=0.25),
+}
+"""What differs from the options given for "plain"."""
 
 
 @dataclass(kw_only=True)
@@ -108,6 +117,12 @@ class Options:
     """folder of a trained generator, or the name of one that comes with the package"""
     guidances: tuple[Guidance, ...] = get_args(Guidance)
     """each refines all scenes"""
+    objectives: tuple[ObjectiveName, ...] = ()
+    """each with each guidance (csd not without any); by default that of --objective"""
+    priors: tuple[str, ...] = ()
+    """each with each guidance and objective; by default that of --prior"""
+    lights: tuple[Light, ...] = ("plain",)
+    """each with all of these: DreamFusion's shaded, and textureless, views for some of all"""
     styles: tuple[Path, ...] = ()
     """images, or folders of images: the first scene is also refined to each, with the guidance of --guidance"""
     num_scenes: int = 32
@@ -131,6 +146,7 @@ class Options:
         """Raises `UserInputError` for what cannot be, before anything long begins."""
         use_threads(self.threads)
         self.refinement.check()
+        ways(self)
         counts = ("num_scenes", "views_per_scene", "num_inference_steps", "steps")
         for name in counts:
             if getattr(self, name) < 1:
@@ -159,10 +175,46 @@ class Options:
 
     def settings(self) -> dict[str, Any]:
         """All that pictures and records depend on but guidance, style, and how many scenes there are."""
-        free = ("guidances", "styles", "num_scenes", "num_real_images", "threads", "output_dir", "data")
+        free = (
+            "guidances",
+            "objectives",
+            "priors",
+            "lights",
+            "styles",
+            "num_scenes",
+            "num_real_images",
+            "threads",
+            "output_dir",
+            "data",
+        )
         known = {name: value for name, value in asdict(self).items() if name not in free}
         known["refinement"]["distillation"].pop("guidance")
         return known
+
+
+def ways(options: Options) -> dict[str, RefinementConfig]:
+    """How all scenes are refined, by names of what differs: guidance, then objective, prior and light if not as given.
+
+    Raises:
+        UserInputError: if two priors have one name.
+    """
+    given, found = options.refinement, {}
+    choices = product(
+        options.priors or (given.prior,), options.objectives or (given.distillation.objective,), options.lights
+    )
+    for (prior, objective, light), guidance in product(choices, options.guidances):
+        if objective == "csd" and guidance == "none":
+            continue
+        parts = [guidance, "" if objective == given.distillation.objective else objective]
+        parts += ["" if prior == given.prior else Path(str(prior)).name, "" if light == "plain" else light]
+        name = "-".join(part for part in parts if part)
+        if name in found:
+            raise UserInputError(f"Two of --priors are called {Path(str(prior)).name}: rename a folder.")
+        distillation = replace(given.distillation, guidance=guidance, objective=objective)
+        shading = given.shading if light == "plain" else LIGHTS[light]
+        found[name] = replace(given, prior=prior, distillation=distillation, shading=shading)
+        found[name].check()
+    return found
 
 
 # Refining and looking
@@ -224,24 +276,30 @@ class Eye:
 class Bench:
     """Refines and looks; a scene in a state that was looked at is not made again.
 
-    A state is `before`, a guidance, or `style-<fingerprint>`.
+    A state is `before`, a way (see `ways`), or `style-<fingerprint>`.
     """
 
     options: Options
     pipeline: NFLDMPipeline
-    prior: ImagePrior
     folder: PictureFolder
 
     def __post_init__(self) -> None:
         self.judge = SceneJudge(self.pipeline)
+        self.loaded: dict[str, ImagePrior] = {}
+
+    def priors(self, config: RefinementConfig) -> list[ImagePrior]:
+        """Those that a configuration names, each loaded once."""
+        names = [told.prior for told, _ in config.of_priors()]
+        for name in names:
+            assert name is not None
+            if name not in self.loaded:
+                lora = (config.lora, config.lora_scale) if name == config.prior else ()
+                self.loaded[name] = load_prior(name, config.precision, *lora)
+        return [self.loaded[name] for name in names if name is not None]
 
     def configurations(self, index: int) -> dict[str, RefinementConfig]:
         """How a scene is refined, by state."""
-        refinement = self.options.refinement
-        wanted = {
-            guidance: replace(refinement, distillation=replace(refinement.distillation, guidance=guidance))
-            for guidance in self.options.guidances
-        }
+        refinement, wanted = self.options.refinement, ways(self.options)
         if index == 0:
             styles = {self.style_state(path): path for path in self.options.styles}
             wanted |= {state: replace(refinement, style=str(path)) for state, path in styles.items()}
@@ -259,7 +317,7 @@ class Bench:
         if not self._is_there(BEFORE, name):
             self._keep(BEFORE, name, eye, scene.grid)
         for state, config in missing.items():
-            refiner = Refiner(copy.deepcopy(scene), self.prior, config, seed, self.judge.device)
+            refiner = Refiner(copy.deepcopy(scene), self.priors(config), config, seed, self.judge.device)
             moved = replace(scene, grid=scene.grid.to(self.judge.device), renderer=refiner.start_renderer)
             with ResourceMeter() as meter:
                 grid = refine_grid(moved, refiner, self.options.rates.optimizers(), self.options.steps, seed)
@@ -424,13 +482,13 @@ def table(numbers: dict[str, Any], options: Options) -> Table:
 # Pictures
 
 
-def before_and_after(bench: Bench, names: Sequence[str], guidance: str) -> None:
-    """The first scenes, two rows each: as they began, and refined with a guidance."""
-    rows = [(name, state) for name in names[:PICTURED_SCENES] for state in (BEFORE, guidance)]
+def before_and_after(bench: Bench, names: Sequence[str], way: str) -> None:
+    """The first scenes, two rows each: as they began, and refined in a way."""
+    rows = [(name, state) for name in names[:PICTURED_SCENES] for state in (BEFORE, way)]
     views = [bench.pictures(state, name) for name, state in rows]
     columns = {f"{90 * i} degrees": [row[i] for row in views] for i in range(PICTURED_VIEWS)}
     labels = [f"{name}\n{state}" for name, state in rows]
-    write_png(bench.folder.root / f"before_and_after_{guidance}.png", image_grid(columns, labels))
+    write_png(bench.folder.root / f"before_and_after_{way}.png", image_grid(columns, labels))
 
 
 def style_sheet(bench: Bench, name: str) -> None:
@@ -453,14 +511,12 @@ def main(options: Options) -> None:
     collection = SceneCollection.open(options.data)
     settings = options.evaluation_settings()
     check_fit(pipeline, collection, settings)
-    assert options.refinement.prior is not None
-    prior = load_prior(options.refinement.prior, options.refinement.precision)
     real = SampleJudge(collection, options.output_dir, settings)
     stored(options.output_dir / "settings.json", options.settings() | {"components": fingerprints(pipeline)}, dict)
-    bench = Bench(options, pipeline, prior, PictureFolder(options.output_dir))
+    bench = Bench(options, pipeline, PictureFolder(options.output_dir))
     names = [bench.run(index) for index in range(options.num_scenes)]
-    for guidance in options.guidances:
-        before_and_after(bench, names, guidance)
+    for way in ways(options):
+        before_and_after(bench, names, way)
     if options.styles:
         style_sheet(bench, names[0])
     numbers = Numbers(bench, real, names)
@@ -470,7 +526,7 @@ def main(options: Options) -> None:
         "num_images": options.num_images,
         "settings": asdict(options),
         "floor": real.floor(),
-        "states": {state: numbers.of(state) for state in (BEFORE, *options.guidances)},
+        "states": {state: numbers.of(state) for state in (BEFORE, *ways(options))},
         "device": device_info(),
     }
     write_json(options.output_dir / "refining.json", as_json(found))

@@ -25,6 +25,14 @@ class PriorPreset:
     training: PriorTrainingConfig
 
 
+PERSONALISED = PriorTrainingConfig(
+    schedule=Schedule(
+        max_steps=400, batch_size=8, learning_rate=1e-4, warmup_steps=10, checkpoint_every=100, validation_steps=100
+    ),
+    ema_decay=0.99,
+)
+"""Of a trained prior that learns a few further images; sizes are the prior's own."""
+
 PRIOR_PRESETS: dict[PriorPresetName, PriorPreset] = {
     "tiny": PriorPreset(
         model={"channels": (16, 16, 32), "attention": (False, False, True), "head_dim": 16},

@@ -55,6 +55,7 @@ from tests.small_models import (
     small_scene_autoencoder,
 )
 from tests.synthetic import AABB
+from tests.test_distillation import GaussianPrior
 from tests.tiny_priors import save_image_variation_prior
 
 SMALL_NETWORK = {
@@ -520,6 +521,13 @@ def test_reconstructions_are_measured_once_and_drawn(
     assert results(options.output_dir) == found
     with pytest.raises(UserInputError, match="other settings"):
         reconstruction.main(replace(options, seed=1))
+    monkeypatch.setattr(reconstruction, "load_prior", lambda name: GaussianPrior(32))
+    refined = {"priors": ("here/gaussian",), "prior_steps": 1, "what": ("views",), "counts": (1,)}
+    reconstruction.main(replace(options, output_dir=tmp_path / "refined", **refined))
+    rows = results(tmp_path / "refined")["views"]["counts"]["1"]["rows"]
+    assert set(rows) == {"stage1", "stage2", "prior", "refined-here/gaussian"}
+    assert rows["refined-here/gaussian"]["lpips"] != rows["prior"]["lpips"]
+    assert "| 1 | refined by gaussian |" in capsys.readouterr().out
 
 
 def test_maps_that_are_followed_score_like_real_scenes(edit_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -685,12 +693,35 @@ def test_refining_is_measured_before_and_after_and_continues(
     # What is there is not made again; more scenes and guidances add to it.
     kept = {path: path.stat().st_mtime_ns for path in (options.output_dir / "records").rglob("*.safetensors")}
     assert len(kept) == 3 * 3 + 1
-    more = replace(options, num_scenes=4, guidances=("none", "classifier_free"), styles=())
+    ways = {"guidances": ("none", "classifier_free"), "objectives": ("sds", "csd")}
+    more = replace(options, num_scenes=4, styles=(), **ways)
     refining.main(more)
     assert kept == {path: path.stat().st_mtime_ns for path in kept}
-    assert set(results(options.output_dir)["refining"]["states"]) == {"before", "none", "classifier_free"}
+    states = {"before", "none", "classifier_free", "classifier_free-csd"}
+    assert set(results(options.output_dir)["refining"]["states"]) == states
     with pytest.raises(UserInputError, match="other settings"):
         refining.main(replace(options, steps=3))
+
+
+def test_ways_of_refining_are_all_combinations_by_what_differs() -> None:
+    refining = script("refining")
+    options = refining.Options(
+        refinement=RefinementConfig(prior="here/first"),
+        data=Path("data"),
+        output_dir=Path("out"),
+        guidances=("none", "negative"),
+        objectives=("sds", "csd"),
+        priors=("here/first", "there/second"),
+        lights=("plain", "shaded"),
+    )
+    ways = refining.ways(options)
+    plain = ["none", "negative", "negative-csd", "none-second", "negative-second", "negative-csd-second"]
+    assert set(ways) == {*plain, *(f"{name}-shaded" for name in plain)}
+    last = ways["negative-csd-second-shaded"]
+    assert (last.prior, last.distillation.objective, last.distillation.guidance) == ("there/second", "csd", "negative")
+    assert last.shading.shaded_share == 0.5 and ways["none"].shading.shaded_share == 0
+    with pytest.raises(UserInputError, match="Two of --priors are called second"):
+        refining.ways(replace(options, priors=("here/second", "there/second")))
 
 
 def test_refining_has_the_defaults_of_the_method() -> None:

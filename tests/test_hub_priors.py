@@ -11,7 +11,8 @@ import torch
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.refine.distillation import DistillationConfig, distill
-from nfldm_ns.refine.hub_priors import ImageVariationPrior, TextPrior, UnclipPrior, load_hub_prior
+from nfldm_ns.refine.hub_loading import load_hub_prior
+from nfldm_ns.refine.hub_priors import ImageVariationPrior, TextPrior, UnclipPrior
 from nfldm_ns.refine.prior import repeat
 from tests.tiny_priors import IMAGE_SIZE, save_image_variation_prior, save_text_prior, save_unclip_prior
 

@@ -108,7 +108,8 @@ def test_refining_pulls_renders_to_what_is_wanted_and_regularisers_begin_at_zero
     plain = DistillationConfig(guidance="none", max_time=0.6, time_annealing="uniform")
     close = RegulariserConfig(image_mult=1.0, close_density_mult=1.0, close_features_mult=1.0)
     refiner = refiner_for(prior, tmp_path, distillation=plain, regularisers=close)
-    refiner.wanted = {"mean": refiner.wanted["mean"].mean((0, 2, 3), keepdim=True).expand(1, 3, 16, 16)}
+    (term,) = refiner.terms
+    term.wanted = {"mean": term.wanted["mean"].mean((0, 2, 3), keepdim=True).expand(1, 3, 16, 16)}
     field, renderer = RefinedField(room_grid()), room_scene().renderer
     start = field.grid()
     assert torch.allclose(start.density, room_grid().density, atol=1.1e-4)
@@ -123,7 +124,7 @@ def test_refining_pulls_renders_to_what_is_wanted_and_regularisers_begin_at_zero
 
     refiner.config = replace(refiner.config, regularisers=RegulariserConfig(0, 0))
     parameters = [field.density_change, field.feature_change, field.background_change]
-    optimiser, target = torch.optim.Adam(parameters, lr=0.05), refiner.wanted["mean"].mean()
+    optimiser, target = torch.optim.Adam(parameters, lr=0.05), term.wanted["mean"].mean()
     cameras = refiner.views(4, torch.Generator().manual_seed(1))
 
     def distance() -> float:
@@ -160,11 +161,12 @@ def test_negative_guidance_knows_renders_of_the_scene_as_it_began(tmp_path):
     cameras = negative.views(16, torch.Generator().manual_seed(0))
     with torch.no_grad():
         renders = room_scene().renderer.render(room_grid(), cameras).rgb[0].clamp(0, 1)
-    expected = negative.prior.condition(renders)["mean"]
-    assert torch.allclose(negative.unwanted["mean"][:16], expected, atol=1e-5)
-    assert len(negative.unwanted["mean"]) == 16 + 10, "and the images of another scene"
+    (term,) = negative.terms
+    expected = term.prior.condition(renders)["mean"]
+    assert torch.allclose(term.unwanted["mean"][:16], expected, atol=1e-5)
+    assert len(term.unwanted["mean"]) == 16 + 10, "and the images of another scene"
     free = refiner_for(GaussianPrior(16), tmp_path, distillation=DistillationConfig(guidance="classifier_free"))
-    assert torch.equal(free.unwanted["mean"], free.prior.unconditional()["mean"])
+    assert torch.equal(free.terms[0].unwanted["mean"], term.prior.unconditional()["mean"])
 
 
 class Asked(GaussianPrior):
@@ -179,12 +181,14 @@ class Asked(GaussianPrior):
 def test_a_prior_is_told_what_each_view_sees_of_the_scenes_map(tmp_path, guidance):
     refiner = refiner_for(Asked(16), tmp_path, distillation=DistillationConfig(guidance=guidance))
     refiner.scene_map = north_wall()
+    prior = refiner.terms[0].prior
+    prior.maps = refiner.scene_map.description
     refiner.losses(room_grid(), room_scene().renderer, 0.0, torch.Generator().manual_seed(3))
     cameras = refiner.views(4, torch.Generator().manual_seed(3))
     expected = north_wall().seen_by(cameras)
-    assert torch.equal(refiner.prior.told["seen"][:4], expected) and expected.unique().numel() > 1
+    assert torch.equal(prior.told["seen"][:4], expected) and expected.unique().numel() > 1
     if guidance != "none":
-        assert torch.equal(refiner.prior.told["seen"][4:], expected), "y and y' differ in nothing but y"
+        assert torch.equal(prior.told["seen"][4:], expected), "y and y' differ in nothing but y"
 
 
 def test_strength_is_the_share_of_the_noise_that_is_used():
@@ -368,10 +372,13 @@ def test_the_original_is_never_the_result(folders, tmp_path, capfd):
 
 def test_options_of_the_command_line():
     arguments = ["--prior", "folder", "--style", "winter wonderland", "--strength", "0.5", "--data", "scene"]
-    arguments += ["--guidance", "classifier_free", "--area", "4"]
+    arguments += ["--guidance", "classifier_free", "--area", "4", "--objective", "multistep", "--sample-every", "2"]
+    arguments += ["--shaded-share", "0.2", "--view-prompt-share", "0.5", "--second-prior", "other", "--lora", "weights"]
     config = tyro.cli(RefineTrainerConfig, default=copy.deepcopy(nfldm_refine.config), args=arguments)
     assert config.refinement.style == "winter wonderland" and config.refinement.strength == 0.5
     assert config.refinement.distillation.guidance == "classifier_free" and config.refinement.views.area == 4
+    assert config.refinement.distillation.objective == "multistep" and config.refinement.shading.shaded_share == 0.2
+    assert config.refinement.second_prior == "other" and config.refinement.lora == "weights"
 
 
 def test_refining_without_a_trainer_gives_the_same_scene(folders, trainer):

@@ -13,7 +13,7 @@ from nfldm_ns.autoencoder.novel_views import evaluate_novel_views, reconstruct
 from nfldm_ns.autoencoder.refinement import GridRefiner, density_logits, edge_error, refine_grid, unit_gradients
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.commands.encode import main as encode
-from nfldm_ns.editing.scenes import _require_decoder
+from nfldm_ns.editing.scenes import require_pipeline_of
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene, renderer_of
 from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser, reconstruction_distance
@@ -22,7 +22,7 @@ from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.identity import model_hash
-from tests.small_models import random_grid, small_latent_autoencoder, small_scene_autoencoder
+from tests.small_models import random_grid, small_latent_autoencoder, small_pipeline, small_scene_autoencoder
 
 COLOURS = StageOneLossConfig(lpips_mult=0.0, depth_mult=0.1, depth_norm="l1")
 
@@ -252,8 +252,10 @@ def test_encoding_in_inference_mode_says_what_to_use(batch: SceneBatch) -> None:
 def test_scenes_of_a_generator_with_refinement_are_known_by_its_decoder() -> None:
     model = refining_autoencoder()
     scene = GeneratedScene(random_grid(), renderer_of(model), None, {}, {})
-    _require_decoder(scene, model, "the pipeline")
+    pipeline = small_pipeline()
+    pipeline.register_modules(scene_autoencoder=model)
+    require_pipeline_of(pipeline, scene)
     with torch.no_grad():
         next(model.decoder.parameters()).add_(1)
     with pytest.raises(UserInputError, match="another decoder"):
-        _require_decoder(scene, model, "the pipeline")
+        require_pipeline_of(pipeline, scene)

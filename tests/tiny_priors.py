@@ -26,6 +26,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
 )
 
+from nfldm_ns.refine.view_prior import POSE_NUMBERS, PoseProjection
+
 DIM, IMAGE_SIZE = 16, 32
 
 
@@ -113,3 +115,19 @@ def save_unclip_prior(folder: Path) -> None:
         vae=_vae(),
         **_text(folder.with_name(f"{folder.name}_words")),
     ).save_pretrained(folder)
+
+
+def save_view_prior(folder: Path, pose_numbers: int = POSE_NUMBERS) -> None:
+    """Zero-1-to-3, component by component, as its published folders are laid out."""
+    torch.manual_seed(0)
+    parts = {
+        "unet": _unet(in_channels=8),
+        "vae": _vae(),
+        "image_encoder": _image_encoder(),
+        "scheduler": DDIMScheduler(clip_sample=False, steps_offset=1),
+        "feature_extractor": _image_processor(),
+        "cc_projection": PoseProjection(DIM + pose_numbers, DIM),
+    }
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "Zero1to3StableDiffusionPipeline"}))

@@ -13,6 +13,7 @@ from nfldm_ns.models import GENERATOR
 
 if TYPE_CHECKING:
     from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+    from nfldm_ns.reconstruction.prior_refinement import PriorRefinement
     from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig
     from nfldm_ns.scenes.views import Views
 
@@ -52,6 +53,11 @@ class Reconstruct:
     """How much the images guide the denoising, such as 0.5; 0 not at all, which is four times as fast."""
     fine_tuning: int = 20
     """Steps in which the latents are fine-tuned for the images and under the generator."""
+    prior: str | None = None
+    """A prior of images that refines what no image shows: the folder of one of 'nfldm-train-prior --condition views',
+    which is told what the images show; any other of nfldm-refine, which is not."""
+    prior_steps: int = 40
+    """Steps of that refinement."""
     use_depth: bool = True
     """--no-use-depth: leave out depths that the images have."""
     centre: bool = False
@@ -80,9 +86,19 @@ class Reconstruct:
         views, record = self._views(pipeline)
         require_writable(self.output_dir)
         record |= {"pipeline": str(self.pipeline), "guidance": self.guidance, "fine_tuning": self.fine_tuning}
+        if self.prior is not None:
+            record |= {"prior": self.prior, "prior_steps": self.prior_steps}
         folders = []
+        settings, refinement = self._config(), self._refinement()
         for folder in write_answers(
-            pipeline, views, self.output_dir, self.num_answers, self.seed, self._config(), record=record
+            pipeline,
+            views,
+            self.output_dir,
+            self.num_answers,
+            self.seed,
+            settings,
+            record=record,
+            refinement=refinement,
         ):
             print(folder)
             folders.append(folder)
@@ -98,6 +114,15 @@ class Reconstruct:
             guidance=GuidanceConfig(scale=self.guidance),
             fine_tuning=FineTuningConfig(steps=self.fine_tuning),
         )
+
+    def _refinement(self) -> PriorRefinement | None:
+        from nfldm_ns.method_configs.refine import refine_trainer_config
+        from nfldm_ns.reconstruction.prior_refinement import PriorRefinement
+        from nfldm_ns.refine.loading import load_prior
+
+        if self.prior is None:
+            return None
+        return PriorRefinement(load_prior(self.prior), refine_trainer_config().optimizers, self.prior_steps)
 
     def _check(self) -> None:
         from nfldm_ns.diffusion.call_checks import check_count, check_seed
@@ -124,6 +149,8 @@ class Reconstruct:
             raise UserInputError(f"--guidance is {self.guidance}: give 0 or more.")
         if self.fine_tuning < 0:
             raise UserInputError(f"--fine-tuning is {self.fine_tuning}: give 0 or more steps.")
+        if self.prior_steps < 1:
+            raise UserInputError(f"--prior-steps is {self.prior_steps}: give at least 1.")
         if not 0 < self.metres_per_unit < float("inf"):
             raise UserInputError(f"--metres-per-unit is {self.metres_per_unit}: give metres, above 0.")
         try:

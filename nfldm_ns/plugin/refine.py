@@ -92,10 +92,13 @@ def _spread(values: Tensor) -> Tensor:
 def step_losses(
     refiner: Refiner, grid: VoxelGrid, renderer: SceneAutoencoder, step: int, total_steps: int, seed: int
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Losses and numbers of one step (`Refiner.losses`), which depend on seed, step and weights alone."""
+    """Losses and numbers of one step (`Refiner.losses`), which depend on seed, step and weights alone.
+
+    (Objectives that keep views for several steps also depend on the weights of the first of these.)
+    """
     number = int(np.random.SeedSequence((seed, step)).generate_state(1)[0])
     generator = torch.Generator().manual_seed(number)
-    return refiner.losses(grid, renderer, step / max(total_steps - 1, 1), generator)
+    return refiner.losses(grid, renderer, step / max(total_steps - 1, 1), generator, step)
 
 
 def make_optimizers(
@@ -239,6 +242,13 @@ class RefineTrainerConfig(MovableTrainerConfig):
         scene = self.scene_folder()
         self._choose_prior(scene)
         self.refinement.check()
+        distillation = self.refinement.distillation
+        if distillation.objective == "multistep" and self.steps_per_save % distillation.sample_every:
+            raise UserInputError(
+                f"Samples are kept for {distillation.sample_every} steps, which do not divide the "
+                f"{self.steps_per_save} steps from one checkpoint to the next, so a resumed run would differ: change "
+                "--sample-every or --steps-per-save."
+            )
         if self.machine.num_devices * self.machine.num_machines > 1:
             raise UserInputError("A scene is refined by one process: leave out --machine.num-devices.")
         if self.result is not None and self.result.resolve() == scene.resolve():
@@ -285,9 +295,12 @@ class RefineTrainer(WholeCheckpointTrainer):
         refinement, seed = self.config.refinement, self.config.machine.seed
         self._scene = load_generated_scene(self.config.scene_folder())
         assert refinement.prior is not None
-        prior = load_prior(refinement.prior, refinement.precision)
-        scene_map = map_of_scene(prior.maps, self.config.scene_folder(), refinement.bev, self._scene.grid.aabb)
-        refiner = Refiner(copy.deepcopy(self._scene), prior, refinement, seed, self.device, scene_map)
+        priors = [load_prior(refinement.prior, refinement.precision, refinement.lora, refinement.lora_scale)]
+        if refinement.second_prior is not None:
+            priors.append(load_prior(refinement.second_prior, refinement.precision))
+        maps = next((prior.maps for prior in priors if prior.maps is not None), None)
+        scene_map = map_of_scene(maps, self.config.scene_folder(), refinement.bev, self._scene.grid.aabb)
+        refiner = Refiner(copy.deepcopy(self._scene), priors, refinement, seed, self.device, scene_map)
         super().setup(*args, **kwargs)
         self.pipeline.refine_with(refiner, seed, self.total_steps)
         self._broken_steps = 0
@@ -355,10 +368,20 @@ def refined_provenance(before: Mapping[str, Any], config: RefineTrainerConfig, s
         "prior": refinement.prior,
         "style": refinement.style,
         "clean_images": None if refinement.clean_images is None else str(refinement.clean_images),
+        "observed": refinement.observed,
         "bev": None if refinement.bev is None else str(refinement.bev),
         "strength": refinement.strength,
         "distillation": vars(refinement.distillation),
+        "lora": refinement.lora,
+        "lora_scale": refinement.lora_scale,
+        "second": {
+            name.removeprefix("second_"): str(value) if isinstance(value, Path) else value
+            for name, value in vars(refinement).items()
+            if name.startswith("second_") and refinement.second_prior is not None
+        },
+        "view_prompt_share": refinement.view_prompt_share,
         "views": vars(refinement.views),
+        "shading": vars(refinement.shading),
         "regularisers": vars(refinement.regularisers),
         "decoder": "tuned" if config.pipeline.model.tune_decoder else "frozen",
         "steps": steps,

@@ -11,6 +11,7 @@ import torch
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.plugin.generated_run import write_generated_scene
+from nfldm_ns.reconstruction.prior_refinement import PriorRefinement
 from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig, SeenPlace, reconstruct_seen
 from nfldm_ns.sampling.scenes import sampling_record
 from nfldm_ns.scenes.views import Views
@@ -25,11 +26,13 @@ def write_answers(
     config: ReconstructionConfig | None = None,
     perceptual: PerceptualNetwork | None = None,
     record: Mapping[str, Any] | None = None,
+    refinement: PriorRefinement | None = None,
 ) -> Iterator[Path]:
     """Reconstructs a place `num_answers` times and writes each answer as `answer_<seed + i>`, as it becomes ready.
 
     Args:
         views: see `reconstruct_scene`.
+        refinement: of the voxels by a prior of images.
         record: what else belongs into the provenance: the source of the pipeline and of the images.
 
     Yields:
@@ -39,7 +42,7 @@ def write_answers(
     seen = SeenPlace.of(pipeline, views, config)
     known = float(seen.visibility.columns.float().mean())
     for answer_seed in range(seed, seed + num_answers):
-        answer = reconstruct_seen(pipeline, seen, answer_seed, config, perceptual)
+        answer = reconstruct_seen(pipeline, seen, answer_seed, config, perceptual, refinement)
         folder = output_dir / f"answer_{answer_seed:06d}"
         provenance = {
             "command": "nfldm-reconstruct",

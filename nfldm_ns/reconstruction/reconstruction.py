@@ -19,6 +19,7 @@ from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_code import VoxelCode
 from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig, fine_tune
+from nfldm_ns.reconstruction.prior_refinement import PriorRefinement, refine_by_prior
 from nfldm_ns.reconstruction.rendering_guide import GuidanceConfig, RenderingGuide, RenderingLoss
 from nfldm_ns.reconstruction.scene_code import cameras_around, sample_scene_code, scene_code_of_views
 from nfldm_ns.reconstruction.visibility import Visibility, ends_of_rays, seen_voxels
@@ -116,6 +117,7 @@ def reconstruct_scene(
     seed: int = 0,
     config: ReconstructionConfig | None = None,
     perceptual: PerceptualNetwork | None = None,
+    refinement: PriorRefinement | None = None,
 ) -> Reconstruction:
     """One answer of as many as there are seeds.
 
@@ -127,9 +129,10 @@ def reconstruct_scene(
         views: 1 to 4 posed images of one place, batch shape `[1, N]`, of the size that stage 1 was trained on, with
             depth where there is any.
         perceptual: the network of LPIPS, if `config.loss` has weights for it.
+        refinement: of the voxels by a prior of images; none by default.
     """
     config = config or ReconstructionConfig()
-    return reconstruct_seen(pipeline, SeenPlace.of(pipeline, views, config), seed, config, perceptual)
+    return reconstruct_seen(pipeline, SeenPlace.of(pipeline, views, config), seed, config, perceptual, refinement)
 
 
 def reconstruct_seen(
@@ -138,6 +141,7 @@ def reconstruct_seen(
     seed: int,
     config: ReconstructionConfig,
     perceptual: PerceptualNetwork | None = None,
+    refinement: PriorRefinement | None = None,
 ) -> Reconstruction:
     """`reconstruct_scene` of a place that is encoded."""
     stage1, stage2 = pipeline.scene_autoencoder, pipeline.latent_autoencoder
@@ -165,13 +169,37 @@ def reconstruct_seen(
         latents = fine_tune(pipeline, output.latents, code, loss, config.fine_tuning, generator)
         with torch.no_grad():
             grid = stage2.decode(latents)
-        if config.keep_seen:
-            grid = blend_voxels(grid, seen.grid, seen.visibility.weights())
+        grid = _with_seen(grid, seen, config)
+        if refinement is not None:
+            grid = refine_unseen(pipeline, seen, grid, config, refinement, seed)
         if config.voxel_steps:
             grid = _optimise_voxels(pipeline, grid, seen.views, config, perceptual, seed)
+    return Reconstruction(grid, latents, _cameras(pipeline, seen.views), seen.visibility)
+
+
+def refine_unseen(
+    pipeline: NFLDMPipeline,
+    seen: SeenPlace,
+    grid: VoxelGrid,
+    config: ReconstructionConfig,
+    refinement: PriorRefinement,
+    seed: int,
+) -> VoxelGrid:
+    """V of an answer, refined by a prior of images; seen voxels are those of stage 1 again afterwards."""
+    cameras = _cameras(pipeline, seen.views)
+    refined = refine_by_prior(pipeline.scene_autoencoder, grid, seen.views, cameras, refinement, seed)
+    return _with_seen(refined, seen, config)
+
+
+def _with_seen(grid: VoxelGrid, seen: SeenPlace, config: ReconstructionConfig) -> VoxelGrid:
+    """V with the voxels of stage 1 where the images show them, if these are kept."""
+    return blend_voxels(grid, seen.grid, seen.visibility.weights()) if config.keep_seen else grid
+
+
+def _cameras(pipeline: NFLDMPipeline, views: Views) -> Cameras:
+    """The given ones and others around them, `[N]`."""
     count = pipeline.global_denoiser.config.num_cameras
-    cameras = cameras_around(seen.views[0].cameras, max(count, seen.views.shape[1]))
-    return Reconstruction(grid, latents, cameras, seen.visibility)
+    return cameras_around(views[0].cameras, max(count, views.shape[1]))
 
 
 def _optimise_voxels(

@@ -11,6 +11,7 @@ Descending along it moves renders towards images that the prior finds likely.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,18 +23,20 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.refine.prior import Condition, ImagePrior
 
 Guidance = Literal["none", "classifier_free", "negative"]
+ObjectiveName = Literal["sds", "csd", "reconstruction", "multistep"]
 
 
 @dataclass
 class DistillationConfig:
     """How a prior is listened to."""
 
-    objective: Literal["sds", "csd", "reconstruction"] = "sds"
+    objective: ObjectiveName = "sds"
     """sds: the paper's gradient. csd: classifier score distillation (Yu et al. 2024), of the paper's gradient only what
     guidance adds, eps_hat(x | y) - eps_hat(x | y'): what tells wanted images from those that y' or the unconditional
     embedding stands for; steadier, and indifferent to the guidance scale. reconstruction: renders approach what the
-    prior makes of their noisy versions in `reconstruction_steps` deterministic steps (as in ReconFusion, Wu et al.
-    2024)."""
+    prior makes of their noisy versions in `reconstruction_steps` deterministic steps, by the square of the difference.
+    multistep: the same by its absolute value and LPIPS, towards samples that are kept for `sample_every` steps
+    (ReconFusion, Wu et al. 2024)."""
     guidance: Guidance = "negative"
     """none: eps_hat(x | y). classifier_free: away from what the prior believes without a condition (Ho & Salimans
     2022). negative, the paper's: away from y', embeddings of renders of the scene as it began."""
@@ -45,11 +48,17 @@ class DistillationConfig:
     """Least noise, as a share of the prior's timesteps."""
     max_time: float = 0.4
     """Most noise. In-domain priors change textures; 0.98 also lets a strong prior change what is there."""
-    time_annealing: Literal["uniform", "decreasing"] = "uniform"
+    time_annealing: Literal["uniform", "decreasing", "widening"] = "uniform"
     """uniform: any time of the range in every step. decreasing: from the most to the least noise in the course of the
-    training, `max - (max - min) sqrt(progress)` (HiFA, Zhu et al. 2024)."""
+    training, `max - (max - min) sqrt(progress)` (HiFA, Zhu et al. 2024). widening: any time from `max - (max - min)
+    progress` up to the most (ReconFusion, Wu et al. 2024)."""
     reconstruction_steps: int = 4
-    """Of the objective `reconstruction`."""
+    """Of the objectives `reconstruction` and `multistep`."""
+    sample_every: int = 5
+    """Steps that a sample of the objective `multistep`, and the views that it is of, are kept."""
+    sample_lpips_mult: float = 1.0
+    """Weight of LPIPS beside the absolute difference in the objective `multistep`. Of priors of features, whose samples
+    are no images, there is none: their features are those of LPIPS's network."""
 
     def check(self) -> None:
         """Raises `UserInputError` for values that make no sense."""
@@ -64,6 +73,8 @@ class DistillationConfig:
             )
         if not math.isfinite(self.guidance_scale) or self.reconstruction_steps < 1:
             raise UserInputError("The guidance scale must be a number, and reconstruction steps at least 1.")
+        if self.sample_every < 1 or not 0 <= self.sample_lpips_mult < math.inf:
+            raise UserInputError("--sample-every must be at least 1 and --sample-lpips-mult at least 0.")
 
 
 @dataclass
@@ -73,8 +84,8 @@ class Distilled:
     Attributes:
         loss: its gradient with respect to what is diffused (pixels or latents) is `gradient` over the number of its
             elements, so that other losses weigh the same whatever the prior's size; its value is half the mean square
-            of `gradient`.
-        gradient: `[B, c, h, w]`, w(lambda_t) (eps_hat - eps), or its counterpart of the objective "reconstruction".
+            of `gradient`. (Of the objective "multistep" see `MultistepReconstruction`.)
+        gradient: `[B, c, h, w]`, w(lambda_t) (eps_hat - eps), or its counterpart of other objectives.
         skipped: images whose gradient was not finite; they take no part.
     """
 
@@ -100,7 +111,11 @@ def draw_timesteps(
     if config.time_annealing == "uniform":
         share = torch.rand(count, generator=generator)
         return (low + (high - low) * share).round().long()
-    return torch.full((count,), round(high - (high - low) * math.sqrt(min(max(progress, 0.0), 1.0))))
+    progress = min(max(progress, 0.0), 1.0)
+    if config.time_annealing == "widening":
+        share = torch.rand(count, generator=generator)
+        return (high - (high - low) * progress * share).round().long()
+    return torch.full((count,), round(high - (high - low) * math.sqrt(progress)))
 
 
 def guided_noise(
@@ -141,6 +156,90 @@ def difference_of_noise(
     return towards - away
 
 
+@dataclass
+class Noised:
+    """Renders as a prior diffuses them, and what it is asked about them.
+
+    Attributes:
+        prior: who is asked.
+        encoded: x, `[B, c, h, w]`.
+        noise: eps.
+        noisy: x_t.
+        timestep: t of each.
+        condition, opposite: y, and y' or None.
+        config: how.
+    """
+
+    prior: ImagePrior
+    encoded: Float[Tensor, "batch channels h w"]
+    noise: Float[Tensor, "batch channels h w"]
+    noisy: Float[Tensor, "batch channels h w"]
+    timestep: Int[Tensor, " batch"]
+    condition: Condition
+    opposite: Condition | None
+    config: DistillationConfig
+
+    @staticmethod
+    def draw(
+        prior: ImagePrior,
+        encoded: Float[Tensor, "batch channels h w"],
+        condition: Condition,
+        opposite: Condition | None,
+        config: DistillationConfig,
+        progress: float,
+        generator: torch.Generator | None,
+    ) -> Noised:
+        """With times and noise of a generator on the CPU."""
+        timestep = draw_timesteps(config, prior.num_timesteps, len(encoded), progress, generator).to(encoded.device)
+        noise = torch.randn(encoded.shape, generator=generator).to(encoded)
+        signal, sigma = prior.signal_and_noise(timestep)
+        opposite = None if config.guidance == "none" else opposite
+        return Noised(prior, encoded, noise, signal * encoded + sigma * noise, timestep, condition, opposite, config)
+
+    @property
+    def weight(self) -> Float[Tensor, "batch 1 1 1"]:
+        """w(lambda_t)."""
+        sigma = self.prior.signal_and_noise(self.timestep)[1]
+        return sigma.square() if self.config.weighting == "noise_variance" else torch.ones_like(sigma)
+
+    def denoised(self) -> Float[Tensor, "batch channels h w"]:
+        """What the prior makes of noisy images: DDIM (Song et al. 2021) in equal steps from their times to the end."""
+        noisy, steps = self.noisy, self.config.reconstruction_steps
+        for step in range(steps):
+            now = (self.timestep * (steps - step) / steps).round().long()
+            predicted = guided_noise(self.prior, noisy, now, self.condition, self.opposite, self.config.guidance_scale)
+            signal, sigma = self.prior.signal_and_noise(now)
+            clean = (noisy - sigma * predicted) / signal
+            if step + 1 < steps:
+                later = (self.timestep * (steps - step - 1) / steps).round().long()
+                signal, sigma = self.prior.signal_and_noise(later)
+                noisy = signal * clean + sigma * predicted
+        return clean
+
+
+def _score(noised: Noised) -> Tensor:
+    scale = noised.config.guidance_scale
+    asked = (noised.prior, noised.noisy, noised.timestep, noised.condition, noised.opposite)
+    return guided_noise(*asked, scale) - noised.noise
+
+
+def _classifier_score(noised: Noised) -> Tensor:
+    assert noised.opposite is not None
+    return difference_of_noise(noised.prior, noised.noisy, noised.timestep, noised.condition, noised.opposite)
+
+
+def _to_reconstruction(noised: Noised) -> Tensor:
+    return noised.encoded - noised.denoised()
+
+
+GRADIENTS: dict[str, Callable[[Noised], Tensor]] = {
+    "sds": _score,
+    "csd": _classifier_score,
+    "reconstruction": _to_reconstruction,
+}
+"""By objective, what is to be followed with respect to what is diffused, before it is weighted."""
+
+
 def distill(
     prior: ImagePrior,
     images: Float[Tensor, "batch 3 height width"],
@@ -150,7 +249,7 @@ def distill(
     progress: float,
     generator: torch.Generator | None = None,
 ) -> Distilled:
-    """The loss whose gradient is the paper's.
+    """The loss whose gradient is the paper's, or that of another of `GRADIENTS`.
 
     Args:
         images: renders in [0, 1], differentiable in what is refined.
@@ -161,44 +260,11 @@ def distill(
     """
     encoded = prior.encode(images)
     with torch.no_grad():
-        timestep = draw_timesteps(config, prior.num_timesteps, len(images), progress, generator).to(encoded.device)
-        noise = torch.randn(encoded.shape, generator=generator).to(encoded)
-        signal, sigma = prior.signal_and_noise(timestep)
-        noisy = signal * encoded + sigma * noise
-        opposite = None if config.guidance == "none" else opposite
-        weight = sigma.square() if config.weighting == "noise_variance" else torch.ones_like(sigma)
-        if config.objective == "sds":
-            predicted = guided_noise(prior, noisy, timestep, condition, opposite, config.guidance_scale)
-            gradient = weight * (predicted - noise)
-        elif config.objective == "csd":
-            assert opposite is not None
-            gradient = weight * difference_of_noise(prior, noisy, timestep, condition, opposite)
-        else:
-            gradient = weight * (encoded - _reconstruct(prior, noisy, timestep, condition, opposite, config))
+        noised = Noised.draw(prior, encoded, condition, opposite, config, progress, generator)
+        gradient = noised.weight * GRADIENTS[config.objective](noised)
         finite = gradient.flatten(1).isfinite().all(1)
         gradient = torch.where(finite.view(-1, 1, 1, 1), gradient, torch.zeros_like(gradient))
     target = (encoded - gradient).detach()
     # An image left out must not bring its own NaN back through the difference.
     difference = torch.where(finite.view(-1, 1, 1, 1), encoded - target, torch.zeros_like(encoded))
     return Distilled(0.5 * difference.square().mean(), gradient, int((~finite).sum()))
-
-
-def _reconstruct(
-    prior: ImagePrior,
-    noisy: Float[Tensor, "batch channels h w"],
-    timestep: Int[Tensor, " batch"],
-    condition: Condition,
-    opposite: Condition | None,
-    config: DistillationConfig,
-) -> Float[Tensor, "batch channels h w"]:
-    """What the prior makes of noisy images: DDIM (Song et al. 2021) in equal steps from their times to the end."""
-    steps = config.reconstruction_steps
-    for step in range(steps):
-        now = (timestep * (steps - step) / steps).round().long()
-        predicted = guided_noise(prior, noisy, now, condition, opposite, config.guidance_scale)
-        signal, sigma = prior.signal_and_noise(now)
-        clean = (noisy - sigma * predicted) / signal
-        if step + 1 < steps:
-            signal, sigma = prior.signal_and_noise((timestep * (steps - step - 1) / steps).round().long())
-            noisy = signal * clean + sigma * predicted
-    return clean

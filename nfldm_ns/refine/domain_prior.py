@@ -7,6 +7,7 @@ which results are measured with.)
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -17,16 +18,19 @@ from diffusers import ConfigMixin, DDPMScheduler, ModelMixin, UNet2DConditionMod
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from jaxtyping import Bool, Float, Int
+from nerfstudio.cameras.cameras import Cameras
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
+from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, load_scene_autoencoder, read_safetensors
 from nfldm_ns.autoencoder.model_configs import build_model, read_scheduler
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.denoisers import Normaliser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.pretrained.weights import load_lpips
+from nfldm_ns.refine.observed_views import VIEW_FEATURES, ObservedViewEncoder, map_channels, observed_maps
 from nfldm_ns.refine.prior import Condition, ImagePrior, resize_square
 from nfldm_ns.refine.seen_maps import MAP_FEATURES, MapDescription, SeenMapEncoder, SeenMaps
 from nfldm_ns.refine.spaces import (
@@ -41,12 +45,13 @@ from nfldm_ns.refine.spaces import (
 )
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.schema import BevClassEntry, Checked, Positive, validated_json
+from nfldm_ns.scenes.views import Views, index_cameras
 from nfldm_ns.scenes.writing import atomic_path, write_json
 
 FORMAT = "nfldm-image-prior"
 VERSION = 3
 DESCRIPTION = "prior.json"
-DENOISER, SCHEDULER = "denoiser", "scheduler"
+DENOISER, SCHEDULER, STAGE1 = "denoiser", "scheduler", "scene_autoencoder"
 EMBEDDINGS, SPACE = "clean_images.safetensors", "space.safetensors"
 EMBEDDED_AT_ONCE = 32
 CLEAN, RENDERED, UNKNOWN = range(3)  # where an image is from, for priors that know renders
@@ -56,6 +61,7 @@ COLOUR_WEIGHT = 10.0  # of what the judge says of colours: it moves 3 of many ch
 LEAST_SHARE = 1e-5  # of the largest variance, of a component that counts
 LARGEST_COMPONENT = 4.0  # standard deviations: images unlike all of the domain are as its most extreme ones
 LEAST_LOG_VARIANCE = -2.0  # of what the judge says: nothing is certain
+LARGEST_VIEW_SIDE = 16  # of maps of observed views, which are kept for all images of a training
 SMALLEST_EMBEDDED = 64  # pixels; AlexNet has nothing left of much smaller images
 
 EmbeddingNetwork = Literal["vgg", "alex"]
@@ -140,6 +146,7 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         judge_width: channels of the judge.
         judged_components: principal components of embeddings that the judge tells, at most as many as these have.
         bev_classes: how many classes the scenes' semantic maps have (the largest id + 1); 0 for a prior without maps.
+        view_channels: of `observed_maps`; 0 for a prior that observes nothing.
     """
 
     config_name = "config.json"
@@ -159,6 +166,7 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         judge_width: int = 128,
         judged_components: int = 64,
         bev_classes: int = 0,
+        view_channels: int = 0,
     ) -> None:
         super().__init__()
         sample_channels, size = space_shape(space, image_size)
@@ -173,9 +181,11 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         self.judged_colours = Whitening(COLOUR_MOMENTS, COLOUR_MOMENTS)
         self.judge = Judge(sample_channels, judge_width, count + COLOUR_MOMENTS, knows_renders)
         self.map_encoder = SeenMapEncoder(bev_classes) if bev_classes else None
+        self.view_encoder = ObservedViewEncoder(view_channels) if view_channels else None
+        told = MAP_FEATURES * bool(bev_classes) + VIEW_FEATURES * bool(view_channels)
         self.unet = UNet2DConditionModel(
             sample_size=size // patch_size,
-            in_channels=sample_channels * patch_size**2 + MAP_FEATURES * bool(bev_classes),
+            in_channels=sample_channels * patch_size**2 + told,
             out_channels=sample_channels * patch_size**2,
             block_out_channels=tuple(channels),
             down_block_types=tuple("AttnDownBlock2D" if flag else "DownBlock2D" for flag in attention),
@@ -193,6 +203,11 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
     def sample_shape(self) -> tuple[int, int, int]:
         channels, size = space_shape(self.config.space, self.config.image_size)
         return channels, size, size
+
+    @property
+    def view_side(self) -> int:
+        """Of the maps that it sees of observed views; larger samples see them interpolated."""
+        return min(self.sample_shape[-1] // self.config.patch_size, LARGEST_VIEW_SIDE)
 
     def fit(self, embeddings: Float[Tensor, "images dim"], moments: Float[Tensor, "images 9"]) -> None:
         """Takes on the statistics of embeddings and `colour_moments`."""
@@ -216,6 +231,7 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         origin: Int[Tensor, " batch"] | None = None,
         judge: bool = False,
         seen: SeenMaps | None = None,
+        views: Float[Tensor, "batch view_channels side side"] | None = None,
     ) -> Any:
         """Predicts from noisy samples.
 
@@ -226,12 +242,15 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
             origin: CLEAN, RENDERED or UNKNOWN; by default the last.
             judge: also returns what `judge` says.
             seen: what the images see of their scenes' maps; None for scenes without.
+            views: `observed_maps` of the images' poses; zeros, or None for all of them, where nothing was observed.
 
         Raises:
-            ValueError: if maps are given to a prior without.
+            ValueError: if maps, or what was observed, are given to a prior without.
         """
         if seen is not None and self.map_encoder is None:
             raise ValueError("this prior was trained without maps")
+        if views is not None and self.view_encoder is None:
+            raise ValueError("this prior was trained without observed views")
         code = self.embedding(embedding)
         if drop is not None:
             code = code.masked_fill(drop[:, None], 0.0)
@@ -240,6 +259,8 @@ class PriorDenoiser(ModelMixin, ConfigMixin):
         patches = F.pixel_unshuffle(sample, self.config.patch_size)
         if self.map_encoder is not None:
             patches = torch.cat([patches, self.map_encoder(seen, patches)], dim=1)
+        if self.view_encoder is not None:
+            patches = torch.cat([patches, self.view_encoder(views, patches)], dim=1)
         predicted = F.pixel_shuffle(
             self.unet(patches, timestep, None, class_labels=code).sample, self.config.patch_size
         )
@@ -317,6 +338,7 @@ class DomainPrior(ImagePrior):
         embedder: makes its conditions.
         clean_embeddings: `[K, E]`, of images of its collection: what a refined scene is to look like by default.
         maps: that it was trained with; None if it knows none.
+        stage1: that lifted the observed views it was trained with; None if it observes none.
     """
 
     clean_embeddings: Tensor
@@ -329,14 +351,19 @@ class DomainPrior(ImagePrior):
         embedder: ImageEmbedder,
         clean_embeddings: Float[Tensor, "images dim"],
         maps: MapDescription | None = None,
+        stage1: SceneAutoencoder | None = None,
     ) -> None:
         super().__init__(denoiser.config.image_size, scheduler.alphas_cumprod, scheduler.config.prediction_type)
         self.denoiser, self.space, self.embedder, self.maps = denoiser, space, embedder, maps
+        self.stage1, self.observes = stage1, stage1 is not None
         self.register_buffer("clean_embeddings", clean_embeddings, persistent=False)
         self.eval().requires_grad_(False)
 
     def encode(self, images: Tensor) -> Tensor:
         return self.space(images)
+
+    def decode(self, encoded: Tensor) -> Tensor | None:
+        return (encoded + 1) / 2 if isinstance(self.space, PixelSpace) else None
 
     def condition(self, images: Tensor | None = None, text: str | None = None) -> Condition:
         if text is not None or images is None:
@@ -356,8 +383,15 @@ class DomainPrior(ImagePrior):
         return self._condition(self.denoiser.embedding.mean[None], UNKNOWN)
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
-        seen = condition.get("seen")
-        return self.denoiser(noisy, timestep, condition["embedding"], origin=condition["origin"], seen=seen)
+        told = {name: condition.get(name) for name in ("seen", "views")}
+        return self.denoiser(noisy, timestep, condition["embedding"], origin=condition["origin"], **told)
+
+    def observing(self, views: Views) -> Callable[[Cameras], Condition]:
+        assert self.stage1 is not None
+        stage1, side = self.stage1, self.denoiser.view_side
+        with torch.no_grad():
+            grid = stage1.encode(views.to(self.device))
+        return lambda cameras: {"views": observed_maps(stage1, grid, index_cameras(cameras, 0), side)}
 
     def contrast(
         self, noisy: Tensor, timestep: Tensor, condition: Condition, opposite: Condition
@@ -435,6 +469,7 @@ def save_domain_prior(
     scheduler: DDPMScheduler,
     clean_embeddings: Float[Tensor, "images dim"],
     description: PriorDescription,
+    stage1: SceneAutoencoder | None = None,
 ) -> None:
     """Writes a prior in half precision, whole or not at all; an existing folder is replaced."""
     with atomic_path(folder) as temporary:
@@ -445,6 +480,8 @@ def save_domain_prior(
         if isinstance(space, FeatureSpace):
             save_file({k: v.cpu().contiguous() for k, v in space.statistics().items()}, temporary / SPACE)
         scheduler.save_config(temporary / SCHEDULER)
+        if stage1 is not None:
+            stage1.save_pretrained(temporary / STAGE1)
         save_file({"embeddings": clean_embeddings.cpu().half().contiguous()}, temporary / EMBEDDINGS)
         content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "embedding": description.embedding}
         if description.maps is not None:
@@ -508,4 +545,15 @@ def load_domain_prior(folder: Path | str) -> DomainPrior:
     if isinstance(space, FeatureSpace):
         network = {name: value for name, value in space.state_dict().items() if name.startswith("network.")}
         load_exactly(space, {**network, **read_safetensors(folder / SPACE)}, folder / SPACE)
-    return DomainPrior(denoiser, space, scheduler, embedder, embeddings.float(), maps)
+    stage1 = _stage1(folder, denoiser.config.view_channels)
+    return DomainPrior(denoiser, space, scheduler, embedder, embeddings.float(), maps, stage1)
+
+
+def _stage1(folder: Path, view_channels: int) -> SceneAutoencoder | None:
+    """What a prior lifts observed views with, which must be what its denoiser has learned from."""
+    if not view_channels:
+        return None
+    stage1 = load_scene_autoencoder(folder / STAGE1)
+    if map_channels(stage1) != view_channels:
+        raise UserInputError(f"{folder / STAGE1} is another stage 1 than its denoiser knows: train it again.")
+    return stage1

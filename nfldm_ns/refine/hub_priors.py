@@ -6,15 +6,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    DDPMScheduler,
-    DiffusionPipeline,
-    StableDiffusionImageVariationPipeline,
-    StableDiffusionPipeline,
-    StableUnCLIPImg2ImgPipeline,
-)
+from diffusers import DDPMScheduler
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
@@ -33,14 +26,20 @@ class HubPrior(ImagePrior):
 
     Raises:
         UserInputError: if the U-Net wants more than a noisy latent (inpainting models, for example).
+
+    Attributes:
+        samples_seen: how many latents the U-Net sees beside each other.
     """
+
+    samples_seen = 1
 
     def __init__(self, pipeline: Any, dtype: torch.dtype = torch.float32) -> None:
         unet, vae = pipeline.unet, pipeline.vae
-        if unet.config.in_channels != vae.config.latent_channels:
+        if unet.config.in_channels != self.samples_seen * vae.config.latent_channels:
             raise UserInputError(
                 f"The U-Net of this {type(pipeline).__name__} takes {unet.config.in_channels} channels, but latents "
-                f"have {vae.config.latent_channels}: choose a model that denoises latents only."
+                f"have {vae.config.latent_channels}, of which a {type(self).__name__} sees {self.samples_seen}: choose "
+                "another model."
             )
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         super().__init__(
@@ -59,6 +58,9 @@ class HubPrior(ImagePrior):
         """The means of the latents, in the units of the U-Net."""
         scaled = 2 * resize_square(images.float(), self.image_size) - 1
         return self.vae.encode(scaled).latent_dist.mean * self.vae.config.scaling_factor
+
+    def decode(self, encoded: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 size size"]:
+        return (self.vae.decode(encoded.float() / self.vae.config.scaling_factor).sample + 1) / 2
 
     def denoise(self, noisy: Tensor, timestep: Tensor, condition: Condition) -> Tensor:
         dtype = self.unet.dtype
@@ -128,37 +130,3 @@ class TextPrior(HubPrior):
 
     def unconditional(self) -> Condition:
         return {"encoder_hidden_states": self.embed_text("")}
-
-
-PRIORS: dict[type[DiffusionPipeline], type[HubPrior]] = {
-    StableUnCLIPImg2ImgPipeline: UnclipPrior,
-    StableDiffusionImageVariationPipeline: ImageVariationPrior,
-    StableDiffusionPipeline: TextPrior,
-}
-
-
-def load_hub_prior(name: str, dtype: torch.dtype = torch.float32) -> HubPrior:
-    """A prior from a folder or a hub id, safetensors only, on the CPU.
-
-    Args:
-        name: as `DiffusionPipeline.from_pretrained` takes it.
-
-    Raises:
-        UserInputError: if it cannot be reached or read, or is of a class we have no use for.
-    """
-    by_name = {cls.__name__: cls for cls in PRIORS}
-    try:
-        kind = dict(DiffusionPipeline.load_config(name)).get("_class_name")
-        if kind not in by_name:
-            raise UserInputError(f"{name} is a {kind}, which is no prior: choose a {', a '.join(by_name)}.")
-        options: dict[str, Any] = {"use_safetensors": True}
-        if kind != "StableUnCLIPImg2ImgPipeline":
-            options |= {"safety_checker": None, "requires_safety_checker": False}
-        pipeline = by_name[kind].from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error) else type(error).__name__
-        raise UserInputError(
-            f"The prior {name} cannot be loaded ({reason}): give the folder of a diffusers pipeline with safetensors, "
-            "or a hub id on a machine that reaches the hub."
-        ) from None
-    return PRIORS[by_name[kind]](pipeline, dtype)

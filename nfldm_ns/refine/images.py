@@ -96,8 +96,8 @@ def _images_in(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
 
 
-def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor, "images 3 size size"]:
-    """At most `most` images in [0, 1] of an image file, a folder of images, a scene collection or a scene.
+def example_paths(path: Path | str) -> list[Path]:
+    """The images of an image file, a folder of images, a scene collection or a scene.
 
     A scene (generated or of a collection) gives its `images/`, a collection those of its training scenes.
 
@@ -118,4 +118,9 @@ def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor
         raise UserInputError(f"There is no {path}: give an image, a folder of images, a scene or a scene collection.")
     if not paths:
         raise UserInputError(f"There are no images in {path}: give an image, a folder of images or a scene collection.")
-    return read_square_images(evenly(paths, most), size).float() / 255
+    return paths
+
+
+def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor, "images 3 size size"]:
+    """At most `most` images in [0, 1] of what `example_paths` takes."""
+    return read_square_images(evenly(example_paths(path), most), size).float() / 255

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,10 +12,16 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from nerfstudio.cameras.cameras import Cameras
+
+    from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
     from nfldm_ns.refine.seen_maps import MapDescription
+    from nfldm_ns.scenes.views import Views
 
 Condition = Mapping[str, Tensor]
 """What a model is told of an image besides its noisy version: tensors by name, one row per image."""
+ImageEmbedding = Callable[[Tensor], Tensor]
+"""Images in [0, 1] to one row each."""
 
 
 class ImagePrior(nn.Module, ABC):
@@ -35,10 +41,15 @@ class ImagePrior(nn.Module, ABC):
     Attributes:
         maps: the semantic maps it knows; None for most. To one with maps, conditions may also say what the views see
             (`SceneMap.seen_by`), as `seen`.
+        observes: whether conditions also say what was observed of the place from other poses (`observing`).
+        observes_alone: whether that is all that it is conditioned on.
+        stage1: what such a prior lifts observed views with, if anything.
     """
 
     alphas_cumprod: Tensor
     maps: MapDescription | None = None
+    observes: bool = False
+    observes_alone: bool = False
 
     def __init__(
         self, image_size: int, alphas_cumprod: Float[Tensor, " timesteps"], prediction_type: str = "epsilon"
@@ -47,6 +58,7 @@ class ImagePrior(nn.Module, ABC):
         if prediction_type not in ("epsilon", "v_prediction", "sample"):
             raise ValueError(f"a prior predicts epsilon, v_prediction or sample, not {prediction_type!r}")
         self.image_size, self.prediction_type = image_size, prediction_type
+        self.stage1: SceneAutoencoder | None = None
         self.register_buffer("alphas_cumprod", alphas_cumprod.float(), persistent=False)
 
     @property
@@ -61,6 +73,10 @@ class ImagePrior(nn.Module, ABC):
     @abstractmethod
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
         """Square images in [0, 1], of any size, as the model diffuses them; differentiable."""
+
+    def decode(self, encoded: Float[Tensor, "batch channels h w"]) -> Float[Tensor, "batch 3 size size"] | None:
+        """The images in [0, 1] that samples are of, not clamped; None where samples do not tell them."""
+        return None
 
     @abstractmethod
     def condition(
@@ -79,6 +95,14 @@ class ImagePrior(nn.Module, ABC):
     @abstractmethod
     def unconditional(self) -> Condition:
         """The condition, of one row, that says nothing."""
+
+    def observing(self, views: Views) -> Callable[[Cameras], Condition]:
+        """What a prior that `observes` is told besides, of square cameras `[1, N]`; zeros of it say nothing.
+
+        Args:
+            views: observed ones of the place, `[1, M]`.
+        """
+        raise NotImplementedError(f"a {type(self).__name__} observes nothing")
 
     @abstractmethod
     def denoise(
@@ -144,8 +168,8 @@ def repeat(condition: Condition, count: int) -> Condition:
 
 
 def rows_of(condition: Condition) -> int:
-    """How many images a condition is of."""
-    return len(next(iter(condition.values())))
+    """How many images a condition is of; 1 of one that says nothing."""
+    return len(next(iter(condition.values()))) if condition else 1
 
 
 def resize_square(images: Float[Tensor, "batch 3 height width"], size: int) -> Float[Tensor, "batch 3 size size"]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -12,18 +13,31 @@ from torch import Tensor
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene
-from nfldm_ns.refine.distillation import distill
-from nfldm_ns.refine.domain_prior import DomainPrior
-from nfldm_ns.refine.images import IMAGE_SUFFIXES, example_images
-from nfldm_ns.refine.prior import Condition, ImagePrior, join, pick, repeat, rows_of
+from nfldm_ns.refine.prior import Condition, ImagePrior
 from nfldm_ns.refine.seen_maps import SceneMap
 from nfldm_ns.refine.settings import RefinementConfig
+from nfldm_ns.refine.shading import Shading
+from nfldm_ns.refine.terms import Conditions, PriorTerm, StartOfScene
 from nfldm_ns.refine.views import ViewSampler
+from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
-NUM_INITIAL_RENDERS = 16  # that y' is embeddings of
-RENDERED_AT_ONCE = 4
 EMPTY_OPACITY = 0.05  # of a voxel: less counts as empty
+
+
+@dataclass
+class DrawnViews:
+    """What a step looks at.
+
+    Attributes:
+        cameras: `[1, N]`.
+        shading: of the views; None if none is lit.
+        conditions: y and y' for each prior.
+    """
+
+    cameras: Cameras
+    shading: Shading | None
+    conditions: list[Conditions]
 
 
 class Refiner:
@@ -31,77 +45,41 @@ class Refiner:
 
     Args:
         scene: as it began; it stays as it is.
-        prior: judges; moved to the device.
+        priors: judge; moved to the device. One, or two where `config` says what is wanted of a second.
         config: what is wanted.
         seed: of the renders that y' is made of.
         device: of the scene that is refined.
         scene_map: what a prior that knows maps is told of the scene.
+        observed: clean views of the place, `[1, M]`, for priors that observe; by default `config.observed` says which.
 
     Raises:
-        UserInputError: if the prior cannot be conditioned on what is wanted, or the scene has no cameras.
+        UserInputError: if a prior cannot be conditioned on what is wanted, or the scene has no cameras.
     """
 
     def __init__(
         self,
         scene: GeneratedScene,
-        prior: ImagePrior,
+        priors: ImagePrior | Sequence[ImagePrior],
         config: RefinementConfig,
         seed: int = 0,
         device: torch.device | str = "cpu",
         scene_map: SceneMap | None = None,
+        observed: Views | None = None,
     ) -> None:
         if scene.cameras is None:
             raise UserInputError("The scene has no transforms.json, so nothing tells its cameras: sample it again.")
-        self.config, self.distillation = config, config.effective_distillation()
-        self.prior = prior.to(device)
+        priors = [priors] if isinstance(priors, ImagePrior) else priors
+        self.config = config
         self.scene_map = None if scene_map is None else scene_map.to(device)
         self.start, self.start_renderer = scene.grid.to(device), scene.renderer.to(device)
         self.views = ViewSampler(config.views, self.start, scene.cameras)
         self.start_opacity = self._opacity(self.start)
         used = self.start.features[self.start.features != 0]
         self.feature_std = used.std() if used.numel() > 1 else self.start.features.new_tensor(1.0)
-        with torch.no_grad():
-            self.wanted = self._wanted()
-            self.unwanted = self._unwanted(seed)
-
-    def _wanted(self) -> Condition:
-        """y: of the style, or of clean images."""
-        config, prior = self.config, self.prior
-        path = Path(config.style) if config.style is not None else None
-        if path is not None and path.exists():
-            return prior.condition(self._examples(path))
-        if path is not None and path.suffix.lower() in IMAGE_SUFFIXES:
-            raise UserInputError(f"There is no image {path}: check --style.")
-        clean = None if config.clean_images is None else self._examples(config.clean_images)
-        if config.style is not None:
-            return prior.condition(clean, config.style)
-        if clean is not None:
-            return prior.condition(clean)
-        if isinstance(prior, DomainPrior):
-            return prior.clean_condition()
-        raise UserInputError(
-            "Nothing tells this prior what the scene shall look like: name clean images with --clean-images, or give "
-            "a --style."
-        )
-
-    def _unwanted(self, seed: int) -> Condition | None:
-        """y' of negative guidance: of renders of the scene as it began, and of images of other scenes."""
-        guidance = self.distillation.guidance
-        if guidance == "none":
-            return None
-        if guidance == "classifier_free":
-            return self.prior.unconditional()
-        cameras = self.views(NUM_INITIAL_RENDERS, torch.Generator().manual_seed(seed))
-        renders = [
-            self.start_renderer.render(self.start, cameras[:, first : first + RENDERED_AT_ONCE]).rgb[0]
-            for first in range(0, NUM_INITIAL_RENDERS, RENDERED_AT_ONCE)
-        ]
-        conditions = [self.prior.render_condition(torch.cat(renders).clamp(0, 1))]
-        conditions += [self.prior.render_condition(self._examples(folder)) for folder in self.config.negative_scenes]
-        return join(conditions)
-
-    def _examples(self, path: Path) -> Float[Tensor, "images 3 size size"]:
-        return example_images(path, self.prior.image_size).to(self.prior.device)
+        start = StartOfScene(self.start, self.start_renderer, scene.cameras, self.views, seed, observed)
+        wanted = zip(priors, config.of_priors(), strict=True)
+        self.terms = [PriorTerm(prior.to(device), told, start, weight) for prior, (told, weight) in wanted]
+        self._drawn: DrawnViews | None = None
 
     def losses(
         self,
@@ -109,6 +87,7 @@ class Refiner:
         renderer: SceneAutoencoder,
         progress: float,
         generator: torch.Generator,
+        step: int = 0,
     ) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Weighted losses by name, whose sum is to be minimised, and numbers to watch.
 
@@ -117,29 +96,54 @@ class Refiner:
             renderer: shows it.
             progress: share of the refinement done.
             generator: of all that is drawn, on the CPU.
+            step: its number, for objectives that keep views for several steps.
 
         Raises:
-            FloatingPointError: if the prior's gradient was finite for none of the renders.
+            FloatingPointError: if a prior's gradient was finite for none of the renders.
         """
-        count = self.config.views.views_per_step
-        cameras = self.views(count, generator)
-        rendered = renderer.render(grid, cameras)
-        seen = {} if self.scene_map is None else {"seen": self.scene_map.seen_by(cameras)}
-        wanted = {**self._rows(self.wanted, count, generator), **seen}
-        unwanted = None if self.unwanted is None else {**self._rows(self.unwanted, count, generator), **seen}
-        distilled = distill(self.prior, rendered.rgb[0], wanted, unwanted, self.distillation, progress, generator)
-        if distilled.skipped == count:
-            raise FloatingPointError("what the prior says")
-        losses = {"distillation_loss": distilled.loss, **self.regularisers(grid, rendered, cameras)}
-        norm = float(distilled.gradient.square().mean().sqrt())
-        return losses, {"distillation_gradient": norm, "skipped_views": float(distilled.skipped)}
+        anew = self._drawn is None or self.terms[0].objective.begins_anew(step)
+        if anew:
+            cameras = self.views(self.config.views.views_per_step, generator)
+            shading = Shading.draw(self.config.shading, cameras.shape[1], generator)
+            conditions = [term.conditions(cameras, self._seen(term, cameras), generator) for term in self.terms]
+            self._drawn = DrawnViews(cameras, shading, conditions)
+        drawn = self._drawn
+        assert drawn is not None
+        rendered = renderer.render(grid, drawn.cameras)
+        images = self._lit(drawn, rendered, grid, renderer)
+        losses, metrics = self._distilled(images, drawn, progress, generator, anew)
+        return {**losses, **self.regularisers(grid, rendered, drawn.cameras)}, metrics
 
-    def _rows(self, condition: Condition, count: int, generator: torch.Generator) -> Condition:
-        """One row at random per view."""
-        rows = rows_of(condition)
-        if rows == 1:
-            return repeat(condition, count)
-        return pick(condition, torch.randint(rows, (count,), generator=generator))
+    def _seen(self, term: PriorTerm, cameras: Cameras) -> Condition:
+        """What views see, for priors that are told."""
+        if self.scene_map is None or term.prior.maps != self.scene_map.description:
+            return {}
+        return {"seen": self.scene_map.seen_by(cameras)}
+
+    @staticmethod
+    def _lit(
+        drawn: DrawnViews, rendered: RenderedViews, grid: VoxelGrid, renderer: SceneAutoencoder
+    ) -> Float[Tensor, "views 3 height width"]:
+        if drawn.shading is None:
+            return rendered.rgb[0]
+        return drawn.shading(rendered, grid, drawn.cameras, renderer.config.near, renderer.config.num_samples)
+
+    def _distilled(
+        self, images: Tensor, drawn: DrawnViews, progress: float, generator: torch.Generator, anew: bool
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What all priors say, as a weighted sum."""
+        found = [
+            term.objective(images, wanted, unwanted, progress, generator, anew)
+            for term, (wanted, unwanted) in zip(self.terms, drawn.conditions, strict=True)
+        ]
+        if any(distilled.skipped == len(images) for distilled in found):
+            self._drawn = None  # or the next steps would look at the same
+            raise FloatingPointError("what the prior says")
+        weighted = [term.weight * distilled.loss for term, distilled in zip(self.terms, found, strict=True)]
+        norms = [float(distilled.gradient.square().mean().sqrt()) for distilled in found]
+        names = ("distillation_gradient", "second_gradient")
+        metrics = {"skipped_views": float(max(distilled.skipped for distilled in found))}
+        return {"distillation_loss": torch.stack(weighted).sum()}, {**dict(zip(names, norms, strict=False)), **metrics}
 
     def regularisers(self, grid: VoxelGrid, rendered: RenderedViews, cameras: Cameras) -> dict[str, Tensor]:
         """The weighted losses of `RegulariserConfig`."""

@@ -44,7 +44,7 @@ class ScheduleOptions:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def looks_at_maps(condition: Literal["none", "bev"], bev_dropout: float | None) -> bool:
+def looks_at_maps(condition: str, bev_dropout: float | None) -> bool:
     """Whether a training sees semantic maps; `UserInputError` if it is to drop maps that it does not see."""
     if bev_dropout is not None and condition != "bev":
         raise UserInputError("--bev-dropout drops maps, which --condition bev alone looks at: add it.")
