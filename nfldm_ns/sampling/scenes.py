@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, scene_generators
+from nfldm_ns.baselines.pipeline import BaselinePipeline, baseline_folder, load_baseline
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of
 from nfldm_ns.plugin.generated_run import write_generated_scene
@@ -20,22 +21,36 @@ from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.scenes.collection import BEV_FILE
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.writing import bev_png
-from nfldm_ns.training.identity import model_hash
+
+ScenePipeline = NFLDMPipeline | BaselinePipeline
+"""What samples scenes."""
 
 
-def sampling_record(pipeline: NFLDMPipeline, num_inference_steps: int, source: str = "") -> dict[str, Any]:
+def load_generator(folder: Path | str) -> ScenePipeline:
+    """Reads a trained generator of any kind from a folder and checks it.
+
+    Args:
+        folder: of an `NFLDMPipeline`, the name of one that comes with this package, or of a baseline or its run.
+
+    Raises:
+        UserInputError: if a component is missing, truncated, or does not fit the others.
+    """
+    baseline = baseline_folder(folder)
+    return load_pipeline(folder) if baseline is None else load_baseline(baseline)
+
+
+def sampling_record(pipeline: ScenePipeline, num_inference_steps: int, source: str = "") -> dict[str, Any]:
     """What makes scenes besides seeds, for their provenance; `source`: where the pipeline is from."""
     return {
         "pipeline": source,
-        "fine_denoiser": None if pipeline.fine_denoiser is None else model_hash(pipeline.fine_denoiser),
+        **pipeline.provenance(),
         "num_inference_steps": num_inference_steps,
-        "scheduler": type(pipeline.scheduler).__name__,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 
 
 def sample_scenes(
-    pipeline: NFLDMPipeline,
+    pipeline: ScenePipeline,
     output_dir: Path | str,
     num_scenes: int,
     seed: int = 0,
@@ -115,7 +130,7 @@ def _write(folder: Path, scene: GeneratedScene, bev: bytes | None, compact: bool
 
 
 def draw_scenes(
-    pipeline: NFLDMPipeline,
+    pipeline: ScenePipeline,
     num_scenes: int,
     seed: int = 0,
     *,
@@ -147,16 +162,16 @@ def draw_scenes(
         record["temperatures"] = list(temperatures)
     if maps:
         record["bev"] = BEV_FILE
+    options = {
+        "guidance_scale": None if guidance_scale == 1 else guidance_scale,
+        "temperatures": temperatures,
+        "bev": torch.from_numpy(np.stack(maps)) if maps else None,
+        "callback_on_step_end": callback_on_step_end,
+    }
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    generators = scene_generators(seed, num_scenes)
     try:
-        output = pipeline(
-            num_scenes,
-            scene_generators(seed, num_scenes),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            temperatures=temperatures,
-            bev=torch.from_numpy(np.stack(maps)) if maps else None,
-            callback_on_step_end=callback_on_step_end,
-        )
+        output = pipeline(num_scenes, generators, num_inference_steps=num_inference_steps, **given)
     except ValueError as error:  # what a call must not be, or a scheduler that does not fit
         raise UserInputError(f"{source or 'The pipeline'} samples no scenes from seed {seed} on: {error}.") from error
     grids, renderer = output.grids, renderer_of(pipeline.scene_autoencoder)
