@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from nerfstudio.cameras.rays import RayBundle
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -26,6 +27,7 @@ from nfldm_ns.exports.points import scene_points
 from nfldm_ns.generated.scene_files import check_dataset, load_generated_scene
 from nfldm_ns.method_configs import gan_presets
 from nfldm_ns.plugin.generated_run import render_views
+from nfldm_ns.plugin.voxel_model import ray_pictures
 from tests.small_baselines import SIZES, TRAINING, MeanLevels
 
 GAN = replace(METHODS["gsn"], critic="stylegan2")
@@ -193,6 +195,19 @@ def test_scenes_export(trained, tmp_path):
     scene.grid.density[:, :, :, :2] = 30.0
     points = scene_points(scene, spacing=0.5)
     assert len(points.positions) > 0 and bool((points.positions[:, 1] < -1.5).all()), "on the wall that was added"
+
+
+def test_single_rays_are_refused_where_a_network_makes_images_of_whole_ones(trained):
+    origins = torch.zeros(2, 3)
+    rays = RayBundle(origins, torch.eye(3)[:2], torch.ones(2, 1))
+    for name, seen in (("gsn", True), ("hologan", False)):
+        pipeline = load_baseline(trained[name])
+        grid = pipeline(1, scene_generators(0, 1)).grids
+        if seen:
+            assert ray_pictures(pipeline.scene_autoencoder, grid, rays)["rgb"].shape == (2, 3)
+            continue
+        with pytest.raises(UserInputError, match="Single rays of this scene have no colours"):
+            ray_pictures(pipeline.scene_autoencoder, grid, rays)
 
 
 def test_what_a_baseline_cannot_do_is_said(trained, box_room_collection, tmp_path, capsys):

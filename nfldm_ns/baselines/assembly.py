@@ -13,13 +13,14 @@ from nfldm_ns.baselines.adversarial import AdversarialObjective
 from nfldm_ns.baselines.autodecoder import AutodecoderObjective
 from nfldm_ns.baselines.cameras import (
     CameraBank,
+    CameraModel,
     PoseDecoder,
     collection_intrinsics,
     collection_poses,
     level_poses,
 )
 from nfldm_ns.baselines.critics import Critic, ProjectedCritic, StyleGAN2Critic
-from nfldm_ns.baselines.objective import CameraModel, Objective, SceneParts
+from nfldm_ns.baselines.objective import Objective, SceneParts
 from nfldm_ns.baselines.options import BaselineOptions, GeneratorName
 from nfldm_ns.baselines.registry import GENERATORS
 from nfldm_ns.choice import evenly

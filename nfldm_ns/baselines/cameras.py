@@ -146,6 +146,9 @@ class PoseDecoder(ModelMixin, ConfigMixin):
         return trajectory_to_cameras(trajectory, self.box, tuple(config.intrinsics), tuple(config.image_size))
 
 
+CameraModel = CameraBank | PoseDecoder
+
+
 def collection_poses(collection: SceneCollection, scene_ids: Sequence[str]) -> Float[Tensor, "scenes views 3 4"]:
     """Camera-to-world matrices of the source views of scenes; no image is read.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,9 +96,3 @@ def train_latent_prior(
     )
     ema.copy_to(denoiser.parameters())
     return denoiser.cpu()
-
-
-def split_latents(latents: Float[Tensor, "batch dim"], dims: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Those of scenes and those of cameras."""
-    scene, pose = latents.split(list(dims), dim=1)
-    return scene, pose

@@ -11,11 +11,9 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.renderers import SceneRenderer
 from nfldm_ns.autoencoder.scene_sampler import SceneSampler
-from nfldm_ns.baselines.cameras import CameraBank, PoseDecoder
+from nfldm_ns.baselines.cameras import CameraModel
 from nfldm_ns.baselines.scene_generator import SceneGenerator
 from nfldm_ns.training.draws import BatchShare
-
-CameraModel = CameraBank | PoseDecoder
 
 
 @dataclass

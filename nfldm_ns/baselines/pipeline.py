@@ -18,20 +18,17 @@ from torch import Tensor
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, read_weights
 from nfldm_ns.autoencoder.model_configs import build_model, read_scheduler
 from nfldm_ns.autoencoder.renderers import SceneRenderer
-from nfldm_ns.baselines.latent_prior import split_latents
-from nfldm_ns.baselines.objective import CameraModel
+from nfldm_ns.baselines.cameras import CameraModel
+from nfldm_ns.baselines.folder import baseline_folder
 from nfldm_ns.baselines.registry import COMPONENT_CLASSES
 from nfldm_ns.baselines.scene_generator import SceneGenerator
 from nfldm_ns.diffusion.call_checks import check_count, check_generator
 from nfldm_ns.diffusion.denoisers import GlobalDenoiser
-from nfldm_ns.diffusion.pipeline import NUM_STEPS, PIPELINE_INDEX, Generators
-from nfldm_ns.diffusion.validation import sample_latents
+from nfldm_ns.diffusion.pipeline import NUM_STEPS, Generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import BevClass, read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.identity import model_hash
-
-FOLDER = "pipeline"
 
 
 @dataclass
@@ -134,8 +131,10 @@ class BaselinePipeline(DiffusionPipeline):
         several = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
         latents = randn_tensor((num_scenes, sum(self.latent_dims)), generator=several, device=self._execution_device)
         if self.prior is not None:
+            from nfldm_ns.diffusion.validation import sample_latents  # with all that trains, which GANs do without
+
             latents = self.prior.code.inverse(sample_latents(self.prior, self.scheduler, latents, steps))
-        scene, pose = split_latents(latents, self.latent_dims)
+        scene, pose = latents.split(self.latent_dims, dim=1)
         grids = self.generator(scene)
         if not bool(grids.density.isfinite().all() and grids.features.isfinite().all()):
             raise ValueError("the voxels are not finite, so the training diverged")
@@ -153,15 +152,6 @@ class BaselinePipeline(DiffusionPipeline):
         names = ("generator", "prior")
         hashes = {name: None if (part := getattr(self, name)) is None else model_hash(part) for name in names}
         return {**hashes, "scheduler": None if self.scheduler is None else type(self.scheduler).__name__}
-
-
-def baseline_folder(folder: Path | str) -> Path | None:
-    """The folder of a baseline's pipeline, from it or from the run that made it; None for anything else."""
-    for path in (Path(folder), Path(folder) / FOLDER):
-        index = read_json(path / PIPELINE_INDEX) if (path / PIPELINE_INDEX).is_file() else None
-        if isinstance(index, dict) and index.get("_class_name") == BaselinePipeline.__name__:
-            return path
-    return None
 
 
 def load_baseline(folder: Path | str) -> BaselinePipeline:

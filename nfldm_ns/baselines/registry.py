@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from nfldm_ns.autoencoder.renderers import RENDERERS
-from nfldm_ns.baselines.cameras import CameraBank, PoseDecoder
-from nfldm_ns.baselines.objective import CameraModel
+from nfldm_ns.baselines.cameras import CameraBank, CameraModel, PoseDecoder
 from nfldm_ns.baselines.options import GeneratorName
 from nfldm_ns.baselines.scene_generator import SceneGenerator
 from nfldm_ns.baselines.triplane_generator import TriplaneGenerator

@@ -14,10 +14,11 @@ from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_sampler import SceneCache, SceneSampler, SceneSamplerConfig
 from nfldm_ns.baselines.assembly import BaselineSizes, make_objective, needs_perceptual
 from nfldm_ns.baselines.autodecoder import AutodecoderObjective
-from nfldm_ns.baselines.latent_prior import split_latents, train_latent_prior
+from nfldm_ns.baselines.folder import PIPELINE_FOLDER
+from nfldm_ns.baselines.latent_prior import train_latent_prior
 from nfldm_ns.baselines.objective import Objective, PassLosses
 from nfldm_ns.baselines.options import BaselineOptions
-from nfldm_ns.baselines.pipeline import FOLDER, BaselinePipeline
+from nfldm_ns.baselines.pipeline import BaselinePipeline
 from nfldm_ns.diffusion.pipeline import save_without_origin
 from nfldm_ns.diffusion.training import make_scheduler
 from nfldm_ns.pretrained.weights import load_lpips
@@ -130,8 +131,8 @@ def train_baseline(
     def save(path: Path) -> None:
         save_without_origin(pipeline, path)
 
-    keep_result(output_dir / FOLDER, accelerator, save)
-    return output_dir / FOLDER
+    keep_result(output_dir / PIPELINE_FOLDER, accelerator, save)
+    return output_dir / PIPELINE_FOLDER
 
 
 def _real_scenes(collection: SceneCollection, config: BaselineTrainingConfig, accelerator: Accelerator) -> SceneSampler:
@@ -178,7 +179,7 @@ class BaselinePictures:
         """One picture with a row per scene."""
         objective = self.objective
         latents = objective.example_latents(NUM_PICTURES)
-        scene, pose = split_latents(latents, objective.parts.latent_dims)
+        scene, pose = latents.split(objective.parts.latent_dims, dim=1)
         count = min(VIEWS_SHOWN, int(objective.cameras.config.num_cameras))
         views = torch.arange(count, device=latents.device).expand(len(latents), count)
         shown = objective.renderer.render(objective.generator(scene), objective.cameras(pose, views)).rgb

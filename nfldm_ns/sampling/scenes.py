@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import diffusers
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from nfldm_ns.baselines.pipeline import BaselinePipeline, baseline_folder, load_baseline
+from nfldm_ns.baselines.folder import baseline_folder
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of
@@ -22,8 +22,10 @@ from nfldm_ns.scenes.collection import BEV_FILE
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.writing import bev_png
 
-ScenePipeline = NFLDMPipeline | BaselinePipeline
-"""What samples scenes."""
+if TYPE_CHECKING:
+    from nfldm_ns.baselines.pipeline import BaselinePipeline
+
+    ScenePipeline: TypeAlias = NFLDMPipeline | BaselinePipeline  # what samples scenes
 
 
 def load_generator(folder: Path | str) -> ScenePipeline:
@@ -36,7 +38,11 @@ def load_generator(folder: Path | str) -> ScenePipeline:
         UserInputError: if a component is missing, truncated, or does not fit the others.
     """
     baseline = baseline_folder(folder)
-    return load_pipeline(folder) if baseline is None else load_baseline(baseline)
+    if baseline is None:
+        return load_pipeline(folder)
+    from nfldm_ns.baselines.pipeline import load_baseline
+
+    return load_baseline(baseline)
 
 
 def sampling_record(pipeline: ScenePipeline, num_inference_steps: int, source: str = "") -> dict[str, Any]:
