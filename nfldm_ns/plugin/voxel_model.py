@@ -253,8 +253,8 @@ def ray_pictures(renderer: SceneAutoencoder, grid: VoxelGrid, rays: RayBundle) -
     """
     if isinstance(renderer, ProjectionRenderer):
         raise UserInputError(
-            "Single rays of this scene have no colours, because a learned projection makes its images (HoloGAN): look at "
-            "whole views, or sample a baseline of another rendering."
+            "Single rays of this scene have no colours, because a learned projection makes its images (HoloGAN): look "
+            "at whole views, or sample a baseline of another rendering."
         )
     shape = rays.origins.shape[:-1]
     outputs = ray_features(grid, rays.flatten(), renderer.config.num_samples)
