@@ -37,7 +37,7 @@ class SceneRenderer(SceneAutoencoder):
     All its parameters take part in every rendering.
     """
 
-    @wraps(SceneAutoencoder.__init__)
+    @wraps(SceneAutoencoder.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.encoder = self.refiner = None  # type: ignore[assignment]
@@ -72,7 +72,7 @@ class ColourRenderer(SceneRenderer):
         ValueError: unless V has the three channels of a colour, in [-1, 1].
     """
 
-    @wraps(SceneAutoencoder.__init__)
+    @wraps(SceneAutoencoder.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.feature_channels != COLOUR_CHANNELS:
@@ -88,7 +88,7 @@ class ProjectionRenderer(SceneRenderer):
     accumulation are those of the density, which images do not have to follow.
     """
 
-    @wraps(SceneAutoencoder.__init__)
+    @wraps(SceneAutoencoder.__init__)  # type: ignore[misc]
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         inputs = self.config.num_samples * (1 + self.feature_channels)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 
+from nfldm_ns.autoencoder.renderers import SceneRenderer
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews
 from nfldm_ns.autoencoder.scene_sampler import SceneSampler
 from nfldm_ns.baselines.critics import Critic, enlarged, low_resolution
@@ -98,7 +99,7 @@ class AdversarialLosses(PassLosses):
         return self.wrapped(latents, views, real.flatten(0, 1), number)
 
 
-def render_rays(renderer: nn.Module, grid: VoxelGrid, cameras: Cameras, height: int, width: int) -> RenderedViews:
+def render_rays(renderer: SceneRenderer, grid: VoxelGrid, cameras: Cameras, height: int, width: int) -> RenderedViews:
     """Images of `height` x `width` pixels with one ray per cell of the stride, whatever the field of view."""
     config = renderer.config
     rows, columns = height // config.feature_stride, width // config.feature_stride

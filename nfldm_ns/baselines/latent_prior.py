@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -23,7 +23,7 @@ from nfldm_ns.training.draws import BatchShare
 from nfldm_ns.training.identity import public_config
 from nfldm_ns.training.loop import ProgressCallback, moving_averages, train
 from nfldm_ns.training.run import RunFolder
-from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size
+from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
 
 
 @dataclass
@@ -60,7 +60,6 @@ def train_latent_prior(
     output_dir: Path,
     model_config: dict[str, Any],
     schedule: Schedule,
-    accelerator: Accelerator,
     identity: dict[str, Any],
     ema_decay: float,
     on_progress: ProgressCallback | None = None,
@@ -69,13 +68,18 @@ def train_latent_prior(
 
     Args:
         model_config: sizes of `GlobalDenoiser`, which knows no cameras here.
-        identity: of the latents.
+        identity: of the training that made the latents.
+
+    Raises:
+        UserInputError: if the folder holds the training of other latents.
     """
+    accelerator = new_accelerator(schedule, output_dir)
     torch.manual_seed(schedule.seed)
     denoiser = GlobalDenoiser(global_dim=latents.shape[1], num_cameras=0, **model_config)
     denoiser.code.fit(latents)
     denoiser.to(accelerator.device)
-    sizes = {"seed": schedule.seed, "batch_size": joint_batch_size(schedule, accelerator)}
+    fingerprint = hashlib.sha256(latents.cpu().numpy().tobytes()).hexdigest()[:16]
+    sizes = {"latents": fingerprint, "seed": schedule.seed, "batch_size": joint_batch_size(schedule, accelerator)}
     folder = RunFolder(output_dir, {**identity, "prior": public_config(denoiser), **sizes}, accelerator)
     ema = moving_averages(denoiser, ema_decay)
     normalised = denoiser.code(latents.to(accelerator.device)).detach()

@@ -123,7 +123,7 @@ def train_baseline(
     }
     if isinstance(objective, AutodecoderObjective):
         latents = objective.latents.weight.detach()
-        extra = (sizes.prior, config.prior_schedule, accelerator, identity, config.ema_decay, on_progress)
+        extra = (sizes.prior, config.prior_schedule, identity, config.ema_decay, on_progress)
         parts["prior"] = train_latent_prior(latents, output_dir / PRIOR_FOLDER, *extra)
         parts["scheduler"] = make_scheduler()
     pipeline = BaselinePipeline(**parts)
@@ -155,7 +155,11 @@ def _identity(
     config: BaselineTrainingConfig,
     accelerator: Accelerator,
 ) -> dict[str, Any]:
-    models = {"generator": objective.generator, "renderer": objective.renderer, "cameras": objective.cameras}
+    models: dict[str, nn.Module] = {
+        "generator": objective.generator,
+        "renderer": objective.renderer,
+        "cameras": objective.cameras,
+    }
     return {
         "kind": "baseline",
         "collection": {"name": collection.name, "scenes": len(collection.splits["train"])},
