@@ -141,8 +141,9 @@ def test_calls_that_make_no_sense_are_refused(trained):
     gan, gaudi = load_baseline(trained["gsn"]), load_baseline(trained["gaudi"])
     with pytest.raises(ValueError, match="a GAN makes scenes in one step"):
         gan(1, num_inference_steps=3)
-    with pytest.raises(ValueError, match="must be at least 1"):
-        gan(0)
+    for wrong in ({"num_scenes": 0}, {"num_inference_steps": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            gan(**wrong)
     assert (gan.default_steps, gaudi.default_steps) == (1, 30)
     few, many = (gaudi(1, scene_generators(0, 1), num_inference_steps=n).latents.scene for n in (2, 8))
     assert few.shape == (1, 8) and not torch.equal(few, many)
@@ -156,10 +157,12 @@ def test_broken_pipelines_are_refused(trained, tmp_path):
     config.write_text(config.read_text().replace('"latent_dim": 8', '"latent_dim": 9'))
     with pytest.raises(UserInputError, match="is of another preset or version"):
         load_baseline(broken)
-    shutil.rmtree(broken / "generator")
-    with pytest.raises(UserInputError, match="lacks component generator"):
-        load_baseline(broken)
-    shutil.copytree(trained["eg3d"] / "pipeline" / "generator", broken / "generator")
+    config.write_text(config.read_text().replace('"latent_dim": 9', '"latent_dim": 8'))
+    for name in ("generator", "prior"):
+        (broken / name).rename(tmp_path / name)
+        with pytest.raises(UserInputError, match=f"lacks component {name}"):
+            load_baseline(broken)
+        (tmp_path / name).rename(broken / name)
     shutil.rmtree(broken / "cameras")
     shutil.copytree(trained["gsn"] / "pipeline" / "cameras", broken / "cameras")
     with pytest.raises(UserInputError, match=r"the size of latents of generator is 9, .* is 12"):

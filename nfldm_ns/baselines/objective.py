@@ -31,7 +31,7 @@ class SceneParts:
 
 
 class Objective(nn.Module):
-    """Parts that are trained together. A new objective is a file and a line in `registry.py`.
+    """Parts that are trained together. A new objective is a file and a line in `assembly.py`.
 
     `forward` takes what a pass looks at to losses by name.
     """

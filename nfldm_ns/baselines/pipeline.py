@@ -19,7 +19,7 @@ from nfldm_ns.autoencoder.checkpoints import WEIGHTS, read_weights
 from nfldm_ns.autoencoder.model_configs import build_model, read_scheduler
 from nfldm_ns.autoencoder.renderers import SceneRenderer
 from nfldm_ns.baselines.cameras import CameraModel
-from nfldm_ns.baselines.folder import baseline_folder
+from nfldm_ns.baselines.folder import INDEX, baseline_folder
 from nfldm_ns.baselines.registry import COMPONENT_CLASSES
 from nfldm_ns.baselines.scene_generator import SceneGenerator
 from nfldm_ns.diffusion.call_checks import check_count, check_generator
@@ -29,6 +29,8 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import BevClass, read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.identity import model_hash
+
+UNUSED = [None, None]  # as diffusers writes a component that a pipeline does without
 
 
 @dataclass
@@ -125,7 +127,8 @@ class BaselinePipeline(DiffusionPipeline):
         """
         check_count("num_scenes", num_scenes)
         check_generator(generator, num_scenes)
-        steps = check_count("num_inference_steps", num_inference_steps or self.default_steps)
+        steps = self.default_steps if num_inference_steps is None else num_inference_steps
+        check_count("num_inference_steps", steps)
         if self.prior is None and steps != 1:
             raise ValueError(f"num_inference_steps is {steps}, but a GAN makes scenes in one step")
         several = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
@@ -169,7 +172,7 @@ def load_baseline(folder: Path | str) -> BaselinePipeline:
     folder = found
     components: dict[str, Any] = {name: _component(folder / name, kinds) for name, kinds in COMPONENT_CLASSES.items()}
     components |= {"prior": None, "scheduler": None}
-    if (folder / "prior").is_dir():
+    if read_json(folder / INDEX).get("prior", UNUSED) != UNUSED:
         components["prior"] = _component(folder / "prior", (GlobalDenoiser,))
         components["scheduler"] = read_scheduler(
             DPMSolverMultistepScheduler, folder / "scheduler" / "scheduler_config.json"

@@ -14,10 +14,10 @@ from nfldm_ns.training.options import ScheduleOptions, is_first_process
 class TrainGan:
     """Train a baseline on the images of a scene collection; an interrupted run continues.
 
-    A method is a set of the choices below it, each of which may be made otherwise. `nfldm-sample OUTPUT_DIR` then
-    samples scenes, which open, render and export as all others. docs/baselines.md says how each differs from the method
-    it is named after. Projected critics and gaudi look at features of the network of LPIPS (`nfldm-weights get
-    lpips-vgg`; of the preset tiny lpips-alex). On several GPUs start it with
+    A method is a set of the choices below it, each of which may be made otherwise (None: as the method has it).
+    `nfldm-sample OUTPUT_DIR` then samples scenes, which open, render and export as all others. docs/baselines.md says
+    how each differs from the method it is named after. Projected critics and gaudi look at features of the network of
+    LPIPS (`nfldm-weights get lpips-vgg`; of the preset tiny lpips-alex). On several GPUs start it with
     `accelerate launch -m nfldm_ns.commands.train_gan`.
     """
 
