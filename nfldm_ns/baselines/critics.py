@@ -63,7 +63,7 @@ class Critic(nn.Module):
 
 
 class ProjectedCritic(Critic):
-    """Looks at features of the frozen network of LPIPS (`ProjectedDiscriminator`).
+    """Looks at features of the frozen network of LPIPS (`ProjectedDiscriminator`), of images moved and cut at random.
 
     Args:
         perceptual: this network; it is no part of the module, for it is not trained or saved.
@@ -78,7 +78,7 @@ class ProjectedCritic(Critic):
         self.discriminator = ProjectedDiscriminator([perceptual.channels[level] * (1 + dual) for level in levels])
 
     def seen(self, images: Images, raw: Images | None) -> Seen:
-        parts = [self._features(images)] + ([] if raw is None else [self._features(raw)])
+        parts = [self._features(part) for part in changed(images, raw).split(3, dim=1)]
         return [torch.cat(levels, dim=1) for levels in zip(*parts, strict=True)]
 
     def _features(self, images: Images) -> list[Tensor]:
@@ -100,8 +100,7 @@ class StyleGAN2Critic(Critic):
         self.discriminator = StyleGAN2Discriminator(image_size, in_channels=6 if dual else 3, **widths)
 
     def seen(self, images: Images, raw: Images | None) -> Seen:
-        both = images if raw is None else torch.cat([images, raw], dim=1)
-        return augment(both, ("translation", "cutout"))
+        return changed(images, raw)
 
     def penalty(self, real: Seen, number: int) -> dict[str, Float[Tensor, ""]]:
         if number % R1_EVERY:
@@ -109,6 +108,15 @@ class StyleGAN2Critic(Critic):
         assert isinstance(real, Tensor)
         gamma = R1_STRENGTH * real.shape[-1] * real.shape[-2] / len(real)
         return {"r1_loss": R1_EVERY * r1_penalty(self.discriminator, real, gamma)}
+
+
+def changed(images: Images, raw: Images | None) -> Float[Tensor, "batch channels height width"]:
+    """Images, and raw colours as further channels, moved and cut at random, both alike (DiffAugment).
+
+    A critic whose network has strides sees pixels on a lattice, on which the renderer would draw what it likes.
+    """
+    both = images if raw is None else torch.cat([images, raw], dim=1)
+    return augment(both, ("translation", "cutout"))
 
 
 def low_resolution(images: Images, rows: int, columns: int) -> Images:
