@@ -26,9 +26,11 @@ from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_sc
 from nfldm_ns.editing.region import box_region
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along, surround_cameras
+from nfldm_ns.generated.scene_files import GeneratedScene
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.training import LatentTrainingConfig
 from nfldm_ns.latents.voxel_store import encode_collection
+from nfldm_ns.method_configs.gan_presets import GAN_PRESETS, GanPreset
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS, DiffusionPreset, LatentPreset
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.method_configs.refine import refine_trainer_config
@@ -45,6 +47,7 @@ from nfldm_ns.scenes.views import make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.schedule import Schedule
 from tests.pretrained import require_weights
+from tests.small_baselines import SIZES, TRAINING, MeanLevels, small_renderer
 from tests.small_models import (
     BACKGROUND_CHANNELS,
     DENOISER_SIZES,
@@ -321,6 +324,77 @@ def test_generator_ablations_train_all_levels_and_continue(
 
 
 @pytest.mark.slow
+def test_baselines_are_trained_equally_long_and_compared(
+    box_room_collection: SceneCollection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    no_inception: None,
+) -> None:
+    baselines = script("gan_baselines")
+    monkeypatch.setattr("nfldm_ns.baselines.training.load_lpips", lambda name: None)
+    monkeypatch.setattr("nfldm_ns.baselines.training.PerceptualNetwork", lambda metric: MeanLevels())
+    monkeypatch.setitem(GAN_PRESETS, "small", GanPreset(SIZES, TRAINING))
+    small_pipeline().save_pretrained(tmp_path / "pipeline")
+    options = baselines.Options(
+        data=box_room_collection.root,
+        output_dir=tmp_path / "out",
+        preset="small",
+        methods=("gsn", "gaudi"),
+        learning_rates=(1e-3, 1e-2),
+        seconds=600.0,
+        max_steps=1,
+        pipeline=tmp_path / "pipeline",
+        num_scenes=3,
+        views_per_scene=2,
+        num_inference_steps=2,
+        threads=torch.get_num_threads(),
+    )
+    for change, said in (
+        ({"methods": ()}, "nothing to train"),
+        ({"learning_rates": (0.0,)}, "must be above 0"),
+        ({"views_per_scene": 20, "num_scenes": 1}, "fewer than 20 images"),
+    ):
+        with pytest.raises(UserInputError, match=said):
+            baselines.main(replace(options, **change))
+    baselines.main(options)
+    table = json.loads((options.output_dir / "table.json").read_text())
+    assert {name: len(found) for name, found in table["methods"].items()} == {"ours": 1, "gsn": 2, "gaudi": 2}
+    for name, found in table["methods"].items():
+        for result in found:
+            assert all(math.isfinite(result[key]) for key in ("fid", "kid", "kid_to_train"))
+            assert 0 <= result["precision"] <= 1 and 0 <= result["recall"] <= 1
+        assert table["best"][name] == min(found, key=lambda result: result["kid_to_train"])
+    gsn, gaudi = table["methods"]["gsn"], table["methods"]["gaudi"]
+    assert [result["learning_rate"] for result in gsn] == [1e-3, 1e-2]
+    assert gsn[0]["steps"] == [1] and gaudi[0]["steps"] == [1, 1], "auto-decoder and diffusion model"
+    assert Image.open(options.output_dir / "gsn-lr0.001.png").width > 64
+    printed = capsys.readouterr().out
+    assert "| real training views |" in printed and "| gaudi |" in printed and "| ours |" in printed
+    before = {path: path.stat().st_mtime_ns for path in (options.output_dir / "runs").rglob("*") if path.is_file()}
+    baselines.main(options)
+    assert json.loads((options.output_dir / "table.json").read_text()) == table
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_views_of_one_surface_agree_and_views_of_none_have_no_number() -> None:
+    baselines = script("gan_baselines")
+    renderer = small_renderer("colours", num_samples=64, feature_stride=1, decoder_channels=(8,))
+    grid = random_grid(1, channels=3)
+    grid.density.fill_(0)
+    grid.density[..., :2] = grid.density[..., -2:] = 30.0
+    grid.density[..., :2, :] = grid.density[..., -2:, :] = 30.0
+    grid.features.fill_(0.5)
+    cameras = surround_cameras(4, (32, 32), 16.0)
+    found = baselines.view_consistency(GeneratedScene(grid, renderer, cameras))
+    assert found["visible"] > 0.2 and found["l1"] < 0.02
+    grid.density.fill_(0)
+    empty = baselines.view_consistency(GeneratedScene(grid, renderer, cameras))
+    assert empty["visible"] == 0
+    assert baselines.finite_mean([0.1, 0.3, empty["l1"]]) == pytest.approx(0.2)
+    assert baselines.finite_mean([empty["l1"]]) is None
+
+
 def test_sampling_is_timed_and_compared(
     box_room_collection: SceneCollection, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_inception: None
 ) -> None:

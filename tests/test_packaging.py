@@ -88,7 +88,7 @@ def imports(file: Path) -> set[str]:
 
 LAYERS = [
     *("models", "scenes", "reports", "collect", "pretrained", "metrics", "training"),
-    *("autoencoder", "latents", "diffusion", "generated", "exports", "refine", "plugin"),
+    *("autoencoder", "latents", "diffusion", "generated", "baselines", "exports", "refine", "plugin"),
     *("sampling", "editing", "reconstruction", "evaluation", "demo", "studio"),
 ]
 FORBIDDEN: dict[str, list[str]] = {

@@ -35,7 +35,8 @@ class ProjectedDiscriminator(nn.Module):
 
     def forward(self, features: Features) -> list[Float[Tensor, "batch 1 h w"]]:
         """Logits of patches, one map per level; positive means real."""
-        scaled = [level / (level.square().mean(1, keepdim=True).sqrt() + EPS) for level in features]
+        # A norm, because the gradient of the root of a mean is not finite where all features are 0.
+        scaled = [level / (level.norm(dim=1, keepdim=True) / level.shape[1] ** 0.5 + EPS) for level in features]
         return [head(level) for head, level in zip(self.heads, scaled, strict=True)]
 
 

@@ -24,12 +24,15 @@ class StyleGAN2Discriminator(nn.Module):
         image_size: (height, width), both at least 4; neither powers of two nor squares are needed.
         channel_base: channels at a shorter side of `s` pixels are `channel_base // s`, ...
         channel_max: ... at most so many.
+        in_channels: of images; more than three where several are looked at together.
 
     Raises:
         ValueError: for smaller images, or sizes that leave a block without channels.
     """
 
-    def __init__(self, image_size: tuple[int, int], channel_base: int = 16384, channel_max: int = 512) -> None:
+    def __init__(
+        self, image_size: tuple[int, int], channel_base: int = 16384, channel_max: int = 512, in_channels: int = 3
+    ) -> None:
         super().__init__()
         height, width = image_size
         if min(height, width) < LAST_SIZE:
@@ -38,7 +41,7 @@ class StyleGAN2Discriminator(nn.Module):
             raise ValueError(f"a channel_base of {channel_base} leaves no channels for {height} x {width} pixels")
         self.image_size = (height, width)
         channels = min(channel_base // min(height, width), channel_max)
-        self.from_rgb = EqualizedConv2d(3, channels, 1)
+        self.from_rgb = EqualizedConv2d(in_channels, channels, 1)
         self.blocks = nn.ModuleList()
         while min(height, width) > LAST_SIZE:
             height, width, previous = height // 2, width // 2, channels
@@ -48,7 +51,7 @@ class StyleGAN2Discriminator(nn.Module):
         self.hidden = EqualizedLinear(channels * height * width, channels)
         self.out = EqualizedLinear(channels, 1)
 
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 1"]:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 1"]:
         """Logits of images in [-1, 1] of the size it was made for; positive means real."""
         x = _activate(self.from_rgb(images))
         for block in self.blocks:

@@ -13,7 +13,7 @@ from nfldm_ns.processes import is_first_by_environment
 if TYPE_CHECKING:
     import numpy as np
 
-    from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+    from nfldm_ns.sampling.scenes import ScenePipeline
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Sample:
     """
 
     pipeline: tyro.conf.Positional[Path] = Path(GENERATOR)
-    """A trained generator: the pipeline folder of nfldm-train-diffusion, or the model that comes with this package."""
+    """A trained generator: the pipeline folder of nfldm-train-diffusion, the output folder of nfldm-train-gan, or the
+    model that comes with this package."""
     num_scenes: int = 8
     seed: int = 0
     output_dir: Path = Path("outputs/generated")
@@ -51,17 +52,16 @@ class Sample:
         import diffusers
         from rich.progress import track
 
-        from nfldm_ns.diffusion.pipeline import load_pipeline
         from nfldm_ns.processes import join_processes
         from nfldm_ns.reports.galleries import write_png
         from nfldm_ns.sampling.contact_sheet import contact_sheet
-        from nfldm_ns.sampling.scenes import sample_scenes, scene_folder
+        from nfldm_ns.sampling.scenes import load_generator, sample_scenes, scene_folder
         from nfldm_ns.scenes.writing import clear_unfinished, require_writable
 
         self._check()
         processes, device = join_processes(self.device)
         diffusers.utils.logging.disable_progress_bar()  # of loading, which takes a moment only
-        pipeline = load_pipeline(self.pipeline).to(device)
+        pipeline = load_generator(self.pipeline).to(device)
         maps = self._maps(pipeline)
         if processes.is_first:
             require_writable(self.output_dir)
@@ -107,7 +107,7 @@ class Sample:
         except ValueError as error:
             raise UserInputError(f"{error}: give another number.") from None
 
-    def _maps(self, pipeline: "NFLDMPipeline") -> "list[np.ndarray]":
+    def _maps(self, pipeline: "ScenePipeline") -> "list[np.ndarray]":
         """The maps, read and checked; also checks that the generator can be guided as asked."""
         from nfldm_ns.scenes.bev_maps import read_drawn_map
 

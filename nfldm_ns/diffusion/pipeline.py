@@ -48,6 +48,7 @@ from nfldm_ns.scenes.collection import BevClass, bev_class, read_json
 from nfldm_ns.scenes.schema import BevClassEntry, Checked, Finite, validated_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path, write_json
+from nfldm_ns.training.identity import model_hash
 
 STAGES = ("global", "coarse", "fine")
 PIPELINE_INDEX = "model_index.json"
@@ -345,6 +346,11 @@ class NFLDMPipeline(DiffusionPipeline):
             )
         return dict(zip(STAGES, steps, strict=True))
 
+    def provenance(self) -> dict[str, Any]:
+        """What tells its scenes from those of others."""
+        fine = None if self.fine_denoiser is None else model_hash(self.fine_denoiser)
+        return {"fine_denoiser": fine, "scheduler": type(self.scheduler).__name__}
+
     def require_guidance(self, guidance_scale: float, with_map: bool = False) -> None:
         """Raises `ValueError` unless psi_c and psi_f can do without something that they see."""
         guided = [d for d in (self.coarse_denoiser, self.fine_denoiser) if d is not None]
@@ -598,7 +604,7 @@ def save_in_half_precision(pipeline: Path | str, folder: Path | str) -> None:
         save_without_origin(smaller, temporary)
 
 
-def save_without_origin(pipeline: NFLDMPipeline, folder: Path) -> None:
+def save_without_origin(pipeline: DiffusionPipeline, folder: Path) -> None:
     """`save_pretrained` without the path that the pipeline was read from."""
     pipeline.save_pretrained(folder)
     index = folder / pipeline.config_name

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nfldm_ns.autoencoder.checkpoints import read_safetensors
 from nfldm_ns.autoencoder.model_configs import build_model
+from nfldm_ns.autoencoder.renderers import renderer_class
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.tensor_coding import (
@@ -174,7 +175,7 @@ def load_generated_scene(folder: Path | str) -> GeneratedScene:
                 f"{folder / TENSORS} does not fit {DESCRIPTION} ({error}): sample the scene again."
             ) from None
     renderer = build_model(
-        SceneAutoencoder,
+        renderer_class(scene.autoencoder),
         scene.autoencoder,
         path,
         _with_prefix(tensors, "renderer."),

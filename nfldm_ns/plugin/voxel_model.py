@@ -22,6 +22,7 @@ from nerfstudio.viewer.viewer_elements import ViewerCheckbox, ViewerSlider
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.lifting import box_exit_depth
+from nfldm_ns.autoencoder.renderers import ProjectionRenderer
 from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
 from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.plugin.panorama import panoramic_pictures, render_panorama
@@ -246,7 +247,15 @@ def ray_pictures(renderer: SceneAutoencoder, grid: VoxelGrid, rays: RayBundle) -
     Returns:
         `rgb [*B, 3]` in [0, 1]; `depth [*B, 1]`, expected distance along the ray in metres, where rays that end nowhere
         reach the box's border; `accumulation [*B, 1]`.
+
+    Raises:
+        UserInputError: for scenes whose colours are not those of their density.
     """
+    if isinstance(renderer, ProjectionRenderer):
+        raise UserInputError(
+            "Single rays of this scene have no colours, because a learned projection makes its images (HoloGAN): look "
+            "at whole views, or sample a baseline of another rendering."
+        )
     shape = rays.origins.shape[:-1]
     outputs = ray_features(grid, rays.flatten(), renderer.config.num_samples)
     directions = rays.directions.reshape(1, 1, -1, 1, 3).movedim(-1, 2)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import diffusers
 import numpy as np
 import torch
 from jaxtyping import UInt8
 
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, scene_generators
+from nfldm_ns.baselines.folder import baseline_folder
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of
 from nfldm_ns.plugin.generated_run import write_generated_scene
@@ -20,24 +21,44 @@ from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.scenes.collection import BEV_FILE
 from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.writing import bev_png
-from nfldm_ns.training.identity import model_hash
+
+if TYPE_CHECKING:
+    from nfldm_ns.baselines.pipeline import BaselinePipeline
+
+    ScenePipeline: TypeAlias = NFLDMPipeline | BaselinePipeline  # what samples scenes
 
 
-def sampling_record(pipeline: NFLDMPipeline, num_inference_steps: int | None, source: str = "") -> dict[str, Any]:
+def load_generator(folder: Path | str) -> ScenePipeline:
+    """Reads a trained generator of any kind from a folder and checks it.
+
+    Args:
+        folder: of an `NFLDMPipeline`, the name of one that comes with this package, or of a baseline or its run.
+
+    Raises:
+        UserInputError: if a component is missing, truncated, or does not fit the others.
+    """
+    baseline = baseline_folder(folder)
+    if baseline is None:
+        return load_pipeline(folder)
+    from nfldm_ns.baselines.pipeline import load_baseline
+
+    return load_baseline(baseline)
+
+
+def sampling_record(pipeline: ScenePipeline, num_inference_steps: int | None, source: str = "") -> dict[str, Any]:
     """What makes scenes besides seeds, for their provenance; `source`: where the pipeline is from."""
     if num_inference_steps is None:
         num_inference_steps = pipeline.default_steps
     return {
         "pipeline": source,
-        "fine_denoiser": None if pipeline.fine_denoiser is None else model_hash(pipeline.fine_denoiser),
+        **pipeline.provenance(),
         "num_inference_steps": num_inference_steps,
-        "scheduler": type(pipeline.scheduler).__name__,
         "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__},
     }
 
 
 def sample_scenes(
-    pipeline: NFLDMPipeline,
+    pipeline: ScenePipeline,
     output_dir: Path | str,
     num_scenes: int,
     seed: int = 0,
@@ -117,7 +138,7 @@ def _write(folder: Path, scene: GeneratedScene, bev: bytes | None, compact: bool
 
 
 def draw_scenes(
-    pipeline: NFLDMPipeline,
+    pipeline: ScenePipeline,
     num_scenes: int,
     seed: int = 0,
     *,
@@ -149,16 +170,16 @@ def draw_scenes(
         record["temperatures"] = list(temperatures)
     if maps:
         record["bev"] = BEV_FILE
+    options = {
+        "guidance_scale": None if guidance_scale == 1 else guidance_scale,
+        "temperatures": temperatures,
+        "bev": torch.from_numpy(np.stack(maps)) if maps else None,
+        "callback_on_step_end": callback_on_step_end,
+    }
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    generators = scene_generators(seed, num_scenes)
     try:
-        output = pipeline(
-            num_scenes,
-            scene_generators(seed, num_scenes),
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            temperatures=temperatures,
-            bev=torch.from_numpy(np.stack(maps)) if maps else None,
-            callback_on_step_end=callback_on_step_end,
-        )
+        output = pipeline(num_scenes, generators, num_inference_steps=num_inference_steps, **given)
     except ValueError as error:  # what a call must not be, or a scheduler that does not fit
         raise UserInputError(f"{source or 'The pipeline'} samples no scenes from seed {seed} on: {error}.") from error
     grids, renderer = output.grids, renderer_of(pipeline.scene_autoencoder)

@@ -40,6 +40,7 @@ def train(
     accelerator: Accelerator,
     *,
     rates: Mapping[str, float] | None = None,
+    betas: tuple[float, float] = (0.9, 0.999),
     ema: EMAModel | None = None,
     render: Render | None = None,
     description: str = "Training",
@@ -55,14 +56,14 @@ def train(
             losses by name, all means over its items; their sum is minimised, and names that start with `_` are logged
             only. A step takes the mean over all passes and processes.
         rates: learning rates of the model's parts (by name, together the whole model) as multiples of the schedule's.
+        betas: of AdamW.
         ema: moving averages of the model's parameters.
         render: makes pictures of what the model can do by now, every `validation_steps`; called with the averaged
             weights, in evaluation mode, and with a random state of its own.
         on_progress: called with the share done and the last losses, instead of a progress bar.
     """
-    optimizer = torch.optim.AdamW(
-        _parameter_groups(model, rates or {}), lr=schedule.learning_rate, weight_decay=schedule.weight_decay
-    )
+    groups = _parameter_groups(model, rates or {})
+    optimizer = torch.optim.AdamW(groups, schedule.learning_rate, betas, weight_decay=schedule.weight_decay)
     profiles = PowerAverages(model, schedule.ema_profiles) if schedule.ema_profiles else None
     step, spent = folder.load(model, optimizer, ema, accelerator.scaler, profiles)
     wrapped, prepared = accelerator.prepare(model, optimizer)
