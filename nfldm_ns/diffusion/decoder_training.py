@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.decoder import ImageDecoder
@@ -112,11 +113,10 @@ class LatentRendering(nn.Module):
         self.latent_autoencoder = latent_autoencoder
         self._renderer = (scene_autoencoder,)  # a tuple keeps its weights out of checkpoints
 
-    def forward(self, batch: DecoderBatch) -> dict[str, FeatureMaps]:
-        """Feature maps by kind, of batch shape `[S, B / S]`."""
+    def forward(self, latents: dict[str, SceneLatents], cameras: Cameras) -> dict[str, FeatureMaps]:
+        """Feature maps by kind, of cameras of batch shape `[S, M]`."""
         (renderer,) = self._renderer
-        cameras = batch.real_by_scene().cameras
-        grids = {kind: self.latent_autoencoder.decode(latents) for kind, latents in batch.latents.items()}
+        grids = {kind: self.latent_autoencoder.decode(codes) for kind, codes in latents.items()}
         return {kind: renderer.render_maps(grid, cameras) for kind, grid in grids.items()}
 
 
@@ -156,12 +156,13 @@ class DecoderTuning(nn.Module):
         """The batch with feature maps as a tuned decoder of stage 2 makes them now, and the loss of their depth."""
         if self.latent_rendering is None:
             return batch, {}
-        maps = self.latent_rendering(batch)
+        real = batch.real_by_scene()
+        maps = self.latent_rendering(batch.latents, real.cameras)
         features = {kind: found.features.flatten(0, 1) for kind, found in maps.items()}
         accumulation = {kind: found.accumulation.flatten(0, 1) for kind, found in maps.items()}
         depth = maps["round_trip"].depth.new_zeros(())
-        if batch.real.depths is not None:
-            depth = depth_loss(maps["round_trip"], batch.real_by_scene())
+        if real.depths is not None:
+            depth = depth_loss(maps["round_trip"], real)
         losses = {"depth_loss": self.config.depth_mult * depth}
         return replace(batch, features=features, accumulation=accumulation), losses
 
