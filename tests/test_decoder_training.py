@@ -311,6 +311,43 @@ def test_both_decoders_are_tuned_and_latents_stay(store, pipeline_folder, percep
     assert_equal(run(tmp_path / "parts"), after)
 
 
+def test_a_grown_decoder_shows_the_same_until_it_is_tuned(store, pipeline_folder):
+    before, grown = load_pipeline(pipeline_folder), load_pipeline(pipeline_folder)
+    autoencoder = grown.scene_autoencoder
+    blocks = autoencoder.config.decoder_blocks + 2
+    autoencoder.grow_decoder(blocks)
+    grid = store.grid(store.splits["train"][:1])
+    cameras = surround_cameras(2, 32, torch.Generator().manual_seed(0)).reshape((1, 2))
+    assert torch.equal(autoencoder.render(grid, cameras).rgb, before.scene_autoencoder.render(grid, cameras).rgb)
+    assert [len(level) for level in autoencoder.decoder.levels] == [blocks] * len(autoencoder.decoder.levels)
+    with pytest.raises(ValueError, match="only grows"):
+        autoencoder.grow_decoder(blocks - 1)
+
+
+def test_a_decoder_grows_is_tuned_and_keeps_its_size(store, pipeline_folder, tmp_path):
+    before = load_pipeline(pipeline_folder)
+    blocks = before.scene_autoencoder.config.decoder_blocks + 1
+
+    def run(folder: Path, on_progress=silent) -> dict[str, Tensor]:
+        config = replace(PLAIN, decoder_blocks=blocks)
+        pipeline = load_pipeline(pipeline_folder)
+        return weights(train_decoder(pipeline, store, folder, config, on_progress=on_progress))
+
+    expected = run(tmp_path / "whole")
+    saved = load_pipeline(tmp_path / "whole" / "pipeline")
+    assert saved.scene_autoencoder.config.decoder_blocks == blocks
+    assert_equal(weights(saved), expected)
+    new = [name for name in expected if name not in weights(before)]
+    assert new and all(name.startswith("scene_autoencoder.decoder.levels.") for name in new)
+    assert all(bool(expected[name].any()) for name in new if name.endswith("conv2.weight"))  # zeros before
+    with pytest.raises(Interrupted):
+        run(tmp_path / "resumed", interrupt)
+    assert_equal(run(tmp_path / "resumed"), expected)
+    require_same_voxels(store, saved.scene_autoencoder)  # a larger image decoder does not make voxels strange
+    with pytest.raises(UserInputError, match="--decoder-blocks is 0"):
+        train_decoder(saved, store, tmp_path / "less", replace(PLAIN, decoder_blocks=0))
+
+
 def test_a_resumed_run_gives_equal_weights(store, pipeline_folder, perceptual, tmp_path):
     def run(folder: Path, on_progress=silent) -> dict[str, Tensor]:
         pipeline = load_pipeline(pipeline_folder)

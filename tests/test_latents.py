@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.blocks import ConditionalGroupNorm
 from nfldm_ns.latents.equivariance import PlaneChange, change_grid, change_items, draw_changes, equal_sizes
@@ -33,7 +34,7 @@ from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.draws import ItemDraws, batch_indices
-from nfldm_ns.training.identity import model_hash
+from nfldm_ns.training.identity import model_hash, own_config
 from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
@@ -439,6 +440,17 @@ def test_encode_is_what_stage_1_says_and_resumes(collection, store, tmp_path):
     assert load_file(again.path("room_000"))["density"].equal(load_file(store.path("room_000"))["density"])
     assert again.load("room_002")["features"].dtype == torch.float16
     assert model_hash(again.load_autoencoder()) == again.autoencoder_hash == store.autoencoder_hash
+
+
+def test_stage_1_has_no_option_that_makes_older_voxels_strange():
+    """A new option goes to `LATER_OPTIONS` of `training/identity.py`, or voxels encoded without it are refused."""
+    assert set(own_config(SceneAutoencoder())) == {
+        *("aabb", "near", "far", "image_size", "focal_length", "grid_shape", "feature_channels", "feature_stride"),
+        *("num_depth_bins", "depth_spacing", "encoder_input", "density_from", "fusion", "splatting"),
+        *("background_channels", "background_implementation", "num_samples", "num_feature_samples"),
+        *("encoder_channels", "encoder_blocks", "decoder_channels", "decoder_blocks"),
+        *("refinement_channels", "refinement_steps"),
+    }
 
 
 def test_store_of_another_stage_1_is_refused(collection, store, tmp_path):

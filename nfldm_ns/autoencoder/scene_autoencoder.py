@@ -342,6 +342,20 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
 
         return RenderedViews(rgb, resize(maps.depth), resize(maps.accumulation), maps)
 
+    def grow_decoder(self, num_blocks: int) -> None:
+        """Gives the image decoder more residual blocks per level; they start as identities, so that nothing changes yet.
+
+        Raises:
+            ValueError: if it has more already.
+        """
+        config = self.config
+        if num_blocks < config.decoder_blocks:
+            raise ValueError(f"the image decoder has {config.decoder_blocks} blocks per level already: it only grows")
+        grown = ImageDecoder(config.feature_channels, config.feature_stride, tuple(config.decoder_channels), num_blocks)
+        grown.load_state_dict({**grown.state_dict(), **self.decoder.state_dict()})
+        self.decoder = grown.to(self.decoder.out.weight)
+        self.register_to_config(decoder_blocks=num_blocks)
+
 
 def decode_images(
     decoder: nn.Module,

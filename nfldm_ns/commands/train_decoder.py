@@ -40,6 +40,9 @@ class TrainDecoder:
     tune_latent_decoder: bool = False
     """Also tune what latents are decoded to voxels with, through rendering: sharper voxels, not only pictures. Steps
     take several times as long; the denoisers still fit."""
+    decoder_blocks: int | None = None
+    """Residual blocks per level that the image decoder grows to before it is tuned (the new ones change nothing at
+    first); by default it stays as large as it is."""
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
@@ -62,8 +65,14 @@ class TrainDecoder:
         if self.adversarial_mult is not None:
             losses = replace(losses, adversarial_mult=self.adversarial_mult)
         schedule = replace(config.schedule, **self.schedule.given())
-        tuned = {"tune_latent_decoder": self.tune_latent_decoder}
-        config = replace(config, examples=examples, losses=losses, schedule=schedule, **tuned)
+        config = replace(
+            config,
+            examples=examples,
+            losses=losses,
+            schedule=schedule,
+            tune_latent_decoder=self.tune_latent_decoder,
+            decoder_blocks=self.decoder_blocks,
+        )
         store = VoxelStore.open(self.voxels)
         pipeline = load_pipeline(self.pipeline)
         perceptual = PerceptualNetwork(load_lpips("vgg")) if losses.needs_perceptual_network else None

@@ -31,6 +31,7 @@ KINDS = ("round_trip", "denoised")
 MAPS = ("features", "accumulation")
 LATENTS = tuple(part.name for part in fields(SceneLatents))
 DECODER = "decoder."  # begins the names of the weights that are tuned
+DECODER_SIZES = "decoder_"  # begins the options that say how large the image decoder is
 
 
 @dataclass(frozen=True)
@@ -229,9 +230,11 @@ def quantised_share(pipeline: NFLDMPipeline, share: float, config: ExampleConfig
 def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder) -> None:
     """Raises `UserInputError` unless the scenes were encoded by this stage 1; another image decoder does not matter."""
     theirs, ours = store.load_autoencoder(), scene_autoencoder
-    same = public_config(theirs) == public_config(ours)
+    configs = [{k: v for k, v in public_config(m).items() if not k.startswith(DECODER_SIZES)} for m in (theirs, ours)]
     weights = [{k: v for k, v in m.state_dict().items() if not k.startswith(DECODER)} for m in (theirs, ours)]
-    if not same or not all(torch.equal(value, weights[1][name].cpu()) for name, value in weights[0].items()):
+    if configs[0] != configs[1] or not all(
+        torch.equal(value, weights[1][name].cpu()) for name, value in weights[0].items()
+    ):
         raise UserInputError(
             f"The scenes in {store.root} were encoded by another scene auto-encoder than the pipeline's: give the "
             "voxels that it was trained on."

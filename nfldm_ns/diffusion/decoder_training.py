@@ -24,6 +24,7 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder, decode_imag
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.diffusion.decoder_examples import KINDS, DecoderExamples, ExampleConfig, require_same_voxels
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, save_without_origin
+from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore
@@ -81,6 +82,8 @@ class DecoderTrainingConfig:
     """Of the moving averages of the weights, which are what is kept."""
     tune_latent_decoder: bool = False
     """Also tune what stage 2 decodes latents with. Latents and codes stay as they are: the denoisers still fit."""
+    decoder_blocks: int | None = None
+    """Residual blocks per level that the image decoder grows to before it is tuned; None leaves it as it is."""
 
 
 @dataclass
@@ -281,6 +284,7 @@ def train_decoder(
     require_same_voxels(store, pipeline.scene_autoencoder)
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
+    _grow(pipeline.scene_autoencoder, config.decoder_blocks)
     decoder = copy.deepcopy(pipeline.scene_autoencoder.decoder).float().requires_grad_(True)
     if perceptual is not None:
         perceptual.to(accelerator.device)
@@ -334,6 +338,18 @@ class DecoderPictures:
         shown = {kind.replace("_", " "): self.model.decode(batch, kind).clamp(0, 1) for kind in KINDS}
         names = [f"t = {share:.2f}" for share in self.batch.share.tolist()]
         return {"decoder": image_grid({"real": self.batch.real.images, **shown}, names)}
+
+
+def _grow(scene_autoencoder: SceneAutoencoder, decoder_blocks: int | None) -> None:
+    has = scene_autoencoder.config.decoder_blocks
+    if decoder_blocks is None:
+        return
+    if decoder_blocks < has:
+        raise UserInputError(
+            f"--decoder-blocks is {decoder_blocks}, but the generator's image decoder has {has} per level already: give "
+            f"at least {has}, or nothing."
+        )
+    scene_autoencoder.grow_decoder(decoder_blocks)
 
 
 def _latent_rendering(pipeline: NFLDMPipeline, device: torch.device) -> LatentRendering:
