@@ -343,7 +343,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         return RenderedViews(rgb, resize(maps.depth), resize(maps.accumulation), maps)
 
     def grow_decoder(self, num_blocks: int) -> None:
-        """Gives the image decoder more residual blocks per level; they start as identities, so that nothing changes yet.
+        """Gives the image decoder more residual blocks per level; they begin as identities: nothing changes yet.
 
         Raises:
             ValueError: if it has more already.

@@ -346,8 +346,8 @@ def _grow(scene_autoencoder: SceneAutoencoder, decoder_blocks: int | None) -> No
         return
     if decoder_blocks < has:
         raise UserInputError(
-            f"--decoder-blocks is {decoder_blocks}, but the generator's image decoder has {has} per level already: give "
-            f"at least {has}, or nothing."
+            f"--decoder-blocks is {decoder_blocks}, but the generator's image decoder has {has} per level already: "
+            f"give at least {has}, or nothing."
         )
     scene_autoencoder.grow_decoder(decoder_blocks)
 
