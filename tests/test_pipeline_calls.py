@@ -24,7 +24,7 @@ STEPS = {"num_inference_steps": 2}
 def pipeline() -> NFLDMPipeline:
     pipeline = small_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.register_to_config(temperatures=(1.0, 0.5, 0.25))
+    pipeline.register_to_config(temperatures=(1.0, 0.5, 0.25), default_steps=2)
     return pipeline
 
 
@@ -113,14 +113,27 @@ def test_latents_that_are_not_finite_are_refused(pipeline, bad):
 
 def test_components_make_the_same_pipeline(pipeline):
     again = NFLDMPipeline(**pipeline.components)
-    assert tuple(again.config.temperatures) == (1.0, 0.5, 0.25)
+    assert tuple(again.config.temperatures) == (1.0, 0.5, 0.25) and again.default_steps == 2
     assert again.coarse_denoiser is pipeline.coarse_denoiser
     assert same(again, pipeline)
 
 
+def test_steps_by_default_are_the_pipeline_s_own(pipeline, tmp_path, caplog):
+    pipeline.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    again.set_progress_bar_config(disable=True)
+    assert not caplog.records
+    taken = [again(1, generator=torch.Generator().manual_seed(0), **steps).latents.coarse for steps in ({}, STEPS)]
+    assert torch.equal(*taken)
+    index = tmp_path / "model_index.json"
+    index.write_text(index.read_text().replace('"default_steps": 2', '"default_steps": 0'))
+    with pytest.raises(UserInputError, match="default_steps"):
+        load_pipeline(tmp_path)
+
+
 def test_from_pipe_makes_the_same_pipeline(pipeline):
     again = NFLDMPipeline.from_pipe(pipeline)
-    assert tuple(again.config.temperatures) == (1.0, 0.5, 0.25)
+    assert tuple(again.config.temperatures) == (1.0, 0.5, 0.25) and again.default_steps == 2
     assert same(again, pipeline)
 
 

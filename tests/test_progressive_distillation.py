@@ -11,7 +11,6 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from nfldm_ns.diffusion.distillation import (
-    DEFAULT_STEPS,
     Halving,
     check_teacher,
     ddim_step,
@@ -71,7 +70,7 @@ def levels(index: Tensor, steps: int) -> tuple[tuple[Tensor, Tensor], tuple[Tens
 
 
 def test_steps_lie_where_ddim_samples():
-    scheduler = few_step_sampler(make_scheduler().config, 4)
+    scheduler = few_step_sampler(make_scheduler().config)
     scheduler.set_timesteps(4)
     assert scheduler.timesteps.tolist() == step_timestep(torch.tensor([4, 3, 2, 1]), 4).tolist() == [999, 749, 499, 249]
     assert int(step_timestep(torch.tensor(0), 4)) == -1
@@ -81,7 +80,7 @@ def test_steps_lie_where_ddim_samples():
 
 
 def test_a_step_is_that_of_diffusers():
-    scheduler = few_step_sampler(make_scheduler().config, 4)
+    scheduler = few_step_sampler(make_scheduler().config)
     scheduler.set_timesteps(4)
     sample, velocity = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.full((2, 3), 0.3)
     for index in (4, 3, 2, 1):
@@ -228,7 +227,7 @@ def test_a_distilled_pipeline_takes_few_steps(parts, tmp_path):
     assert saved is not None
     pipeline = load_pipeline(saved)
     assert isinstance(pipeline.scheduler, DDIMScheduler)
-    assert pipeline.scheduler.config[DEFAULT_STEPS] == pipeline.default_steps == 4
+    assert pipeline.default_steps == 4
     calls: list[str] = []
     pipeline.set_progress_bar_config(disable=True)
     pipeline(1, torch.Generator().manual_seed(0), callback_on_step_end=lambda p, *_: calls.append(p.stage) or {})

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from nfldm_ns.errors import UserInputError
 
 FIRST_TEACHER_STEPS = 32  # at least, of DDIM with the denoiser that is distilled
-DEFAULT_STEPS = "default_steps"  # of a scheduler's configuration: what a pipeline takes where nothing is asked for
 
 
 @dataclass(frozen=True)
@@ -143,15 +142,13 @@ def distillation_loss(
     return F.mse_loss(student(noisy, timestep, **conditions).float(), target, reduction="none").flatten(1).mean(1)
 
 
-def few_step_sampler(trained: Any, steps: int) -> DDIMScheduler:
-    """What a distilled pipeline is saved with: DDIM, which takes `steps` by default.
+def few_step_sampler(trained: Any) -> DDIMScheduler:
+    """What a distilled pipeline is saved with: DDIM, whose steps the denoisers learned.
 
     Args:
         trained: configuration of the scheduler that the teacher was saved with.
     """
-    scheduler = DDIMScheduler.from_config(trained, clip_sample=False, set_alpha_to_one=True)
-    scheduler.register_to_config(**{DEFAULT_STEPS: steps})
-    return scheduler
+    return DDIMScheduler.from_config(trained, clip_sample=False, set_alpha_to_one=True)
 
 
 def step_indices(shares: Float[Tensor, " count"], steps: int) -> Int[Tensor, " count"]:

@@ -18,7 +18,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int, Shaped
 from nerfstudio.cameras.cameras import Cameras
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, read_weights, weights_name
@@ -35,7 +35,6 @@ from nfldm_ns.diffusion.call_checks import (
     check_temperatures,
 )
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
-from nfldm_ns.diffusion.distillation import DEFAULT_STEPS
 from nfldm_ns.diffusion.flow import initial_scale, model_input, samples_flows
 from nfldm_ns.diffusion.guiding import Guide, guided_prediction
 from nfldm_ns.diffusion.inpainting import Inpainting, inpaint
@@ -87,6 +86,8 @@ class NFLDMPipeline(DiffusionPipeline):
             trained models want a low one for f, whose details they can hardly predict.
         bev_classes: id, name and color of each class of the semantic maps that the denoisers know, as `collection.json`
             has them; none for denoisers without maps.
+        default_steps: denoising steps of each latent where none are asked for: what the scheduler was measured with, or
+            the denoisers were distilled to.
     """
 
     _optional_components: ClassVar[list[str]] = ["fine_denoiser"]
@@ -108,10 +109,15 @@ class NFLDMPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         temperatures: Sequence = (1.0, 1.0, 1.0),  # diffusers' check of types knows plain classes only
         bev_classes: Sequence = (),
+        default_steps: int = NUM_STEPS,
     ) -> None:
         super().__init__()
         classes = [{**entry, "color": list(entry["color"])} for entry in bev_classes]
-        self.register_to_config(temperatures=check_temperatures(temperatures), bev_classes=classes)
+        self.register_to_config(
+            temperatures=check_temperatures(temperatures),
+            bev_classes=classes,
+            default_steps=check_count("default_steps", default_steps),
+        )
         self.register_modules(
             scene_autoencoder=scene_autoencoder,
             latent_autoencoder=latent_autoencoder,
@@ -133,6 +139,7 @@ class NFLDMPipeline(DiffusionPipeline):
             **super().components,
             "temperatures": self.config.temperatures,
             "bev_classes": self.config.bev_classes,
+            "default_steps": self.config.default_steps,
         }
 
     def to(self, *args, dtype: torch.dtype | None = None, **kwargs) -> NFLDMPipeline:
@@ -159,8 +166,8 @@ class NFLDMPipeline(DiffusionPipeline):
 
     @property
     def default_steps(self) -> int:
-        """Denoising steps of each latent where none are asked for: 30, or those that denoisers were distilled to."""
-        return int(self.scheduler.config.get(DEFAULT_STEPS, NUM_STEPS))
+        """Denoising steps of each latent where none are asked for."""
+        return int(self.config.default_steps)
 
     @property
     def bev_classes(self) -> tuple[BevClass, ...]:
@@ -562,6 +569,7 @@ class _Index(Checked):
     scheduler: tuple[str, str]
     temperatures: tuple[Finite, Finite, Finite] = (1.0, 1.0, 1.0)
     bev_classes: list[BevClassEntry] = Field(default_factory=list)
+    default_steps: PositiveInt = NUM_STEPS
 
 
 def _load_scheduler(folder: Path, entry: Sequence[str]) -> SchedulerMixin:
@@ -674,6 +682,7 @@ def assemble_pipeline(
     scheduler: SchedulerMixin,
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
     bev_classes: Sequence[BevClass] = (),
+    default_steps: int = NUM_STEPS,
 ) -> NFLDMPipeline:
     """A checked pipeline, all on the CPU in single precision and evaluation mode."""
     for model in (scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser):
@@ -688,6 +697,7 @@ def assemble_pipeline(
         scheduler,
         temperatures,
         [asdict(entry) for entry in bev_classes],
+        default_steps,
     )
     check_agreement(pipeline)
     return pipeline

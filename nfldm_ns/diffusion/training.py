@@ -653,7 +653,7 @@ def train_denoiser(
         if halving is None:
             render = DenoiserPictures(stage, denoiser, scheduler, *pictures)
         else:
-            few = few_step_sampler(scheduler.config, halving.steps)
+            few = few_step_sampler(scheduler.config)
             render = DenoiserPictures(stage, denoiser, few, *pictures, steps=halving.steps)
 
     train(
@@ -983,7 +983,9 @@ def save_pipeline(
         )
     scheduler = make_sampler(types.pop(), zero_snr.pop(), shifts.pop())
     steps = few.pop()
-    components["scheduler"] = scheduler if steps is None else few_step_sampler(scheduler.config, steps)
+    if steps is not None:
+        scheduler, components["default_steps"] = few_step_sampler(scheduler.config), steps
+    components["scheduler"] = scheduler
     components["bev_classes"] = [bev_class(entry) for entry in classes[0]]
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:
