@@ -124,11 +124,9 @@ def judging_cost(preset: GanPreset, options: BaselineOptions) -> NetworkCost:
     with torch.device("meta"):
         rendered = torch.empty(_images(preset), 3, *size, requires_grad=True)
         real = torch.empty(_images(preset), 3, *size)
-    count = None
-    if options.objective == "adversarial":
-        critic = make_critic(options, preset.sizes, perceptual, size)
-        assert isinstance(critic, ProjectedCritic), "no method has another one"
-        count = max(critic.levels) + 1
+    critic = make_critic(options, preset.sizes, perceptual, size) if options.objective == "adversarial" else None
+    assert critic is None or isinstance(critic, ProjectedCritic), "no method has another one"
+    count = None if critic is None else max(critic.levels) + 1
 
     def look(images: Tensor) -> Tensor:
         return torch.cat([level.flatten() for level in perceptual.features(images, count)])
@@ -136,14 +134,17 @@ def judging_cost(preset: GanPreset, options: BaselineOptions) -> NetworkCost:
     cost = network_cost(perceptual, lambda: look(rendered)) + network_cost(perceptual, lambda: look(real), False)
     if options.dual:
         cost = cost + cost  # the colours before the image decoder as well
-    return cost if count is None else cost + _critic_cost(critic, perceptual, real)
+    return cost if critic is None else cost + _critic_cost(critic, perceptual, real, 2 if options.dual else 1)
 
 
-def _critic_cost(critic: ProjectedCritic, perceptual: PerceptualNetwork, images: Tensor) -> NetworkCost:
-    """The heads: rendered images for the generator's gradient, rendered and real ones for their own."""
-    dual = critic.discriminator.heads[0][0].in_channels // perceptual.channels[critic.levels[0]]
+def _critic_cost(critic: ProjectedCritic, perceptual: PerceptualNetwork, images: Tensor, pictures: int) -> NetworkCost:
+    """The heads: rendered images for the generator's gradient, rendered and real ones for their own.
+
+    Args:
+        pictures: that each image is seen in: 2 with dual discrimination, else 1.
+    """
     features = perceptual.features(images, max(critic.levels) + 1)
-    levels = [features[level].repeat(1, dual, 1, 1) for level in critic.levels]
+    levels = [features[level].repeat(1, pictures, 1, 1) for level in critic.levels]
     heads = critic.discriminator.to("meta")
 
     def judge(requires_grad: bool) -> Tensor:

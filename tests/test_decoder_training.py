@@ -360,7 +360,7 @@ def _work(rank: int, folder: Path, pipeline_folder: Path, root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_two_processes_do_what_one_does(store, pipeline_folder, tmp_path):
     start_processes(_work, (tmp_path, pipeline_folder, store.root), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -387,7 +387,7 @@ def _killed(what: str, folder: Path, pipeline_folder: Path, root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_killed_run_gives_equal_weights(store, pipeline_folder, tmp_path):
     whole = _tune(tmp_path / "whole", pipeline_folder, store.root, SCHEDULE)
     for what in ("examples", "steps"):

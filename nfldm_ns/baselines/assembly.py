@@ -66,6 +66,7 @@ def make_parts(collection: SceneCollection, options: BaselineOptions, sizes: Bas
         UserInputError: if sizes do not go together.
     """
     width, height = collection.image_size
+    (x0, y0, z0), (x1, y1, z1) = collection.aabb.tolist()
     domain = {
         "near": collection.near,
         "far": collection.far,
@@ -73,7 +74,7 @@ def make_parts(collection: SceneCollection, options: BaselineOptions, sizes: Bas
         "focal_length": collection_intrinsics(collection)[0],
     }
     try:
-        generator, renderer = make_networks(options, sizes, tuple(map(tuple, collection.aabb.tolist())), **domain)
+        generator, renderer = make_networks(options, sizes, ((x0, y0, z0), (x1, y1, z1)), **domain)
     except ValueError as error:
         raise UserInputError(f"The baseline cannot be built ({error}): choose another preset.") from None
     stride = 2 * renderer.config.feature_stride if options.patches else renderer.config.feature_stride
