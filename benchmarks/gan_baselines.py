@@ -9,11 +9,15 @@ method is judged by is chosen by the KID to real *training* views.
 
 `--pipeline` adds a generator that is there already; its training had its own time, which the table does not know.
 
+FVD is measured where there is a stage 1 that shows real scenes (`--fvd-stage1`, by default that of `--pipeline`),
+because collections have no videos: fly-throughs of sampled scenes, each by its own renderer, beside those of real test
+scenes that it encodes and renders. A generator over this stage 1 has its look in common with the reference, others not.
+
 Each training leaves `<method>-lr<rate>.json`, pictures of the first scenes in `<method>-lr<rate>.png`, and its run in
 `runs/`; all of them together make `table.json`. An interrupted run continues; a training that is there is not repeated.
 
-Needs the weights of FID's Inception and of LPIPS (`nfldm-weights get fid-inception lpips-vgg`; with the preset tiny
-lpips-alex).
+Needs the weights of FID's Inception, of LPIPS and for FVD of I3D (`nfldm-weights get fid-inception lpips-vgg
+i3d-kinetics-400`; with the preset tiny lpips-alex).
 """
 
 from __future__ import annotations
@@ -28,11 +32,14 @@ from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder
 from nfldm_ns.baselines.options import METHODS, MethodName
 from nfldm_ns.baselines.training import PRIOR_FOLDER, BaselineTrainingConfig, train_baseline
 from nfldm_ns.choice import evenly
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.evaluation import progress_bars
 from nfldm_ns.evaluation.scenes import SURFACE
@@ -50,8 +57,10 @@ from nfldm_ns.reports.resources import device_info
 from nfldm_ns.sampling.scenes import draw_scenes, load_generator
 from nfldm_ns.scenes.collection import SceneCollection, read_json
 from nfldm_ns.scenes.views import Views, index_cameras
-from nfldm_ns.scenes.writing import require_writable, write_json
-from shared.comparisons import stored, use_threads
+from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
+from nfldm_ns.training.identity import model_hash
+from shared.comparisons import fingerprint, stored, use_threads
+from shared.flights import FlightJudge
 from shared.running import run
 from shared.sampled_views import SampleJudge, SampleOptions, work_device
 
@@ -60,6 +69,7 @@ SCENES_SHOWN = 6
 PRECISION_K, DENSITY_K = 3, 5
 CONSISTENCY = ("l1", "unmoved_l1", "visible")
 OURS = "ours"
+FLIGHTS = "flights.safetensors"  # what I3D says of a generator's fly-throughs
 
 
 @dataclass(kw_only=True)
@@ -84,6 +94,10 @@ class Options(SampleOptions):
     """a trained generator to stand beside them, or the name of one that comes with the package"""
     consistency_scenes: int = 32
     """scenes whose views are held against each other"""
+    fvd_stage1: Path | None = None
+    """a trained stage 1 that shows real scenes for FVD; by default that of --pipeline, and without both no FVD"""
+    fvd_scenes: int = 250
+    """scenes of each set for FVD; no more than are sampled and than the test split has"""
     seed: int = 0
     """of the trainings"""
     threads: int = 2
@@ -94,6 +108,8 @@ class Options(SampleOptions):
         use_threads(self.threads)
         if not self.methods or not self.learning_rates:
             raise UserInputError("There is nothing to train: name some --methods and --learning-rates.")
+        if self.fvd_scenes < 0:
+            raise UserInputError(f"--fvd-scenes is {self.fvd_scenes}: give 0 for no FVD, or at least 2.")
         if self.seconds <= 0 or min(self.learning_rates) <= 0 or self.consistency_scenes < 1:
             raise UserInputError("--seconds, --learning-rates and --consistency-scenes must be above 0: change them.")
         require_writable(self.output_dir)
@@ -117,6 +133,7 @@ class Comparison:
     options: Options
     collection: SceneCollection
     judge: SampleJudge
+    flights: FlightJudge | None
 
     def name(self, method: str, learning_rate: float) -> str:
         return f"{method}-lr{learning_rate:g}"
@@ -135,6 +152,7 @@ class Comparison:
         return {
             "judged": self.judge.protocol,
             "consistency_scenes": min(options.consistency_scenes, options.num_scenes),
+            "fvd": None if self.flights is None else self.flights.protocol,
         }
 
     def result(self, method: MethodName, learning_rate: float) -> dict[str, Any]:
@@ -168,14 +186,18 @@ class Comparison:
         """Samples scenes and compares their views with real ones."""
         pictures = self.options.output_dir / "pictures" / name
         look = partial(self._look, folder, name, num_inference_steps)
-        looked = stored(pictures / "views.json", {"folder": str(folder)}, look)
+        looked = stored(pictures / "views.json", {"folder": str(folder), **self._looking()}, look)
         paths = evenly(sorted(pictures.glob("*.png")), self.judge.settings.num_images)
         features = picture_features(self.judge.inception, paths, pictures / "features")
         real = self.judge.real
         distances = set_distances({REFERENCE: real[REFERENCE], "samples": features})
+        fvd = None
+        if self.flights is not None:
+            fvd = self.flights.distance(load_file(pictures / FLIGHTS)["logits"])
         return {
             "fid": distances["fid"]["samples"],
             "kid": distances["kid"]["samples"],
+            "fvd": fvd,
             "kid_to_train": kernel_distance(real["train"], features).mean,
             **precision_recall(real[REFERENCE], features, PRECISION_K),
             **density_coverage(real[REFERENCE], features, DENSITY_K),
@@ -185,7 +207,7 @@ class Comparison:
     def _look(self, folder: Path, name: str, num_inference_steps: int | None) -> dict[str, Any]:
         """Writes views of sampled scenes; how much the views of some of them agree."""
         pictures, options = self.options.output_dir / "pictures" / name, self.options
-        errors, shown, seconds = [], [], 0.0
+        errors, shown, flown, seconds = [], [], [], 0.0
         pipeline = load_generator(folder).to(work_device())
         pipeline.set_progress_bar_config(disable=True)
         pictures.mkdir(parents=True, exist_ok=True)
@@ -202,15 +224,41 @@ class Comparison:
                     shown.append(views)
                 if index < options.consistency_scenes:
                     errors.append(view_consistency(scene))
+                if self.flights is not None and index < self.flights.num_scenes:
+                    flown.append(self.flights.sampled(scene))
                 done((index + 1) / options.num_scenes)
         columns = {f"view {i}": [views[i] for views in shown] for i in range(len(shown[0]))}
         write_png(options.output_dir / f"{name}.png", image_grid(columns))
+        if flown:
+            with atomic_path(pictures / FLIGHTS) as temporary:
+                save_file({"logits": torch.stack(flown)}, temporary)
         parts = (part for part in pipeline.components.values() if isinstance(part, torch.nn.Module))
         return {
             "parameters": sum(parameter.numel() for part in parts for parameter in part.parameters()),
             "seconds_per_scene": round(seconds / options.num_scenes, 3),
             "consistency": {key: finite_mean([error[key] for error in errors]) for key in CONSISTENCY},
         }
+
+
+def flight_judge(options: Options, collection: SceneCollection, judge: SampleJudge) -> FlightJudge | None:
+    """What measures FVD; None where it is not asked for, or nothing shows real scenes.
+
+    Raises:
+        UserInputError: if there is no such stage 1, or there are too few scenes.
+    """
+    if options.fvd_scenes == 0 or (options.fvd_stage1 is None and options.pipeline is None):
+        return None
+    if options.fvd_stage1 is not None:
+        stage1 = load_scene_autoencoder(options.fvd_stage1)
+    else:
+        pipeline = load_generator(options.pipeline)
+        if not isinstance(pipeline, NFLDMPipeline):
+            raise UserInputError(f"{options.pipeline} has no stage 1 that encodes views: name one by --fvd-stage1.")
+        stage1 = pipeline.scene_autoencoder
+    ids = {split: scenes.scene_ids for split, scenes in judge.scenes.items()}
+    count, made_with = min(options.fvd_scenes, options.num_scenes), {**judge.protocol, "stage1": model_hash(stage1)}
+    folder = options.output_dir / f"flights-{fingerprint({**made_with, 'scenes': count})}"
+    return FlightJudge(collection, stage1.to(work_device()), ids, count, folder)
 
 
 def sampled_views(scene: GeneratedScene, count: int) -> Float[Tensor, "views 3 height width"]:
@@ -254,24 +302,24 @@ def cells(result: dict[str, Any]) -> list[Any]:
     return [
         result.get("learning_rate"),
         result.get("seconds"),
-        *(result[name] for name in ("parameters", "fid", "kid", "precision", "recall", "coverage")),
+        *(result[name] for name in ("parameters", "fid", "kid", "precision", "recall", "coverage", "fvd")),
         consistency["l1"],
         consistency["visible"],
     ]
 
 
 COLUMNS = (
-    *("", "learning rate", "seconds", "parameters", "FID", "KID", "precision", "recall", "coverage"),
+    *("", "learning rate", "seconds", "parameters", "FID", "KID", "precision", "recall", "coverage", "FVD"),
     *("neighbours' difference", "shared"),
 )
-DIGITS = (0, 5, 0, 0, 1, 4, 3, 3, 3, 4, 2)
+DIGITS = (0, 5, 0, 0, 1, 4, 3, 3, 3, 1, 4, 2)
 
 
 def main(options: Options) -> None:
     options.check()
     collection = SceneCollection.open(options.data)
     judge = SampleJudge(collection, options.output_dir, options.evaluation_settings())
-    comparison = Comparison(options, collection, judge)
+    comparison = Comparison(options, collection, judge, flight_judge(options, collection, judge))
     found: dict[str, Any] = {}
     if options.pipeline is not None:
         found[OURS] = [comparison.ours()]
@@ -282,7 +330,9 @@ def main(options: Options) -> None:
             found[method].append(result)
             name = comparison.name(method, learning_rate)
             print(f"{name}: FID {result['fid']:.1f}, KID {result['kid']:.4f}", flush=True)
-    floor = judge.floor()
+    floor: dict[str, Any] = dict(judge.floor())
+    if comparison.flights is not None:
+        floor["fvd"] = {"train": comparison.flights.floor()}
     content = {
         "protocol": judge.protocol,
         "floor": floor,
@@ -291,7 +341,8 @@ def main(options: Options) -> None:
         "device": device_info(),
     }
     write_json(options.output_dir / "table.json", content)
-    rows = [["real training views", *[None] * 3, floor["fid"]["train"], floor["kid"]["train"], *[None] * 5]]
+    known = [floor[name]["train"] if name in floor else None for name in ("fid", "kid", "fvd")]
+    rows = [["real training views", *[None] * 3, *known[:2], *[None] * 3, known[2], None, None]]
     rows += [[method, *cells(result)] for method, result in content["best"].items()]
     caption = f"{options.seconds:g} s of training each, preset `{options.preset}`, {judge.settings.num_images} images."
     print("\n" + Table(COLUMNS, rows, caption, digits=DIGITS).markdown())

@@ -33,7 +33,7 @@ from shared.chromium import Page, find_chromium, open_page
 from shared.running import run
 
 WINDOW, TITLE_BAR = (1080, 640), 51
-GIF_SIZE, GIF_COLOURS = (720, 393), 96
+GIF_SIZE, GIF_COLOURS = (720, 393), 64
 PATIENCE_S = 60
 BOX_M, CARES = 4.0, (1, 3)
 MAP_UNITS = 16  # of what is drawn, on each side of the map

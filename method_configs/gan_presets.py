@@ -21,10 +21,15 @@ GanPresetName = Literal["tiny", "rooms", "base"]
 
 @dataclass(frozen=True)
 class GanPreset:
-    """Sizes of a baseline's networks, and its training."""
+    """Sizes of a baseline's networks, and its training.
+
+    Attributes:
+        image_size: side of the images in pixels that it is meant for (what it is trained on comes from the data).
+    """
 
     sizes: BaselineSizes
     training: BaselineTrainingConfig
+    image_size: int = 64
 
 
 GAN_PRESETS: dict[GanPresetName, GanPreset] = {
@@ -45,6 +50,7 @@ GAN_PRESETS: dict[GanPresetName, GanPreset] = {
             schedule=Schedule(max_steps=1000, batch_size=4, warmup_steps=20, checkpoint_every=200),
             prior_schedule=Schedule(max_steps=1000, batch_size=32, warmup_steps=20, checkpoint_every=200),
             perceptual="alex",
+            patch_steps=500,
         ),
     ),
     "rooms": GanPreset(
@@ -66,6 +72,7 @@ GAN_PRESETS: dict[GanPresetName, GanPreset] = {
                 max_steps=40_000, batch_size=64, warmup_steps=100, log_every=50, checkpoint_every=2000
             ),
             ema_decay=0.9995,
+            patch_steps=2000,
         ),
     ),
     "base": GanPreset(
@@ -101,6 +108,8 @@ GAN_PRESETS: dict[GanPresetName, GanPreset] = {
                 max_steps=100_000, batch_size=256, warmup_steps=1000, log_every=100, checkpoint_every=5000
             ),
             ema_decay=0.9995,
+            patch_steps=100_000,
         ),
+        image_size=128,
     ),
 }

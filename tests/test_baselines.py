@@ -16,7 +16,7 @@ from nfldm_ns.baselines.autodecoder import AutodecoderObjective
 from nfldm_ns.baselines.cameras import CameraBank, PoseDecoder, collection_poses, level_poses
 from nfldm_ns.baselines.critics import ProjectedCritic, StyleGAN2Critic, low_resolution
 from nfldm_ns.baselines.options import METHODS, BaselineOptions
-from nfldm_ns.baselines.patches import Patches
+from nfldm_ns.baselines.patches import Patches, smallest_scale
 from nfldm_ns.baselines.registry import GENERATORS
 from nfldm_ns.baselines.triplane_generator import look_up_planes
 from nfldm_ns.errors import UserInputError
@@ -224,6 +224,26 @@ def test_rays_of_patches_are_where_real_patches_are_cut():
     torch.testing.assert_close(flat.cut(image), rays, atol=1e-5, rtol=1e-5)
 
 
+def test_the_smallest_patches_shrink_exponentially():
+    scales = [smallest_scale(step, 100, 0.25) for step in range(0, 150, 25)]
+    assert scales == pytest.approx([1, 2**-0.5, 0.5, 2**-1.5, 0.25, 0.25])
+    assert smallest_scale(0, 0, 0.25) == 0.25, "without annealing all scales are there from the beginning"
+    for step, least in ((0, 1.0), (50, 0.5), (100, 0.25)):
+        scale = Patches.draw((8, 8), (32, 32), (1000,), step, 100).scale
+        assert least <= float(scale.min()) <= least + 0.01 and float(scale.max()) <= 1
+
+
+def test_a_step_says_how_small_patches_may_be(box_room_collection, monkeypatch):
+    objective = make_objective(box_room_collection, METHODS["graf"], SIZES, MeanLevels(), patch_steps=100)
+    drawn, draw = [], Patches.draw
+    monkeypatch.setattr(Patches, "draw", staticmethod(lambda *given: drawn.append(draw(*given)) or drawn[-1]))
+    views = torch.arange(2).expand(2, 2)
+    for step in (0, 100):
+        objective(torch.randn(2, sum(objective.parts.latent_dims)), views, torch.rand(4, 3, 32, 32), 1, step)
+    assert all(bool((patches.scale == 1).all()) for patches in drawn[:2]), "rendered and real ones"
+    assert all(0.5 <= float(patches.scale.min()) < 1 for patches in drawn[2:]) and len(drawn) == 4
+
+
 def test_patches_have_a_pixels_size_at_the_smallest_scale():
     images = torch.rand(1, 3, 32, 32)
     patch = Patches((8, 8), torch.tensor([0.25]), torch.tensor([[0.5, 0.25]]))
@@ -290,7 +310,7 @@ def test_gradients_of_the_two_sides_do_not_mix(box_room_collection, method):
     assert isinstance(objective, AdversarialObjective)
     views = torch.tensor([[0, 3], [1, 2]])
     real = torch.rand(4, 3, 32, 32)
-    losses = objective(torch.randn(2, sum(objective.parts.latent_dims)), views, real, 1)
+    losses = objective(torch.randn(2, sum(objective.parts.latent_dims)), views, real, 1, 1)
     reached = gradients(objective, losses, "adversarial_loss")
     learns = METHODS[method].learned_cameras
     assert reached == {"generator": True, "renderer": True, "cameras": learns, "critic": False}
@@ -309,7 +329,7 @@ def test_a_critic_tells_scenes_that_stand_still(box_room_collection, critic):
     latents, views = torch.randn(2, sum(objective.parts.latent_dims)), torch.tensor([[0, 3], [1, 2]])
     told = []
     for _ in range(30):
-        loss = objective(latents, views, real, 1)["discriminator_loss"]
+        loss = objective(latents, views, real, 1, 1)["discriminator_loss"]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -17,6 +17,7 @@ import torch
 import tyro
 from diffusers import DPMSolverMultistepScheduler
 from PIL import Image
+from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
 from nfldm_ns.autoencoder.grid_optimisation import GridOptimiserConfig
@@ -43,7 +44,7 @@ from nfldm_ns.reconstruction.poses import PoseConfig
 from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
-from nfldm_ns.scenes.views import make_cameras
+from nfldm_ns.scenes.views import Views, make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.schedule import Schedule
 from tests.pretrained import require_weights
@@ -323,6 +324,40 @@ def test_generator_ablations_train_all_levels_and_continue(
     assert not list((tmp_path / "given" / "runs").glob("stage2-*"))
 
 
+class MeanMotion(nn.Module):
+    """Stands for I3D: mean colours, and how much they change from frame to frame."""
+
+    def forward(self, videos: Tensor) -> Tensor:
+        changes = (videos[:, :, 1:] - videos[:, :, :-1]).abs().mean((2, 3, 4))
+        return torch.cat([videos.mean((2, 3, 4)), changes], dim=1)
+
+
+def test_flights_of_copies_of_real_scenes_have_no_distance(
+    box_room_collection: SceneCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    baselines = script("gan_baselines")
+    monkeypatch.setattr("shared.flights.fetch_weights", lambda name: None)
+    monkeypatch.setattr("shared.flights.load_i3d", MeanMotion)
+    stage1 = small_scene_autoencoder()
+    ids = {split: box_room_collection.split(split) for split in ("test", "train")}
+    flights = baselines.FlightJudge(box_room_collection, stage1, ids, 9, tmp_path)
+    assert flights.num_scenes == 2, "the test split has no more"
+    with torch.no_grad():
+        sources = [box_room_collection.load_scene(name).source for name in flights.scene_ids["test"]]
+        grids = [stage1.encode(Views.stack([source])) for source in sources]
+        scenes = [GeneratedScene(grid, stage1, source.cameras) for grid, source in zip(grids, sources, strict=True)]
+        copies = torch.stack([flights.sampled(scene) for scene in scenes])
+        scenes[0].grid.density *= 0.1
+        changed = torch.stack([flights.sampled(scene) for scene in scenes])
+    assert flights.distance(copies) == pytest.approx(0, abs=1e-9)
+    assert flights.distance(changed) > 1e-6
+    assert flights.floor() > 1e-6
+    kept = baselines.FlightJudge(box_room_collection, small_scene_autoencoder(1), ids, 9, tmp_path)
+    assert all(torch.equal(kept.real[split], flights.real[split]) for split in ids), "logits are kept in the folder"
+    with pytest.raises(UserInputError, match="one camera, which is no path"):
+        flights.sampled(replace(scenes[0], cameras=scenes[0].cameras[:1]))
+
+
 @pytest.mark.slow
 def test_baselines_are_trained_equally_long_and_compared(
     box_room_collection: SceneCollection,
@@ -335,6 +370,8 @@ def test_baselines_are_trained_equally_long_and_compared(
     monkeypatch.setattr("nfldm_ns.baselines.training.load_lpips", lambda name: None)
     monkeypatch.setattr("nfldm_ns.baselines.training.PerceptualNetwork", lambda metric: MeanLevels())
     monkeypatch.setitem(GAN_PRESETS, "small", GanPreset(SIZES, TRAINING))
+    monkeypatch.setattr("shared.flights.fetch_weights", lambda name: None)
+    monkeypatch.setattr("shared.flights.load_i3d", MeanMotion)
     small_pipeline().save_pretrained(tmp_path / "pipeline")
     options = baselines.Options(
         data=box_room_collection.root,
@@ -354,6 +391,9 @@ def test_baselines_are_trained_equally_long_and_compared(
         ({"methods": ()}, "nothing to train"),
         ({"learning_rates": (0.0,)}, "must be above 0"),
         ({"views_per_scene": 20, "num_scenes": 1}, "fewer than 20 images"),
+        ({"fvd_scenes": -1}, "give 0 for no FVD, or at least 2"),
+        ({"fvd_scenes": 1}, "FVD would be of 1 scenes"),
+        ({"fvd_stage1": tmp_path / "nothing"}, "no trained scene auto-encoder at .*nothing"),
     ):
         with pytest.raises(UserInputError, match=said):
             baselines.main(replace(options, **change))
@@ -362,12 +402,14 @@ def test_baselines_are_trained_equally_long_and_compared(
     assert {name: len(found) for name, found in table["methods"].items()} == {"ours": 1, "gsn": 2, "gaudi": 2}
     for name, found in table["methods"].items():
         for result in found:
-            assert all(math.isfinite(result[key]) for key in ("fid", "kid", "kid_to_train"))
+            assert all(math.isfinite(result[key]) for key in ("fid", "kid", "kid_to_train", "fvd"))
+            assert result["settings"]["fvd"]["scenes"] == 2, "the test split has no more"
             assert 0 <= result["precision"] <= 1 and 0 <= result["recall"] <= 1
         assert table["best"][name] == min(found, key=lambda result: result["kid_to_train"])
     gsn, gaudi = table["methods"]["gsn"], table["methods"]["gaudi"]
     assert [result["learning_rate"] for result in gsn] == [1e-3, 1e-2]
     assert gsn[0]["steps"] == [1] and gaudi[0]["steps"] == [1, 1], "auto-decoder and diffusion model"
+    assert math.isfinite(table["floor"]["fvd"]["train"])
     assert Image.open(options.output_dir / "gsn-lr0.001.png").width > 64
     printed = capsys.readouterr().out
     assert "| real training views |" in printed and "| gaudi |" in printed and "| ours |" in printed

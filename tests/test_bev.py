@@ -32,7 +32,6 @@ from nfldm_ns.editing.region import box_region
 from nfldm_ns.editing.resampling import resample_region
 from nfldm_ns.editing.scenes import load_scene
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.sampling.scenes import sample_scenes
 from nfldm_ns.scenes.bev_maps import read_drawn_map
 from nfldm_ns.scenes.voxel_grid import VoxelGrid, voxel_centres
@@ -41,24 +40,12 @@ from nfldm_ns.training.draws import ItemDraws
 from nfldm_ns.training.identity import model_hash
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
-from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_pipeline, small_scene_autoencoder
-from tests.synthetic import AABB, BEV_CLASSES, BEV_SIZE, make_box_room_collection
+from tests.small_models import DENOISER_SIZES, small_pipeline, small_scene_autoencoder
+from tests.synthetic import AABB, BEV_CLASSES, BEV_SIZE
 
 SCHEDULE = Schedule(max_steps=6, batch_size=2, log_every=2, checkpoint_every=3)
 TRAINING = DiffusionTrainingConfig(schedule=SCHEDULE, condition="bev", bev_dropout=0.5, condition_dropout=0.2)
 MAPS = {"bev_classes": 2, "bev_size": (BEV_SIZE, BEV_SIZE), "bev_dropout": 0.1}
-
-
-@pytest.fixture(scope="module")
-def latent_autoencoder():
-    return small_latent_autoencoder()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
-    return encode_collection(collection, small_scene_autoencoder(), root / "voxels")
 
 
 @pytest.fixture(scope="module")

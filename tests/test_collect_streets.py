@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -243,13 +244,38 @@ def test_an_environment_that_cannot_be_made_or_used_is_one_sentence(tmp_path: Pa
         with pytest.raises(UserInputError, match="could not be made \\(ERROR: No matching.*: install metadrive-simul"):
             make_environment(tmp_path / "made")
     assert len(steps) == 2 and steps[1][0].startswith(steps[0][-1]), "it is pip of the new environment"
-    assert not (tmp_path / "made").exists() and not list(tmp_path.glob(".made*"))
+    assert not (tmp_path / "made").exists() and not list(tmp_path.glob(".made*.tmp"))
     dead = fake_environment(tmp_path / "dead", "import sys\nsys.exit('no such library')")
     with pytest.raises(UserInputError, match="ended while asked to 'hello' \\(no such library\\): it needs OpenGL"):
         StreetSimulator(dead, (32, 32))
     mute = "import json\ninput()\nprint(json.dumps({'ok': False, 'error': 'RuntimeError: no pipe'}))\ninput()"
     with pytest.raises(UserInputError, match="cannot be drawn here \\(RuntimeError: no pipe\\): it needs OpenGL"):
         StreetSimulator(fake_environment(tmp_path / "mute", mute), (32, 32))
+
+
+def test_an_install_clears_what_a_killed_one_left_but_not_one_that_runs(tmp_path: Path, monkeypatch) -> None:
+    made, steps, others = tmp_path / "made", [], []
+    for name in (".made.0123abcd.tmp", ".another.0123abcd.tmp"):
+        (tmp_path / name / "lib").mkdir(parents=True)
+
+    def run(step: list[str], **_: object) -> subprocess.CompletedProcess:
+        steps.append(step)
+        if "venv" in step:
+            fake_environment(Path(step[-1]), "")
+            others.append(threading.Thread(target=make_environment, args=(made,)))
+            others[-1].start()
+        else:
+            others[-1].join(0.2)
+            assert others[-1].is_alive(), "it waits"
+            assert Path(step[0]).is_file(), "and leaves alone what is being made"
+        return subprocess.CompletedProcess(step, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    make_environment(made)
+    others[0].join(30)
+    assert not others[0].is_alive() and len(steps) == 2, "there is nothing left to do for the second one"
+    assert ready_environment(made)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".another.0123abcd.tmp", ".made.lock", "made"]
 
 
 class FakeSimulator:

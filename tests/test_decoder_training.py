@@ -40,7 +40,7 @@ from nfldm_ns.diffusion.decoder_training import (
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.scene_latents import SceneLatents
-from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
+from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS, DIFFUSION_PRESETS
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.training import loop
@@ -48,7 +48,7 @@ from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
 from tests.small_models import small_pipeline, small_scene_autoencoder
-from tests.synthetic import make_box_room_collection, surround_cameras
+from tests.synthetic import surround_cameras
 
 EXAMPLES = ExampleConfig(num_scenes=4, num_views=3, num_inference_steps=4, max_noise=0.8)
 SCHEDULE = Schedule(max_steps=6, batch_size=2, warmup_steps=1, log_every=2, checkpoint_every=2, report_to="none")
@@ -69,13 +69,6 @@ def new_perceptual() -> PerceptualNetwork:
         warnings.simplefilter("ignore")
         metric = LPIPS(net="vgg", pretrained=False, pnet_rand=True, verbose=False)
     return PerceptualNetwork(metric.eval().requires_grad_(False))
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> VoxelStore:
-    root = tmp_path_factory.mktemp("scenes")
-    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
-    return encode_collection(collection, small_scene_autoencoder(), root / "voxels")
 
 
 @pytest.fixture(scope="module")
@@ -404,7 +397,7 @@ def _work(rank: int, folder: Path, pipeline_folder: Path, root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_two_processes_do_what_one_does(store, pipeline_folder, tmp_path):
     start_processes(_work, (tmp_path, pipeline_folder, store.root), nprocs=2, start_method="forkserver")
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
@@ -431,7 +424,7 @@ def _killed(what: str, folder: Path, pipeline_folder: Path, root: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_a_killed_run_gives_equal_weights(store, pipeline_folder, tmp_path):
     whole = _tune(tmp_path / "whole", pipeline_folder, store.root, SCHEDULE)
     for what in ("examples", "steps"):

@@ -33,33 +33,15 @@ from nfldm_ns.diffusion.training import (
 )
 from nfldm_ns.diffusion.trajectory import cameras_to_trajectory, trajectory_to_cameras, turn_trajectory
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS
 from nfldm_ns.scenes.views import rotate_cameras90
 from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
 from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
-from tests.synthetic import AABB, make_box_room_collection, surround_cameras
+from tests.synthetic import AABB, surround_cameras
 
 TRAINING = DiffusionTrainingConfig(schedule=Schedule(max_steps=6, batch_size=2, log_every=2, checkpoint_every=3))
-
-
-@pytest.fixture(scope="module")
-def latent_autoencoder():
-    return small_latent_autoencoder()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
-    return encode_collection(collection, small_scene_autoencoder(), root / "voxels")
-
-
-@pytest.fixture(scope="module")
-def memory(store, latent_autoencoder):
-    return encode_latents(store, latent_autoencoder, store.splits["train"])
 
 
 # Trajectories

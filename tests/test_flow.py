@@ -16,7 +16,6 @@ from nfldm_ns.commands import train_diffusion
 from nfldm_ns.diffusion.call_checks import check_sampled
 from nfldm_ns.diffusion.flow import FlowNoise, make_flow_scheduler, prediction_type_of
 from nfldm_ns.diffusion.inpainting import Inpainting, NoiseLevels
-from nfldm_ns.diffusion.latent_memory import encode_latents
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
 from nfldm_ns.diffusion.training import (
     STAGES,
@@ -32,35 +31,16 @@ from nfldm_ns.diffusion.training import (
 )
 from nfldm_ns.diffusion.validation import DenoiserPictures, sample_latents
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.training.draws import ItemDraws
 from nfldm_ns.training.identity import own_config
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
-from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_pipeline, small_scene_autoencoder
-from tests.synthetic import make_box_room_collection
+from tests.small_models import DENOISER_SIZES, small_pipeline, small_scene_autoencoder
 
 FLOW = DiffusionTrainingConfig(
     schedule=Schedule(max_steps=6, batch_size=2, log_every=2, checkpoint_every=3), prediction_type="flow"
 )
 SAMPLERS = [FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler]
-
-
-@pytest.fixture(scope="module")
-def latent_autoencoder():
-    return small_latent_autoencoder()
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
-    return encode_collection(collection, small_scene_autoencoder(), root / "voxels")
-
-
-@pytest.fixture(scope="module")
-def memory(store, latent_autoencoder):
-    return encode_latents(store, latent_autoencoder, store.splits["train"])
 
 
 def train(stage, memory, latent_autoencoder, folder, config=FLOW, **kwargs):

@@ -247,6 +247,8 @@ def test_the_command_trains_what_is_asked_for(box_room_collection, tmp_path, mon
     for wrong, said in {
         ("--method", "platonic-gan", "--dual", "True"): "--rendering colours has none",
         ("--method", "gaudi", "--patches", "True"): "--patches says nothing there",
+        ("--method", "gsn", "--patch-steps", "9"): "--patch-steps is 9, but it is a number of steps for patches",
+        ("--method", "graf", "--patch-steps", "-1"): "--patch-steps is -1",
     }.items():
         with pytest.raises(SystemExit) as stopped:
             train_gan.main([str(box_room_collection.root), "--output-dir", str(tmp_path / "other"), *wrong])

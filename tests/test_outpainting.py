@@ -13,7 +13,6 @@ from diffusers.models.attention_processor import AttnProcessor
 
 from nfldm_ns.commands import train_diffusion
 from nfldm_ns.diffusion.inpainting import Inpainting
-from nfldm_ns.diffusion.latent_memory import encode_latents
 from nfldm_ns.diffusion.outpainting import KINDS, draw_known_cells, drawn_for, to_columns
 from nfldm_ns.diffusion.pipeline import check_agreement, load_pipeline, scene_generators
 from nfldm_ns.diffusion.training import (
@@ -35,7 +34,6 @@ from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
 from tests.small_models import (
     DENOISER_SIZES,
-    small_latent_autoencoder,
     small_pipeline,
     small_scene_autoencoder,
 )
@@ -49,20 +47,10 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def latent_autoencoder():
-    return small_latent_autoencoder()
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
     collection = make_box_room_collection(root / "rooms", num_train=3, num_test=3)
     return encode_collection(collection, small_scene_autoencoder(), root / "voxels")
-
-
-@pytest.fixture(scope="module")
-def memory(store, latent_autoencoder):
-    return encode_latents(store, latent_autoencoder, store.splits["train"])
 
 
 def train(stage, memory, latent_autoencoder, folder, config=TRAINING, **others):

@@ -10,10 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from nfldm_ns.diffusion.latent_memory import encode_latents
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, train_denoiser
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.training.identity import model_hash
 from nfldm_ns.training.posthoc_ema import (
     LONGEST,
@@ -27,8 +25,7 @@ from nfldm_ns.training.posthoc_ema import (
 )
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
-from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
-from tests.synthetic import make_box_room_collection
+from tests.small_models import DENOISER_SIZES
 
 LENGTHS = (0.05, 0.10)
 SCHEDULE = Schedule(
@@ -115,12 +112,8 @@ def test_other_profiles_are_close_to_those_kept_directly(length, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained_on(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
-    store = encode_collection(collection, small_scene_autoencoder(), root / "voxels")
-    model = small_latent_autoencoder()
-    return encode_latents(store, model, store.splits["train"]), model
+def trained_on(memory, latent_autoencoder):
+    return memory, latent_autoencoder
 
 
 def train(trained_on, folder, config=TRAINING, on_progress=lambda share, losses: None):

@@ -1,19 +1,28 @@
-"""Presets of all stages: what they cost, and that they can be built and stepped."""
+"""Presets of all stages and of baselines: what they cost, and that they can be built and stepped."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.baselines.assembly import make_critic, make_objective
+from nfldm_ns.baselines.cameras import PoseDecoder
+from nfldm_ns.baselines.options import METHODS
 from nfldm_ns.commands import presets
+from nfldm_ns.method_configs.gan_costs import baseline_cost, gan_costs, judging_cost
+from nfldm_ns.method_configs.gan_presets import GAN_PRESETS, GanPreset
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS, LATENT_PRESETS, STREETS
 from nfldm_ns.method_configs.preset_costs import discriminator_cost, preset_costs, scene_autoencoder_cost
 from nfldm_ns.method_configs.presets import SCENE_AUTOENCODER
 from nfldm_ns.metrics.network_cost import NetworkCost, network_cost
+from nfldm_ns.pretrained.weights import untrained_lpips
 from nfldm_ns.scenes.views import Views
+from tests.small_baselines import SIZES, TRAINING, MeanLevels
 from tests.synthetic import AABB, BoxRoom, surround_cameras
 
 
@@ -80,10 +89,55 @@ def test_a_step_without_discriminator_costs_less():
     assert discriminator_cost(preset).flops == 2 * forward + 2 * (3 * forward - first)
 
 
+def test_every_baseline_at_every_preset_is_counted():
+    rows = list(gan_costs())
+    stages = {f"baseline {method}" for method in METHODS} | {"baseline gaudi prior"}
+    assert {(row.stage, row.preset) for row in rows} == {(stage, name) for stage in stages for name in GAN_PRESETS}
+    assert len(rows) == len(stages) * len(GAN_PRESETS)
+    assert all(min(row.cost.parameters, row.cost.flops, row.cost.activation_bytes) > 0 for row in rows)
+    sizes = {(row.stage, row.preset): row.sizes for row in rows}
+    assert sizes["baseline gsn", "base"] == "2 views of 128 px, V 33x16x64x64"
+    assert sizes["baseline graf", "rooms"] == "2 views of 32 px, V 4x16x48x48"
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_parameters_of_a_baseline_are_those_that_are_trained(method, box_room_collection):
+    objective = make_objective(box_room_collection, METHODS[method], SIZES, MeanLevels())
+    trained = sum(parameter.numel() for parameter in objective.parameters())
+    if method == "gaudi":
+        trained -= objective.latents.weight.numel()
+        assert SIZES.pose["latent_dim"] + SIZES.generators["voxels"]["latent_dim"] == objective.latents.embedding_dim
+    if (critic := getattr(objective, "critic", None)) is not None:  # LPIPS's network has other channels
+        real, sizes = PerceptualNetwork(untrained_lpips("alex")), (32, 32)
+        trained -= sum(parameter.numel() for parameter in critic.parameters())
+        trained += sum(p.numel() for p in make_critic(METHODS[method], SIZES, real, sizes).parameters())
+    pose = 0
+    if method == "gaudi":  # the collection has another number of cameras
+        pose = sum(p.numel() for p in PoseDecoder(**SIZES.pose).parameters())
+        pose -= sum(p.numel() for p in objective.cameras.parameters())
+    assert baseline_cost(GanPreset(SIZES, TRAINING, image_size=32), method).parameters == trained + pose
+
+
+def test_a_critic_costs_its_passes_over_rendered_and_real_images():
+    """And dual discrimination, which sees both images' features, twice the perceptual network's."""
+    preset = GanPreset(SIZES, TRAINING, image_size=32)
+    alone, dual = (judging_cost(preset, METHODS[method]) for method in ("gsn", "eg3d"))
+    metric = untrained_lpips("alex").net
+    images = torch.empty(4, 3, 32, 32, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        metric.slice2(metric.slice1(images))
+    forward, weights = counter.get_total_flops(), dual.parameters - alone.parameters
+    # Rendered images: forward and gradients of inputs; real ones: forward.
+    heads = (alone.flops - 3 * forward, dual.flops - 6 * forward)
+    assert 0 < heads[0] < heads[1] < 2 * heads[0]
+    assert weights == 64 * (64 + 192), "first layers of heads see twice the channels"
+
+
 def test_the_command_lists_them(capsys):
     presets.main([])
     said = capsys.readouterr().out
-    for name in ("tiny", "base", "paper", "3 fine", "c 4x8x32x32, f 4x128x128, g 128", "G ops"):
+    names = ("tiny", "base", "paper", "3 fine", "c 4x8x32x32, f 4x128x128, g 128", "baseline eg3d", "G ops")
+    for name in names:
         assert name in said
 
 

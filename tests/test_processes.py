@@ -101,6 +101,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_processes_make_what_one_makes_also_after_one_died(rooms, tmp_path):
     run_all(tmp_path / "one", rooms.root)
     with pytest.raises(ProcessExitedException) as ending:

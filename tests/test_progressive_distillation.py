@@ -24,7 +24,6 @@ from nfldm_ns.diffusion.distillation import (
     two_steps,
     velocity_between,
 )
-from nfldm_ns.diffusion.latent_memory import encode_latents
 from nfldm_ns.diffusion.pipeline import load_pipeline
 from nfldm_ns.diffusion.training import (
     DiffusionTrainingConfig,
@@ -35,10 +34,8 @@ from nfldm_ns.diffusion.training import (
     training_scheduler,
 )
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.training.schedule import Schedule
-from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
-from tests.synthetic import make_box_room_collection
+from tests.small_models import DENOISER_SIZES, small_scene_autoencoder
 
 NOISE = training_scheduler(DiffusionTrainingConfig())
 MEAN = torch.tensor([0.7, -0.4, 0.1])
@@ -195,17 +192,7 @@ def sampled(denoiser: nn.Module, noise: Tensor, steps: int) -> Tensor:
     return noise
 
 
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("scenes")
-    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
-    store = encode_collection(collection, small_scene_autoencoder(), root / "voxels")
-    latent_autoencoder = small_latent_autoencoder()
-    return latent_autoencoder, encode_latents(store, latent_autoencoder, store.splits["train"])
-
-
-def test_a_distilled_pipeline_takes_few_steps(parts, tmp_path):
-    latent_autoencoder, memory = parts
+def test_a_distilled_pipeline_takes_few_steps(memory, latent_autoencoder, tmp_path):
     common, out = (memory, latent_autoencoder), tmp_path / "out"
     short = DiffusionTrainingConfig(schedule=Schedule(max_steps=2, batch_size=2, log_every=1, checkpoint_every=9))
     for stage in ("global", "coarse", "fine"):

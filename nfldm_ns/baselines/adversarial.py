@@ -26,16 +26,22 @@ class AdversarialObjective(Objective):
         critic: what tells images apart.
         patch_size: (height, width) of GRAF's patches in pixels; None for whole images.
         dual: whether the critic also sees colours before the image decoder.
+        patch_steps: in which the smallest patches shrink, see `smallest_scale`.
     """
 
     betas = (0.0, 0.99)
 
     def __init__(
-        self, parts: SceneParts, critic: Critic, patch_size: tuple[int, int] | None = None, dual: bool = False
+        self,
+        parts: SceneParts,
+        critic: Critic,
+        patch_size: tuple[int, int] | None = None,
+        dual: bool = False,
+        patch_steps: int = 0,
     ) -> None:
         super().__init__(parts)
         self.critic = critic
-        self.patch_size, self.dual = patch_size, dual
+        self.patch_size, self.dual, self.patch_steps = patch_size, dual, patch_steps
 
     def forward(
         self,
@@ -43,6 +49,7 @@ class AdversarialObjective(Objective):
         views: Int[Tensor, "batch views"],
         real: Float[Tensor, "images 3 height width"],
         number: int,
+        step: int,
     ) -> dict[str, Float[Tensor, ""]]:
         """Losses of a pass.
 
@@ -51,13 +58,14 @@ class AdversarialObjective(Objective):
             views: which cameras of each scene.
             real: images in [0, 1], as many as there are views of all scenes.
             number: of the pass.
+            step: of the training, which the pass is a part of.
         """
         scene, pose = latents.split(self.parts.latent_dims, dim=1)
         grid, cameras = self.generator(scene), self.cameras(pose, views)
         if self.patch_size is not None:
-            size = self.renderer.image_size
-            cameras = Patches.draw(self.patch_size, size, tuple(views.shape)).cameras(cameras)
-            real = Patches.draw(self.patch_size, size, (len(real),)).cut(real)
+            sizes, time = (self.patch_size, self.renderer.image_size), (step, self.patch_steps)
+            cameras = Patches.draw(*sizes, tuple(views.shape), *time).cameras(cameras)
+            real = Patches.draw(*sizes, (len(real),), *time).cut(real)
         rendered = render_rays(self.renderer, grid, cameras, int(real.shape[-2]), int(real.shape[-1]))
         real = 2 * real - 1
         raw = None
@@ -96,7 +104,7 @@ class AdversarialLosses(PassLosses):
         latents = draws.normal(torch.empty(batch, self.dim, device=self.device))
         order = [draws.permutation(item, self.num_cameras) for item in range(batch)]
         views = torch.stack(order)[:, :count].to(self.device)
-        return self.wrapped(latents, views, real.flatten(0, 1), number)
+        return self.wrapped(latents, views, real.flatten(0, 1), number, self.share.place(number)[0])
 
 
 def render_rays(renderer: SceneRenderer, grid: VoxelGrid, cameras: Cameras, height: int, width: int) -> RenderedViews:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
-from nfldm_ns.autoencoder.renderers import COLOUR_CHANNELS, RENDERERS
+from nfldm_ns.autoencoder.renderers import COLOUR_CHANNELS, RENDERERS, SceneRenderer
 from nfldm_ns.baselines.adversarial import AdversarialObjective
 from nfldm_ns.baselines.autodecoder import AutodecoderObjective
 from nfldm_ns.baselines.cameras import (
@@ -23,6 +23,8 @@ from nfldm_ns.baselines.critics import Critic, ProjectedCritic, StyleGAN2Critic
 from nfldm_ns.baselines.objective import Objective, SceneParts
 from nfldm_ns.baselines.options import BaselineOptions, GeneratorName
 from nfldm_ns.baselines.registry import GENERATORS
+from nfldm_ns.baselines.scene_generator import SceneGenerator
+from nfldm_ns.baselines.voxel_generator import Corner
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.trajectory import cameras_to_trajectory
 from nfldm_ns.errors import UserInputError
@@ -30,6 +32,8 @@ from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import make_cameras
 
 MOST_POSES = 512  # scenes whose cameras are kept as examples
+
+Box = tuple[Corner, Corner]
 
 
 @dataclass(frozen=True)
@@ -61,22 +65,16 @@ def make_parts(collection: SceneCollection, options: BaselineOptions, sizes: Bas
     Raises:
         UserInputError: if sizes do not go together.
     """
-    scene = {**sizes.scene, "aabb": tuple(map(tuple, collection.aabb.tolist()))}
-    rays = dict(sizes.renderer)
-    if options.rendering == "colours":  # a ray per pixel, and no network to make pixels of
-        scene["feature_channels"] = COLOUR_CHANNELS
-        rays |= {"feature_stride": 1, "decoder_channels": (8,)}
     width, height = collection.image_size
+    (x0, y0, z0), (x1, y1, z1) = collection.aabb.tolist()
+    domain = {
+        "near": collection.near,
+        "far": collection.far,
+        "image_size": (height, width),
+        "focal_length": collection_intrinsics(collection)[0],
+    }
     try:
-        generator = GENERATORS[options.generator](**scene, **sizes.generators[options.generator])
-        renderer = RENDERERS[options.rendering](
-            **scene,
-            **rays,
-            near=collection.near,
-            far=collection.far,
-            image_size=(height, width),
-            focal_length=collection_intrinsics(collection)[0],
-        )
+        generator, renderer = make_networks(options, sizes, ((x0, y0, z0), (x1, y1, z1)), **domain)
     except ValueError as error:
         raise UserInputError(f"The baseline cannot be built ({error}): choose another preset.") from None
     stride = 2 * renderer.config.feature_stride if options.patches else renderer.config.feature_stride
@@ -86,6 +84,31 @@ def make_parts(collection: SceneCollection, options: BaselineOptions, sizes: Bas
             f"another preset{' or leave out --patches' if options.patches else ''}."
         )
     return SceneParts(generator, _make_cameras(collection, options, sizes), renderer)
+
+
+def make_networks(
+    options: BaselineOptions, sizes: BaselineSizes, aabb: Box, **domain: Any
+) -> tuple[SceneGenerator, SceneRenderer]:
+    """What makes V of a latent, and what makes images of V, untrained.
+
+    Args:
+        aabb: corners of the box in metres.
+        domain: of `SceneAutoencoder`: depth range, image size, focal length.
+
+    Raises:
+        ValueError: if sizes do not go together.
+    """
+    scene, rays = {**sizes.scene, "aabb": aabb}, dict(sizes.renderer)
+    if options.rendering == "colours":  # a ray per pixel, and no network to make pixels of
+        scene["feature_channels"] = COLOUR_CHANNELS
+        rays |= {"feature_stride": 1, "decoder_channels": (8,)}
+    generator = GENERATORS[options.generator](**scene, **sizes.generators[options.generator])
+    return generator, RENDERERS[options.rendering](**scene, **rays, **domain)
+
+
+def shown_size(options: BaselineOptions, height: int, width: int) -> tuple[int, int]:
+    """(height, width) of what is rendered in training: images, or GRAF's patches of half their sides."""
+    return (height // 2, width // 2) if options.patches else (height, width)
 
 
 def _make_cameras(collection: SceneCollection, options: BaselineOptions, sizes: BaselineSizes) -> CameraModel:
@@ -113,11 +136,13 @@ def make_objective(
     options: BaselineOptions,
     sizes: BaselineSizes,
     perceptual: PerceptualNetwork | None,
+    patch_steps: int = 0,
 ) -> Objective:
     """A baseline that can be trained.
 
     Args:
         perceptual: the network of LPIPS; None where `needs_perceptual` says that none is looked at.
+        patch_steps: of training, in which the smallest patches shrink, see `smallest_scale`.
 
     Raises:
         UserInputError: if choices or sizes do not go together.
@@ -128,9 +153,9 @@ def make_objective(
         assert perceptual is not None
         return AutodecoderObjective(parts, perceptual, _trajectories(collection))
     width, height = collection.image_size
-    shown = (height // 2, width // 2) if options.patches else (height, width)
-    critic = _make_critic(options, sizes, perceptual, shown)
-    return AdversarialObjective(parts, critic, shown if options.patches else None, options.dual)
+    shown = shown_size(options, height, width)
+    critic = make_critic(options, sizes, perceptual, shown)
+    return AdversarialObjective(parts, critic, shown if options.patches else None, options.dual, patch_steps)
 
 
 def needs_perceptual(options: BaselineOptions) -> bool:
@@ -138,9 +163,17 @@ def needs_perceptual(options: BaselineOptions) -> bool:
     return options.objective == "autodecoder" or options.critic == "projected"
 
 
-def _make_critic(
+def make_critic(
     options: BaselineOptions, sizes: BaselineSizes, perceptual: PerceptualNetwork | None, shown: tuple[int, int]
 ) -> Critic:
+    """What tells rendered from real images of `shown` (height, width).
+
+    Args:
+        perceptual: the network of LPIPS, for the projected critic.
+
+    Raises:
+        UserInputError: if sizes do not go together.
+    """
     if options.critic == "projected":
         assert perceptual is not None
         return ProjectedCritic(perceptual, sizes.levels, options.dual)

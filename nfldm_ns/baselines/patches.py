@@ -13,6 +13,15 @@ from torch import Tensor
 from nfldm_ns.scenes.views import make_cameras
 
 
+def smallest_scale(step: int, steps: int, last: float) -> float:
+    """Scale of the smallest patches at a training step: `last ** (step / steps)`, and `last` from `steps` on.
+
+    GRAF's annealing: patches cover the whole image at first, so that its coarse structure is learned before its detail,
+    then the least scale decays exponentially.
+    """
+    return last if step >= steps else last ** (step / steps)
+
+
 @dataclass
 class Patches:
     """Parts of images, one of each, of the image's own shape.
@@ -28,9 +37,15 @@ class Patches:
     corner: Float[Tensor, "*batch 2"]
 
     @staticmethod
-    def draw(size: tuple[int, int], image_size: tuple[int, int], shape: tuple[int, ...]) -> Patches:
-        """At random, with torch's own random numbers: scales from that at which pixels are the image's own up to 1."""
-        smallest = min(1.0, size[0] / image_size[0])
+    def draw(
+        size: tuple[int, int], image_size: tuple[int, int], shape: tuple[int, ...], step: int = 0, steps: int = 0
+    ) -> Patches:
+        """At random, with torch's own random numbers: scales from the smallest, as it is at a training step, up to 1.
+
+        Args:
+            steps: in which the smallest scale falls to that at which pixels are the image's own, see `smallest_scale`.
+        """
+        smallest = smallest_scale(step, steps, min(1.0, size[0] / image_size[0]))
         scale = smallest + (1 - smallest) * torch.rand(shape)
         return Patches(size, scale, (1 - scale)[..., None] * torch.rand(*shape, 2))
 

@@ -50,6 +50,8 @@ class BaselineTrainingConfig:
     """The network of LPIPS whose features the projected critic sees, and of GAUDI's loss of images."""
     ema_decay: float = 0.999
     """Of the moving averages of the weights, which are what is kept; it rises to this value while training."""
+    patch_steps: int = 0
+    """Steps in which GRAF's smallest patches shrink from the whole image to its pixels; 0 for all scales at once."""
 
     def with_budgets(self) -> BaselineTrainingConfig:
         """With a time budget divided between an auto-decoder and the diffusion model after it."""
@@ -93,7 +95,7 @@ def train_baseline(
     if needs_perceptual(options):
         perceptual = PerceptualNetwork(load_lpips(config.perceptual)).to(accelerator.device)
     torch.manual_seed(config.schedule.seed)
-    objective = make_objective(collection, options, sizes, perceptual).to(accelerator.device)
+    objective = make_objective(collection, options, sizes, perceptual, config.patch_steps).to(accelerator.device)
     identity = _identity(collection, options, objective, config, accelerator)
     ema = moving_averages(objective, config.ema_decay)
     sampler = _real_scenes(collection, config, accelerator)
@@ -166,6 +168,7 @@ def _identity(
         "options": asdict(options),
         "models": {name: public_config(model) for name, model in models.items()},
         "perceptual": config.perceptual,
+        **({"patch_steps": config.patch_steps} if options.patches else {}),
         "views_per_scene": config.views_per_scene,
         "seed": config.schedule.seed,
         "batch_size": joint_batch_size(config.schedule, accelerator),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from nfldm_ns.collect.street_light import StreetLight
 from nfldm_ns.collect.street_roads import Lane, read_lanes
 from nfldm_ns.collect.street_scenery import Scenery
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.scenes.writing import atomic_path
+from nfldm_ns.scenes.writing import atomic_path, clear_unfinished
+from nfldm_ns.user_cache import cache_folder
 
 PACKAGES = ("metadrive-simulator==0.3.0.1", "panda3d-gltf==0.13", "panda3d-simplepbr==0.10")
 """The last release of MetaDrive whose wheel carries its models, and what reads them."""
@@ -33,8 +35,7 @@ _OPENGL = (
 
 def default_environment() -> Path:
     """Where MetaDrive's environment is made unless told otherwise: our folder in the user's cache."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "nfldm_ns" / "-".join(PACKAGES[0].split("=="))
+    return cache_folder() / "-".join(PACKAGES[0].split("=="))
 
 
 def ready_environment(folder: Path) -> bool:
@@ -45,6 +46,8 @@ def ready_environment(folder: Path) -> bool:
 def make_environment(folder: Path) -> None:
     """Makes a virtual environment with MetaDrive, from the package index that pip is set up with; whole or not at all.
 
+    One process installs at a time; others wait. What a killed one left beside the folder, about 1 GB, is removed.
+
     Raises:
         UserInputError: if the folder holds something else, or pip cannot install it.
     """
@@ -52,20 +55,37 @@ def make_environment(folder: Path) -> None:
         return
     if folder.exists():
         raise UserInputError(f"{folder} exists and has no Python in it: remove it, or give another --environment.")
-    with atomic_path(folder) as temporary:
-        steps = (
-            [sys.executable, "-m", "venv", str(temporary)],
-            [str(_python(temporary)), "-m", "pip", "install", "--quiet", "--no-compile", *PACKAGES],
-        )
-        for step in steps:
-            done = subprocess.run(step, capture_output=True, text=True)
-            if done.returncode:
-                told = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
-                why = told[-1].strip() if told else f"exit code {done.returncode}"
-                raise UserInputError(
-                    f"The environment of MetaDrive could not be made ({why}): install {' '.join(PACKAGES)} into a "
-                    "virtual environment of your own and give its folder as --environment."
-                )
+    with _one_at_a_time(folder):
+        if ready_environment(folder):
+            return
+        clear_unfinished(folder.parent, folder.name)
+        with atomic_path(folder) as temporary:
+            _install(temporary)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other process makes this folder; the system takes the lock from one that is killed."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _install(folder: Path) -> None:
+    steps = (
+        [sys.executable, "-m", "venv", str(folder)],
+        [str(_python(folder)), "-m", "pip", "install", "--quiet", "--no-compile", *PACKAGES],
+    )
+    for step in steps:
+        done = subprocess.run(step, capture_output=True, text=True)
+        if done.returncode:
+            told = [line for line in done.stderr.splitlines() if line.strip() and "WARNING" not in line]
+            why = told[-1].strip() if told else f"exit code {done.returncode}"
+            raise UserInputError(
+                f"The environment of MetaDrive could not be made ({why}): install {' '.join(PACKAGES)} into a "
+                "virtual environment of your own and give its folder as --environment."
+            )
 
 
 def _python(folder: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 
 import tyro
 
@@ -13,7 +14,7 @@ MIN_WIDTH = 100
 
 @dataclass
 class Presets:
-    """Lists the presets of the three stages: parameters, operations and memory of one training step.
+    """Lists the presets of the three stages and of baselines: parameters, operations and memory of one training step.
 
     Counted for the networks, in single precision, at the preset's batch and for images of the size it is meant for;
     lifting, volume rendering and the lazy gradient penalty of stage 1 come on top. G is 10^9; operations are
@@ -25,6 +26,7 @@ class Presets:
         from rich.console import Console
         from rich.table import Table
 
+        from nfldm_ns.method_configs.gan_costs import gan_costs
         from nfldm_ns.method_configs.preset_costs import preset_costs
 
         table = Table(box=SIMPLE, pad_edge=False)
@@ -32,7 +34,7 @@ class Presets:
             table.add_column(heading, no_wrap=True)
         for heading in ("batch", "parameters", "G ops", "memory"):
             table.add_column(heading, justify="right", no_wrap=True)
-        for row in preset_costs():
+        for row in chain(preset_costs(), gan_costs()):
             cost = row.cost
             table.add_row(
                 row.stage,

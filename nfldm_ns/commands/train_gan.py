@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from nfldm_ns.errors import exit_on_bad_input
+from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.training.options import ScheduleOptions, is_first_process
 
 
@@ -37,6 +37,9 @@ class TrainGan:
     """What tells rendered from real images: small heads on features of LPIPS's network, or StyleGAN2's."""
     patches: bool | None = None
     """The critic sees parts of images at random scales (GRAF)."""
+    patch_steps: int | None = None
+    """Steps in which the smallest of these parts shrink from the whole image to its pixels; by default the preset's, 0
+    for all scales from the beginning."""
     dual: bool | None = None
     """The critic also sees the rendered colours before the image decoder (EG3D)."""
     camera_prior: Literal["collection", "level"] | None = None
@@ -55,12 +58,18 @@ class TrainGan:
         chosen = {name: value for name in names if (value := getattr(self, name)) is not None}
         options = replace(METHODS[self.method], **chosen)
         options.check()
+        if self.patch_steps is not None and (self.patch_steps < 0 or not options.patches):
+            raise UserInputError(
+                f"--patch-steps is {self.patch_steps}, but it is a number of steps for patches: give 0 or more, and "
+                "--patches True where the method has none."
+            )
         preset, given = GAN_PRESETS[self.preset], self.schedule.given()
         of_prior = {name: value for name, value in given.items() if name not in ("learning_rate", "batch_size")}
         training = replace(
             preset.training,
             schedule=replace(preset.training.schedule, **given),
             prior_schedule=replace(preset.training.prior_schedule, **of_prior),
+            patch_steps=preset.training.patch_steps if self.patch_steps is None else self.patch_steps,
         )
         collection = SceneCollection.open(self.collection)
         folder = train_baseline(collection, self.output_dir, options, preset.sizes, training)

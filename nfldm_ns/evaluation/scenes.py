@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.lifting import box_exit_depth
-from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews
+from nfldm_ns.autoencoder.scene_autoencoder import RenderedViews, SceneAutoencoder
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, NFLDMPipelineOutput, scene_generators
 from nfldm_ns.evaluation.settings import EvaluationSettings, RealScenes
@@ -148,9 +148,7 @@ class SceneJudge:
         """`video` `[400]`: what I3D says of the fly-through of a scene (batch size 1) along cameras `[N]`."""
         if self.i3d is None:
             return {}
-        steps = max(STEPS_BETWEEN_CAMERAS, -(-STANDARD_FRAMES // (cameras.shape[0] - 1)))
-        clips = flythrough_clips(self.pipeline.scene_autoencoder, [(grid, cameras)], STANDARD_FRAMES, 1, steps)
-        return {"video": extract_video_features(self.i3d, clips)[0]}
+        return {"video": flight_features(self.i3d, self.pipeline.scene_autoencoder, grid, cameras)}
 
     def rendered_depth(self, rendered: RenderedViews) -> Tensor:
         """Counts of the depths of rendered views, where rays end at a surface."""
@@ -165,6 +163,14 @@ class SceneJudge:
             return None
         depths = torch.minimum(views.depths, _exit_depth(views.cameras, views.image_size, self.pipeline))
         return DepthHistogram.of(depths, _known(views.depths), self.far).counts
+
+
+def flight_features(
+    i3d: nn.Module, renderer: SceneAutoencoder, grid: VoxelGrid, cameras: Cameras
+) -> Float[Tensor, " 400"]:
+    """What I3D says of a fly-through of a scene (batch size 1) along cameras `[N]`, two or more."""
+    steps = max(STEPS_BETWEEN_CAMERAS, -(-STANDARD_FRAMES // (cameras.shape[0] - 1)))
+    return extract_video_features(i3d, flythrough_clips(renderer, [(grid, cameras)], STANDARD_FRAMES, 1, steps))[0]
 
 
 def _can_turn(shape: tuple[int, int, int], aabb: Float[Tensor, "2 3"]) -> bool:

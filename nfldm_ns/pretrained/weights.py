@@ -452,6 +452,16 @@ def _i3d() -> InceptionI3D:
         return InceptionI3D()
 
 
+def untrained_lpips(net: Literal["vgg", "alex"]) -> lpips.LPIPS:
+    """The networks of `load_lpips` on the `meta` device, without weights and frozen."""
+    import lpips as package
+
+    with warnings.catch_warnings(), torch.device("meta"):
+        warnings.simplefilter("ignore")  # torchvision's renamed argument
+        metric = package.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    return metric.to("meta").eval().requires_grad_(False)
+
+
 def load_lpips(net: Literal["vgg", "alex"] = "vgg", folder: Path | str | None = None) -> lpips.LPIPS:
     """The LPIPS metric (Zhang et al. 2018, version 0.1), frozen and in evaluation mode, without any hub access.
 
@@ -466,9 +476,7 @@ def load_lpips(net: Literal["vgg", "alex"] = "vgg", folder: Path | str | None = 
     trunk = read_weights(f"lpips-{net}", folder)
     heads_path = Path(package.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     heads = torch.load(heads_path, map_location="cpu", weights_only=True)
-    with warnings.catch_warnings(), torch.device("meta"):
-        warnings.simplefilter("ignore")  # torchvision's renamed argument
-        metric = package.LPIPS(net=net, pretrained=False, pnet_rand=True, verbose=False)
+    metric = untrained_lpips(net)
     metric.scaling_layer = package.ScalingLayer()
     slices = {key: key.split(".", 1)[1] for key in metric.net.state_dict()}
     metric.net.load_state_dict({key: trunk[number] for key, number in slices.items()}, assign=True)

@@ -62,14 +62,17 @@ def atomic_path(destination: Path, folder: Path | None = None) -> Iterator[Path]
             temporary.unlink(missing_ok=True)
 
 
-def clear_unfinished(folder: Path) -> None:
+def clear_unfinished(folder: Path, name: str | None = None) -> None:
     """Removes what a killed process left of `atomic_path` in a folder that nobody else writes to now.
 
     A folder that was to be replaced, but was not yet, goes back to its place.
+
+    Args:
+        name: of the only destination in the folder whose leftovers are removed; others may be written to.
     """
     for path in folder.glob(".*") if folder.is_dir() else ():
         found = _UNFINISHED.fullmatch(path.name)
-        if found is None:
+        if found is None or (name is not None and found["name"] != name):
             continue
         destination = folder / found["name"]
         if path.suffix == ".old" and not destination.exists():
