@@ -17,6 +17,7 @@ from nfldm_ns.diffusion.distillation import (
     distillation_loss,
     few_step_sampler,
     randomly_cooled,
+    require_same_latents,
     rounds,
     signal_and_noise,
     step_indices,
@@ -24,7 +25,7 @@ from nfldm_ns.diffusion.distillation import (
     two_steps,
     velocity_between,
 )
-from nfldm_ns.diffusion.pipeline import load_pipeline
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline
 from nfldm_ns.diffusion.training import (
     DiffusionTrainingConfig,
     distil_denoiser,
@@ -34,8 +35,9 @@ from nfldm_ns.diffusion.training import (
     training_scheduler,
 )
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.training.schedule import Schedule
-from tests.small_models import DENOISER_SIZES, small_scene_autoencoder
+from tests.small_models import DENOISER_SIZES, small_pipeline, small_scene_autoencoder
 
 NOISE = training_scheduler(DiffusionTrainingConfig())
 MEAN = torch.tensor([0.7, -0.4, 0.1])
@@ -192,6 +194,27 @@ def sampled(denoiser: nn.Module, noise: Tensor, steps: int) -> Tensor:
     return noise
 
 
+def shown_by_tuned_decoders(latent_autoencoder: LatentAutoencoder) -> NFLDMPipeline:
+    """A generator whose denoisers do not matter here, as stored in half precision, with decoders of its own."""
+    pipeline = small_pipeline()
+    pipeline.latent_autoencoder.load_state_dict(latent_autoencoder.state_dict())
+    for model in (pipeline.latent_autoencoder, pipeline.scene_autoencoder):
+        for parameter in model.decoder.parameters():
+            parameter.data.add_(0.5)
+        for parameter in model.parameters():
+            parameter.data.copy_(parameter.half())
+    return pipeline
+
+
+def test_the_teacher_is_of_the_same_latents(latent_autoencoder):
+    tuned = shown_by_tuned_decoders(latent_autoencoder).latent_autoencoder
+    assert not tuned.state_dict().keys() ^ latent_autoencoder.state_dict().keys()
+    require_same_latents("mine", tuned, latent_autoencoder)
+    next(tuned.coarse_encoder.parameters()).data.add_(0.01)
+    with pytest.raises(UserInputError, match="mine samples latents of another stage 2"):
+        require_same_latents("mine", tuned, latent_autoencoder)
+
+
 def test_a_distilled_pipeline_takes_few_steps(memory, latent_autoencoder, tmp_path):
     common, out = (memory, latent_autoencoder), tmp_path / "out"
     short = DiffusionTrainingConfig(schedule=Schedule(max_steps=2, batch_size=2, log_every=1, checkpoint_every=9))
@@ -210,9 +233,13 @@ def test_a_distilled_pipeline_takes_few_steps(memory, latent_autoencoder, tmp_pa
     assert {f"{stage}{steps}" for stage in ("global", "coarse", "fine") for steps in ("", "-16", "-8")} == {
         path.name for path in out.iterdir()
     }
-    saved = save_pipeline(out, small_scene_autoencoder(), latent_autoencoder)
+    tuned = shown_by_tuned_decoders(latent_autoencoder)
+    saved = save_pipeline(out, small_scene_autoencoder(), latent_autoencoder, shown_by=tuned)
     assert saved is not None
     pipeline = load_pipeline(saved)
+    for name in ("scene_autoencoder", "latent_autoencoder"):
+        state = getattr(tuned, name).state_dict()
+        assert all(value.equal(state[key]) for key, value in getattr(pipeline, name).state_dict().items()), name
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     assert pipeline.default_steps == 4
     calls: list[str] = []

@@ -79,7 +79,8 @@ class TrainDiffusion:
     an earlier training, a pipeline folder, or the name of a model that comes with this package."""
     distil: Path | None = None
     """A trained generator of the same preset and options, whose denoisers are distilled to few steps, by rounds that
-    each halve them (Salimans & Ho 2022); every round is a training of `--max-steps`. nfldm-sample then takes so few."""
+    each halve them (Salimans & Ho 2022); every round is a training of `--max-steps`. nfldm-sample then takes so few.
+    Scenes are decoded and shown as by that generator, also where its decoders were tuned later."""
     distil_steps: int = 4
     """Steps per latent that are left; they must divide 1000."""
     quarter_turns: bool | None = None
@@ -94,6 +95,7 @@ class TrainDiffusion:
 
     def run(self) -> None:
         from nfldm_ns.autoencoder.scene_sampler import SceneCache
+        from nfldm_ns.diffusion.distillation import require_same_latents
         from nfldm_ns.diffusion.joint_training import with_codes_of_run
         from nfldm_ns.diffusion.latent_memory import encode_latents
         from nfldm_ns.diffusion.training import (
@@ -114,13 +116,15 @@ class TrainDiffusion:
         store = VoxelStore.open(self.voxels)
         latent_autoencoder = load_latent_autoencoder(self.latent_autoencoder)
         self._require_its_voxels(store)
+        if teachers is not None:
+            require_same_latents(str(self.distil), teachers.latent_autoencoder, latent_autoencoder)
         latent_autoencoder.to(process_device())
         preset = DIFFUSION_PRESETS[self.preset]
         turns = preset.quarter_turns if self.quarter_turns is None else self.quarter_turns
         with_maps = looks_at_maps(self.condition, self.bev_dropout)
         memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns, with_maps=with_maps)
         held_out = None
-        if with_maps and store.splits["test"]:
+        if with_maps and store.splits["test"] and teachers is None:  # a student's v is of longer steps
             scenes, cameras = store.splits["test"][:HELD_OUT_SCENES], memory.num_cameras
             held_out = encode_latents(store, latent_autoencoder, scenes, False, cameras, with_maps=True)
         scene_autoencoder = store.load_autoencoder()
@@ -168,7 +172,7 @@ class TrainDiffusion:
         if not is_first_process():
             return
         temperatures = preset.temperatures if teachers is None else tuple(teachers.config.temperatures)
-        saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, temperatures)
+        saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, temperatures, shown_by=teachers)
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
 
     def _known_share(self) -> float:

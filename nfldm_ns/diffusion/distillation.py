@@ -21,6 +21,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.training.identity import public_config
 
 FIRST_TEACHER_STEPS = 32  # at least, of DDIM with the denoiser that is distilled
 
@@ -167,6 +169,26 @@ def check_teacher(name: str, config: Any) -> None:
         raise UserInputError(
             f"Only denoisers that predict v, trained with zero terminal SNR, are distilled, but those of {name} are "
             "others: train with the default --prediction-type."
+        )
+
+
+def require_same_latents(name: str, of_teacher: LatentAutoencoder, given: LatentAutoencoder) -> None:
+    """Raises `UserInputError` unless both stages 2 encode alike; their decoders may differ, as by a later tuning.
+
+    Weights may differ by what storing in half precision rounds.
+
+    Args:
+        name: of the teacher's pipeline.
+    """
+    same = public_config(of_teacher) == public_config(given)
+    for part, module in given.encoding.items() if same else ():
+        theirs = of_teacher.encoding[part].state_dict()
+        for key, value in module.state_dict().items():
+            same = same and torch.allclose(value.cpu().float(), theirs[key].cpu().float(), rtol=2**-10, atol=2**-24)
+    if not same:
+        raise UserInputError(
+            f"{name} samples latents of another stage 2 than --latent-autoencoder: give the run that its denoisers "
+            "were trained on."
         )
 
 

@@ -43,7 +43,7 @@ from nfldm_ns.diffusion.joint_training import (
 )
 from nfldm_ns.diffusion.latent_memory import LatentMemory
 from nfldm_ns.diffusion.outpainting import drawn_for, to_columns
-from nfldm_ns.diffusion.pipeline import PIPELINE_INDEX, assemble_pipeline
+from nfldm_ns.diffusion.pipeline import PIPELINE_INDEX, NFLDMPipeline, assemble_pipeline
 from nfldm_ns.diffusion.rendering_loss import EstimateRendering, signal_share
 from nfldm_ns.diffusion.validation import DenoiserPictures
 from nfldm_ns.errors import UserInputError
@@ -920,11 +920,14 @@ def save_pipeline(
     scene_autoencoder: SceneAutoencoder,
     latent_autoencoder: LatentAutoencoder,
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    shown_by: NFLDMPipeline | None = None,
 ) -> Path | None:
     """Saves `<output_dir>/pipeline` once all denoisers in `<output_dir>/{global,coarse,fine}` are trained.
 
     Args:
         temperatures: of g, c and f, the pipeline's default for sampling.
+        shown_by: a generator of the same latents whose stages 1 and 2 are saved instead of those given, as its decoders
+            may have been tuned since.
 
     Returns:
         the pipeline's folder; None while a denoiser is missing.
@@ -987,6 +990,8 @@ def save_pipeline(
         scheduler, components["default_steps"] = few_step_sampler(scheduler.config), steps
     components["scheduler"] = scheduler
     components["bev_classes"] = [bev_class(entry) for entry in classes[0]]
+    if shown_by is not None:
+        scene_autoencoder, latent_autoencoder = shown_by.scene_autoencoder, shown_by.latent_autoencoder
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)
