@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-LATER_OPTIONS = ("bev_", "flow", "known_share")
+LATER_OPTIONS = ("bev_", "flow", "known_share", "max_focal_length")
 
 
 def own_config(model: torch.nn.Module) -> dict[str, Any]:
