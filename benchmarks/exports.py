@@ -2,10 +2,10 @@
 
     python benchmarks/exports.py --scenes outputs/generated/scene_000000 --output-dir OUT
 
-Meshes, of fused depth and of density at several opacities of a voxel: median distances between the mesh and what the renderer shows, both ways, of
-the part of the mesh that the scene's own cameras see; share of their rays that meet it; PSNR of its colours. What is
-shown are the points of the renderer's expected depth, and those where half of a pixel's light is stopped. Where density
-rises slowly the two are apart, which is reported, too.
+Meshes, of fused depth and of density at several opacities of a voxel: median distances between the mesh and what the
+renderer shows, both ways, of the part of the mesh that the scene's own cameras see; share of their rays that meet it;
+PSNR of its colours. What is shown are the points of the renderer's expected depth, and those where half of a pixel's
+light is stopped. Where density rises slowly the two are apart, which is reported, too.
 
 Splats, unfitted and fitted: PSNR. PSNR is against the renderer, from the scene's cameras and from a fly-through that
 nothing was fitted to; pixels that no mesh meets are black. Times are of one core.
