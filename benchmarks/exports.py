@@ -2,10 +2,10 @@
 
     python benchmarks/exports.py --scenes outputs/generated/scene_000000 --output-dir OUT
 
-Meshes, at several opacities of a voxel: median distances between the mesh and what the renderer shows, both ways, of
-the part of the mesh that the scene's own cameras see; share of their rays that meet it; PSNR of its colours. What is
-shown are the points of the renderer's expected depth, and those where half of a pixel's light is stopped. Where density
-rises slowly the two are apart, which is reported, too.
+Meshes, of fused depth and of density at several opacities of a voxel: median distances between the mesh and what the
+renderer shows, both ways, of the part of the mesh that the scene's own cameras see; share of their rays that meet it;
+PSNR of its colours. What is shown are the points of the renderer's expected depth, and those where half of a pixel's
+light is stopped. Where density rises slowly the two are apart, which is reported, too.
 
 Splats, unfitted and fitted: PSNR. PSNR is against the renderer, from the scene's cameras and from a fly-through that
 nothing was fitted to; pixels that no mesh meets are black. Times are of one core.
@@ -18,6 +18,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,10 +66,10 @@ class Options:
     """folders of generated scenes"""
     output_dir: Path
     """folder for the results"""
-    opacities: tuple[float, ...] = (0.2, 0.3, 0.4, 0.5)
-    """of one voxel, where the surface of a mesh lies"""
-    resolution_factor: int = 2
-    """of meshes"""
+    opacities: tuple[float, ...] = (0.3, 0.4)
+    """of one voxel, where the surface of a mesh by density lies"""
+    resolution_factors: tuple[int, ...] = (2, 4)
+    """of meshes by depth; those by density have their default"""
     fit_steps: tuple[int, ...] = (0, 400)
     """of splats"""
     ring_places: int = 2
@@ -120,10 +121,18 @@ def psnr(images: Tensor, truth: Tensor) -> float:
     return float(-10 * (images - truth).square().mean().log10())
 
 
-def measure_mesh(scene: GeneratedScene, opacity: float, options: Options) -> tuple[dict[str, float], ColoredMesh]:
+def meshes_of(options: Options) -> dict[str, dict[str, Any]]:
+    """Settings of the meshes, by name."""
+    fused = {f"mesh by depth, {n} per voxel": {"resolution_factor": n} for n in options.resolution_factors}
+    return fused | {f"mesh by density, {o:g}": {"method": "density", "opacity": o} for o in options.opacities}
+
+
+def measure_mesh(
+    scene: GeneratedScene, settings: dict[str, Any], options: Options
+) -> tuple[dict[str, float], ColoredMesh]:
     """A mesh with all of its surface for what it shows, and the part that the scene's cameras see for distances."""
     begun = time.process_time()
-    mesh = scene_mesh(scene, opacity=opacity, resolution_factor=options.resolution_factor, min_component=0.1)
+    mesh = scene_mesh(scene, min_component=0.1, **settings)
     seconds = time.process_time() - begun
     solid = trimesh.Trimesh(mesh.triangles.vertices, mesh.triangles.faces, process=False)
     own = views_of(scene)
@@ -165,9 +174,8 @@ def main(options: Options) -> None:
         scene = load_generated_scene(folder)
         flight = flight_of(scene)
         shown = {"rendered": surface_views(scene, flight).images}
-        for opacity in options.opacities:
-            name = f"mesh, opacity {opacity:g}"
-            row, mesh = measure_mesh(scene, opacity, options)
+        for name, settings in meshes_of(options).items():
+            row, mesh = measure_mesh(scene, settings, options)
             rows.setdefault(name, []).append(row)
             shown[name] = mesh_images(mesh, flight)[0]
         for steps in options.fit_steps:

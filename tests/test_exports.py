@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nfldm_ns.commands.export import main
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.exports.depth_fusion import fuse_depth, plane_maps
 from nfldm_ns.exports.isosurface import (
     Triangles,
     crossed_cells,
@@ -32,7 +33,7 @@ from nfldm_ns.exports.points import scene_points
 from nfldm_ns.exports.splat_fitting import fit_splats, scene_splats, splat_psnr
 from nfldm_ns.exports.splat_renderer import gsplat_works, render_splats, render_with_gsplat
 from nfldm_ns.exports.splats import SH_DC, Splats, read_splats, rotation_matrices, rotations_to, write_splats
-from nfldm_ns.exports.surface_views import further_cameras, scene_cameras, surface_views
+from nfldm_ns.exports.surface_views import SurfaceViews, further_cameras, scene_cameras, surface_views, views_of
 from nfldm_ns.exports.voxels import read_voxels, write_voxels
 from nfldm_ns.generated.cameras import look_along, surround_cameras
 from nfldm_ns.generated.scene_files import GeneratedScene, load_generated_scene
@@ -169,6 +170,80 @@ def test_small_parts_are_dropped():
         drop_small_components(mesh, 1e4)
 
 
+# Fused depth
+
+
+def seen_depth(cameras: Cameras, depth: Float[Tensor, "views height width"]) -> SurfaceViews:
+    """Views of which nothing but depth is known; no surface where it is infinite."""
+    seen = depth.isfinite()[:, None]
+    depth = torch.where(seen, depth[:, None], torch.full_like(depth[:, None], 5.0))
+    return SurfaceViews(cameras, torch.zeros(len(depth), 3, *depth.shape[2:]), depth, depth, seen)
+
+
+def empty_grid() -> VoxelGrid:
+    return VoxelGrid(torch.zeros(1, 1, *SHAPE), torch.zeros(1, 1, *SHAPE), torch.tensor(AABB))
+
+
+@pytest.mark.parametrize("factor", [1, 4])
+def test_depth_of_a_ball_gives_the_ball(factor):
+    cameras = outside_cameras()
+    origins, directions = camera_rays(cameras, 32, 32)
+    a = directions.square().sum(-1)
+    b = (directions * origins[:, None, None]).sum(-1)
+    depth = (-b - (b.square() - a * (origins.square().sum(-1) - 1.2**2)[:, None, None]).sqrt()) / a
+    mesh = fuse_depth(empty_grid(), [seen_depth(cameras, depth.nan_to_num(math.inf))], factor)
+    radius = np.linalg.norm(mesh.vertices, axis=-1)
+    assert len(mesh.faces) > 200 and np.median(np.abs(radius - 1.2)) < 0.02 and np.abs(radius - 1.2).max() < 0.12
+    assert ((vertex_normals(mesh) * mesh.vertices).sum(-1) > 0).mean() > 0.99, "they face what sees them"
+
+
+def test_a_floor_seen_from_low_above_is_flat():
+    """Rays graze it, so that along them its depth grows by far more than a truncation from pixel to pixel."""
+    poses = look_along(torch.tensor([[0.0, 0.0, -1.2]]).expand(8, 3), torch.arange(8) * math.pi / 4, torch.zeros(8))
+    cameras = make_cameras(poses, 24.0, 24.0, 16.0, 16.0, 32, 32)
+    down = camera_rays(cameras, 32, 32)[1][..., 2]
+    depth = torch.where(down < -0.05, -0.4 / down, torch.full_like(down, math.inf))
+    mesh = fuse_depth(empty_grid(), [seen_depth(cameras, depth)], 2)
+    assert np.abs(mesh.vertices[:, 2] + 1.6).max() < 0.01
+    assert solid(mesh).area > 10 and (vertex_normals(mesh)[:, 2] > 0.99).all()
+
+
+def test_pixels_know_the_distance_to_their_plane():
+    normal, offset = torch.tensor([0.3, -0.5, 0.8]), 2.0  # in a camera that looks along z
+    normal = normal / normal.norm()
+    camera = outside_cameras()[0]
+    grid = torch.stack(torch.meshgrid((torch.arange(32) - 15.5) / 24, (torch.arange(32) - 15.5) / 24, indexing="xy"))
+    slope = grid[0] * normal[0] + grid[1] * normal[1] + normal[2]
+    inverse, cosine, whole, nearest = plane_maps(camera, offset / slope, torch.ones(32, 32, dtype=torch.bool))
+    within = (slice(1, -1), slice(1, -1))
+    assert torch.allclose(cosine[within], slope[within], atol=1e-4) and bool(whole.all())
+    assert torch.allclose(1 / inverse, offset / slope) and bool((nearest <= offset / slope + 1e-5).all())
+
+
+def test_what_lies_at_an_edge_of_depth_is_on_no_surface():
+    depth = torch.full((1, 32, 32), 1.0)
+    depth[:, :, 16:] = 3.0
+    whole = plane_maps(outside_cameras()[0], depth[0], torch.ones(32, 32, dtype=torch.bool))[2]
+    assert not whole[:, 15:17].any() and bool(whole[:, :15].all()) and bool(whole[:, 17:].all())
+
+
+def test_views_that_see_nothing_make_no_surface():
+    cameras = outside_cameras()
+    with pytest.raises(UserInputError, match="see no surfaces"):
+        fuse_depth(empty_grid(), [seen_depth(cameras, torch.full((6, 32, 32), math.inf))])
+    with pytest.raises(ValueError, match="resolution factor"):
+        fuse_depth(empty_grid(), [], 3)
+
+
+def test_expected_depth_is_the_renderers():
+    scene = plain_scene(room())
+    expected = views_of(scene)[0].expected
+    with torch.no_grad():
+        rendered = scene.renderer.render(scene.grid, scene_cameras(scene)[None, ...]).depth[0]
+    rendered = torch.nn.functional.interpolate(rendered, expected.shape[-2:])
+    assert (expected - rendered).abs().median() < 0.05
+
+
 # Meshes
 
 
@@ -184,31 +259,37 @@ def test_projection_is_that_of_the_rays():
 
 
 def test_a_red_ball_is_red_where_it_is_seen_and_where_not():
-    mesh = scene_mesh(plain_scene(ball(), outside_cameras()), opacity=OPACITY, ring_places=0)
+    mesh = scene_mesh(plain_scene(ball(), outside_cameras()), method="density", opacity=OPACITY, ring_places=0)
     assert 0.3 < mesh.seen.mean() < 1.0  # level cameras see neither pole
     assert np.abs(mesh.colors - [0.8, 0.2, 0.2]).max() < 0.25  # a pixel of the rim is half background
     assert np.abs(mesh.colors - [0.8, 0.2, 0.2]).mean() < 0.05
 
 
-def test_faces_of_a_room_have_their_colours():
-    mesh = without_unseen(scene_mesh(plain_scene(room()), opacity=OPACITY, ring_places=2))
+METHODS = [{"method": "density", "opacity": OPACITY}, {"method": "depth"}]
+
+
+@pytest.mark.parametrize("how", METHODS, ids=["density", "depth"])
+def test_faces_of_a_room_have_their_colours(how):
+    mesh = without_unseen(scene_mesh(plain_scene(room()), ring_places=2, **how))
     vertices = mesh.triangles.vertices
-    assert np.median(distance_to_room(vertices)) < 0.1 * VOXEL
+    reach = 0.1 if how["method"] == "density" else 0.4  # of a voxel: light goes some way into walls
+    assert np.median(distance_to_room(vertices)) < reach * VOXEL
     for side in range(2):
         for axis in range(3):
             others = [i for i in range(3) if i != axis]
             middle = (np.abs(vertices[:, others]) < 0.8).all(-1)
-            face = middle & (np.abs(vertices[:, axis] - ROOM[side][axis]) < 0.3 * VOXEL)
+            face = middle & (np.abs(vertices[:, axis] - ROOM[side][axis]) < (0.2 + reach) * VOXEL)
             assert face.sum() > 20
             assert np.abs(mesh.colors[face] - COLORS[side, axis].numpy()).mean() < 0.06, (side, axis)
 
 
-def test_the_mesh_agrees_with_rendered_depth():
+@pytest.mark.parametrize("how", METHODS, ids=["density", "depth"])
+def test_the_mesh_agrees_with_rendered_depth(how):
     """Median distances both ways, on a room whose walls are of uneven density."""
     grid = room()
     grid.density *= 0.5 + torch.rand(grid.density.shape, generator=torch.Generator().manual_seed(0))
     scene = plain_scene(grid)
-    mesh = scene_mesh(scene, opacity=OPACITY, ring_places=2, only_seen=True)
+    mesh = scene_mesh(scene, ring_places=2, only_seen=True, **how)
     with torch.no_grad():
         rendered = scene.renderer.render(grid, scene.cameras[None, ...])
     origins, directions = camera_rays(scene.cameras, 32, 32)
@@ -451,7 +532,13 @@ def refused(capfd, *arguments: str | Path) -> str:
         ("mesh", ["--output", "room.ply", "--resolution-factor", "3"], "give 1, 2, 4 or 8"),
         ("mesh", ["--output", "room.ply", "--opacity", "1"], "between 0 and 1"),
         ("mesh", ["--output", "room.ply", "--level", "-2"], "a density above 0"),
-        ("mesh", ["--output", "room.ply", "--level", "900"], "no surfaces at density 900 per metre"),
+        ("mesh", ["--output", "room.ply", "--opacity", "0.4"], "--opacity says at which density"),
+        ("mesh", ["--output", "room.ply", "--level", "4"], "add --method density"),
+        (
+            "mesh",
+            ["--output", "room.ply", "--method", "density", "--level", "900"],
+            "no surfaces at density 900 per metre",
+        ),
         ("mesh", ["--output", "room.ply", "--min-component", "nan"], "--min-component is nan"),
         ("points", ["--output", "room.ply", "--spacing", "-1"], "--spacing is -1"),
         ("splats", ["--output", "room.ply", "--fit-steps", "-1"], "--fit-steps is -1"),

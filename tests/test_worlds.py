@@ -567,6 +567,8 @@ def test_exports_of_a_world(folder, tmp_path):
     low, high = mesh.triangles.vertices.min(0), mesh.triangles.vertices.max(0)
     assert (low >= made.aabb[0].numpy() - 1e-4).all() and (high <= made.aabb[1].numpy() + 1e-4).all()
     assert (high - low)[0] > 7, "it reaches over more than one box"
+    with pytest.raises(UserInputError, match="add --method density"):
+        world_mesh(made, method="depth", opacity=0.05)
     points = world_points(made, 0.2)
     assert (points.positions[:, 0].max() - points.positions[:, 0].min()) > 7
     export.main(["voxels", str(folder), "--output", str(tmp_path / "w.npz")])

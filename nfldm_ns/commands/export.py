@@ -14,7 +14,7 @@ from nfldm_ns.errors import UserInputError, exit_on_bad_input
 
 @dataclass
 class Mesh:
-    """Write a coloured mesh: the surface at which density reaches a level, in the colours of rendered views.
+    """Write a coloured mesh: the surfaces that rendered views show, in their colours.
 
     Metres, z up. A GLB says so in glTF's way, so that viewers show it upright.
     """
@@ -23,22 +23,26 @@ class Mesh:
     """The folder of a generated, edited or refined scene, or of a world."""
     output: Path
     """A .ply, .obj or .glb; replaced if it is there."""
-    resolution_factor: int = 2
-    """Cells of the mesh per voxel and axis: 1, 2, 4 or 8."""
-    opacity: float = 0.3
-    """Share of light that one voxel stops at the surface; it gives the level, -ln(1 - opacity) / edge of a voxel."""
+    method: Literal["depth", "density"] | None = None
+    """depth: the depth of rendered views, fused; nothing is where none looks. density: the closed surface at which
+    density reaches a level, also behind walls. By default depth for scenes and density for worlds."""
+    resolution_factor: int | None = None
+    """Cells of the mesh per voxel and axis: 1, 2, 4 or 8; by default 4 by depth, 2 by density."""
+    opacity: float | None = None
+    """By density: share of light that one voxel stops at the surface (0.3 by default); it gives the level,
+    -ln(1 - opacity) / edge of a voxel."""
     level: float | None = None
-    """The level itself: density in 1/m."""
+    """By density: the level itself, in 1/m."""
     min_component: float = 0.1
     """Connected parts with less surface than this, in square metres, are dropped; 0 keeps all."""
     ring_places: int = 4
-    """Places around the scene's cameras from where 12 further views each colour the mesh; a world has one per tile."""
+    """Places around the scene's cameras from where 12 further views each see the mesh; a world has one per tile."""
     only_seen: bool = False
     """Leave out what no view sees, such as the backs of walls."""
 
     def run(self) -> None:
         from nfldm_ns.exports.isosurface import FACTORS
-        from nfldm_ns.exports.mesh import FORMATS, scene_mesh, write_mesh
+        from nfldm_ns.exports.mesh import FORMATS, check_method, scene_mesh, write_mesh
         from nfldm_ns.exports.worlds import world_mesh
         from nfldm_ns.generated.scene_files import load_generated_scene
         from nfldm_ns.generated.world_files import is_world, load_world
@@ -46,20 +50,24 @@ class Mesh:
         _check_output(self.output, FORMATS)
         _check_at_least("--min-component", self.min_component, 0)
         _check_at_least("--ring-places", self.ring_places, 0)
-        if self.resolution_factor not in FACTORS:
+        if self.resolution_factor is not None and self.resolution_factor not in FACTORS:
             raise UserInputError(f"--resolution-factor is {self.resolution_factor}: give 1, 2, 4 or 8.")
-        if not 0 < self.opacity < 1:
+        if self.opacity is not None and not 0 < self.opacity < 1:
             raise UserInputError(f"--opacity is {self.opacity:g}: give a number between 0 and 1.")
         if self.level is not None and not 0 < self.level < float("inf"):
             raise UserInputError(f"--level is {self.level:g}: give a density above 0, in 1/m.")
+        world = is_world(self.scene)
+        method = self.method or ("density" if world else "depth")
+        check_method(method, self.opacity, self.level)
         settings: dict[str, Any] = {
+            "method": method,
             "resolution_factor": self.resolution_factor,
             "opacity": self.opacity,
             "level": self.level,
             "min_component": self.min_component,
             "only_seen": self.only_seen,
         }
-        if is_world(self.scene):
+        if world:
             mesh = world_mesh(load_world(self.scene), **settings)
         else:
             mesh = scene_mesh(load_generated_scene(self.scene), ring_places=self.ring_places, **settings)

@@ -1,9 +1,10 @@
-"""A coloured mesh of a scene: isosurface of its density, colours from renderings that see it."""
+"""A coloured mesh of a scene: the surface that renderings show, or an isosurface, in the colours of renderings."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.exports.depth_fusion import fuse_depth
 from nfldm_ns.exports.isosurface import (
     Triangles,
     drop_small_components,
@@ -29,6 +31,9 @@ from nfldm_ns.scenes.views import project_points
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 
+Method: TypeAlias = Literal["depth", "density"]
+RESOLUTION_FACTORS: dict[Method, int] = {"depth": 4, "density": 2}
+OPACITY = 0.3  # of a voxel at an isosurface
 FORMATS = ("ply", "obj", "glb")
 Y_UP = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])  # glTF's own axes
 
@@ -51,29 +56,33 @@ class ColoredMesh:
 def scene_mesh(
     scene: GeneratedScene,
     *,
-    resolution_factor: int = 2,
-    opacity: float = 0.3,
+    method: Method = "depth",
+    resolution_factor: int | None = None,
+    opacity: float | None = None,
     level: float | None = None,
     min_component: float = 0.0,
     ring_places: int = 4,
     only_seen: bool = False,
 ) -> ColoredMesh:
-    """The isosurface of a scene's density, in the colours of its renderings.
+    """The surfaces of a scene in the colours of its renderings.
 
     Args:
-        resolution_factor: cells per voxel and axis, see `extract_isosurface`.
-        opacity: of one voxel at the surface, which fixes the density there (`surface_level`).
+        method: "depth" fuses the depth of renderings (`fuse_depth`): what they show, and nothing where none looks;
+            "density" is a closed isosurface of all of V (`extract_isosurface`).
+        resolution_factor: cells per voxel and axis; by default 4 by depth, 2 by density.
+        opacity: of one voxel at an isosurface, which fixes the density there (`surface_level`); 0.3 by default.
         level: that density itself, in 1/m.
         min_component: smallest surface of a connected part in square metres.
-        ring_places: places from where views colour the mesh beside the scene's own cameras (`further_cameras`).
+        ring_places: places from where views look at the scene beside its own cameras (`further_cameras`).
         only_seen: leaves out faces that no view sees, such as the backs of walls.
 
     Raises:
-        UserInputError: if there are no surfaces, or no cameras.
+        UserInputError: if there are no surfaces or no cameras, or a density is given for the method "depth".
     """
     return mesh_of_views(
         scene.grid,
         views_of(scene, ring_places),
+        method=method,
         resolution_factor=resolution_factor,
         opacity=opacity,
         level=level,
@@ -86,17 +95,30 @@ def mesh_of_views(
     grid: VoxelGrid,
     views: list[SurfaceViews],
     *,
-    resolution_factor: int = 2,
-    opacity: float = 0.3,
+    method: Method = "depth",
+    resolution_factor: int | None = None,
+    opacity: float | None = None,
     level: float | None = None,
     min_component: float = 0.0,
     only_seen: bool = False,
 ) -> ColoredMesh:
-    """The isosurface of a grid's density, in the colours of some renderings; arguments as `scene_mesh` has them."""
-    level = surface_level(grid, opacity) if level is None else level
-    triangles = drop_small_components(extract_isosurface(grid, level, resolution_factor), min_component)
-    mesh = color_mesh(triangles, views, grid)
+    """The surfaces of a grid in the colours of some renderings; arguments as `scene_mesh` has them."""
+    check_method(method, opacity, level)
+    factor = RESOLUTION_FACTORS[method] if resolution_factor is None else resolution_factor
+    if method == "depth":
+        triangles = fuse_depth(grid, views, factor)
+    else:
+        level = surface_level(grid, OPACITY if opacity is None else opacity) if level is None else level
+        triangles = extract_isosurface(grid, level, factor)
+    mesh = color_mesh(drop_small_components(triangles, min_component), views, grid)
     return without_unseen(mesh) if only_seen else mesh
+
+
+def check_method(method: Method, opacity: float | None, level: float | None) -> None:
+    """Raises `UserInputError` where a density is given and none is asked for."""
+    if method == "depth" and (opacity is not None or level is not None):
+        name = "--level" if opacity is None else "--opacity"
+        raise UserInputError(f"{name} says at which density a surface lies: add --method density.")
 
 
 def color_mesh(triangles: Triangles, views: list[SurfaceViews], grid: VoxelGrid) -> ColoredMesh:
@@ -117,7 +139,8 @@ def color_mesh(triangles: Triangles, views: list[SurfaceViews], grid: VoxelGrid)
     seen = (weight > 0).numpy()
     if not seen.any():
         raise UserInputError(
-            "No camera sees the mesh, its surfaces lie too far from where rays end: raise --opacity or lower --level."
+            "No camera sees the mesh, its surfaces lie too far from where rays end: give --method density with another "
+            "--opacity or --level."
         )
     mean = (total / weight.clamp(min=1e-9)[:, None]).numpy()
     _, nearest = cKDTree(triangles.vertices[seen]).query(triangles.vertices[~seen])

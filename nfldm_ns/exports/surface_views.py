@@ -34,12 +34,14 @@ class SurfaceViews:
         images: `[N, 3, H, W]` in [0, 1].
         depth: `[N, 1, H, W]`, planar depth in metres at which half of a ray's light is stopped; where less is,
             that at which it leaves the box.
+        expected: `[N, 1, H, W]`, the expected planar depth, as the renderer has it (`FeatureMaps`).
         seen: `[N, 1, H, W]`, true where there is such a surface: accumulation is at least 0.5.
     """
 
     cameras: Cameras
     images: Float[Tensor, "views 3 height width"]
     depth: Float[Tensor, "views 1 height width"]
+    expected: Float[Tensor, "views 1 height width"]
     seen: Bool[Tensor, "views 1 height width"]
 
 
@@ -74,23 +76,26 @@ def scene_cameras(scene: GeneratedScene) -> Cameras:
 @torch.inference_mode()
 def surface_views(scene: GeneratedScene, cameras: Cameras) -> SurfaceViews:
     """Renders cameras of batch shape `[N]`."""
-    images, depths, seen = [], [], []
+    images, depths, expected, seen = [], [], [], []
     for first in range(0, cameras.shape[0], CAMERAS_AT_ONCE):
         chunk = index_cameras(cameras, (None, slice(first, first + CAMERAS_AT_ONCE)))
         images.append(scene.renderer.render(scene.grid, chunk).rgb[0].clamp(0, 1))
-        depth, hit = surface_depth(scene.grid, chunk[0], scene.renderer.config.near)
-        depths.append(depth)
+        median, mean, hit = surface_depth(scene.grid, chunk[0], scene.renderer.config.near)
+        depths.append(median)
+        expected.append(mean)
         seen.append(hit)
-    return SurfaceViews(cameras, torch.cat(images), torch.cat(depths), torch.cat(seen))
+    return SurfaceViews(cameras, torch.cat(images), torch.cat(depths), torch.cat(expected), torch.cat(seen))
 
 
 @torch.inference_mode()
 def surface_depth(
     grid: VoxelGrid, cameras: Cameras, near: float
-) -> tuple[Float[Tensor, "views 1 height width"], Bool[Tensor, "views 1 height width"]]:
-    """Where half of each pixel's light is stopped, and whether it is.
+) -> tuple[
+    Float[Tensor, "views 1 height width"], Float[Tensor, "views 1 height width"], Bool[Tensor, "views 1 height width"]
+]:
+    """Where half of each pixel's light is stopped, the expected depth, and whether half is stopped at all.
 
-    Unlike the expected depth of the renderer this median lies on a surface also at edges, between a near and a far one.
+    Unlike the expected depth the median lies on a surface also at edges, between a near and a far one.
     """
     height, width = (int(size.reshape(-1)[0]) for size in (cameras.height, cameras.width))
     origins, directions = camera_rays(cameras, height, width)
@@ -107,7 +112,8 @@ def surface_depth(
     index = stopped.to(torch.uint8).argmax(-1, keepdim=True)
     seen = stopped[..., -1]
     median = torch.where(seen, depth.gather(-1, index)[..., 0], leave)
-    return median[:, None], seen[:, None]
+    expected = (weights * depth).sum(-1) + (1 - weights.sum(-1)) * leave
+    return median[:, None], expected[:, None], seen[:, None]
 
 
 def _samples_across(grid: VoxelGrid) -> int:
@@ -130,7 +136,7 @@ def further_cameras(scene: GeneratedScene, places: int) -> Cameras | None:
     centre = own.camera_to_worlds[:, :, 3].mean(0)
     yaws = torch.arange(places) / places * 2 * math.pi
     probe = make_cameras(look_along(centre.expand(places, 3), yaws, torch.zeros(places)), 1.0, 1.0, 0.5, 0.5, 1, 1)
-    free, _ = surface_depth(scene.grid, probe, scene.renderer.config.near)
+    free, _, _ = surface_depth(scene.grid, probe, scene.renderer.config.near)
     aside = (free.reshape(-1) / 2).clamp(max=LARGEST_STEP_ASIDE)
     positions = centre + aside[:, None] * torch.stack([yaws.cos(), yaws.sin(), torch.zeros(places)], dim=-1)
     turns = torch.arange(RING_YAWS) / RING_YAWS * 2 * math.pi

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.exports.mesh import ColoredMesh, mesh_of_views
+from nfldm_ns.exports.mesh import ColoredMesh, Method, check_method, mesh_of_views
 from nfldm_ns.exports.surface_views import (
     RING_PITCHES,
     RING_YAWS,
@@ -30,18 +31,20 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 CAMERAS_AT_ONCE = 4
 
 
-def world_mesh(world: World, *, only_seen: bool = False, **settings) -> ColoredMesh:
-    """The isosurface of a whole world, in the colours of its renderings.
+def world_mesh(world: World, *, method: Method = "density", **settings: Any) -> ColoredMesh:
+    """The surfaces of a whole world, in the colours of its renderings.
 
     Args:
-        only_seen: leaves out faces that no view sees.
+        method: as `scene_mesh` takes it. Views stand at one place of each tile, which does not see all of it: an
+            isosurface has the rest, too.
         settings: as `scene_mesh` takes them; there are no rings.
 
     Raises:
-        UserInputError: if there are no surfaces.
+        UserInputError: if there are no surfaces, or a density is given for the method "depth".
     """
+    check_method(method, settings.get("opacity"), settings.get("level"))
     views = [part for _, part in tile_views(world)]
-    return mesh_of_views(world.whole(), views, only_seen=only_seen, **settings)
+    return mesh_of_views(world.whole(), views, method=method, **settings)
 
 
 def world_points(world: World, spacing: float = 0.05) -> SurfacePoints:
