@@ -18,7 +18,7 @@ from nfldm_ns.refine.domain_prior import DomainPrior
 from nfldm_ns.refine.loading import load_prior
 from tests.pretrained import require_weights
 
-SIZE_LIMIT = 20_000_000
+SIZE_LIMIT = 40_000_000
 """Bytes: a clone and a wheel should stay quick."""
 PRIOR_SIZE_LIMIT = 10_000_000
 
