@@ -1,6 +1,6 @@
 """All three stages on a scene collection, from Python, and a first new scene.
 
-    nfldm-collect import data/mine --scenes captures/* ...        # docs/data.md: how a folder becomes a collection
+    nfldm-collect import captures/* data/mine ...        # docs/data.md: how a folder becomes a collection
     python examples/train_on_your_folder.py data/mine [--steps 1000]
 
 What `ns-train`, `nfldm-encode`, `nfldm-train-latent-ae`, `nfldm-train-diffusion` and `nfldm-sample` do, at the size

@@ -646,6 +646,44 @@ def test_reconstructions_are_measured_once_and_drawn(
     assert "| 1 | refined by gaussian |" in capsys.readouterr().out
 
 
+def test_streets_are_judged_and_drawn_by_stage(
+    box_room_collection: SceneCollection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    streets = script("streets")
+    monkeypatch.setattr(streets, "load_lpips", MeanDifference)
+    monkeypatch.setattr(streets, "load_pipeline", lambda folder: drawing_pipeline())
+    layout = LayoutSettings(radius_m=2.9, floor_z=-1.0, band_m=(0.5, 1.5), wall_m=0.8)
+    options = streets.Options(
+        data=box_room_collection.root,
+        output_dir=tmp_path / "out",
+        pipeline=tmp_path / "pipeline",
+        num_scenes=2,
+        num_shown=1,
+        num_inference_steps=2,
+        layout=layout,
+        threads=torch.get_num_threads(),
+    )
+    streets.main(options)
+    found = json.loads((tmp_path / "out" / "streets.json").read_text())
+    assert set(found["views"]) == {streets.NEAREST, streets.MEAN, streets.STAGE1, streets.STAGE2}
+    assert [v["scenes"] for v in found["skies"].values()] == [2] and found["skies"]["any"][streets.STAGE1] > 0
+    sampled = found["maps"][streets.SAMPLED]
+    assert sampled["floor"] > 0.9 > found["maps"][streets.STAGE1]["floor"] and sampled["wall"] > 0.8
+    assert "| on the way from shuffled to real |" in capsys.readouterr().out
+    with (
+        Image.open(tmp_path / "out" / "panoramas.png") as panoramas,
+        Image.open(tmp_path / "out" / "drive.png") as drive,
+    ):
+        assert panoramas.height == 4 * 98 and drive.height == 3 * 98 + 14 and drive.width > 7 * 96
+
+    save_scene_autoencoder(small_scene_autoencoder(), tmp_path / "run", {"data": "", "method": "small", "step": 0})
+    alone = replace(options, pipeline=None, stage1=tmp_path / "run", output_dir=tmp_path / "alone")
+    streets.main(alone)
+    assert set(json.loads((tmp_path / "alone" / "streets.json").read_text())["maps"]) == {streets.STAGE1}
+    with pytest.raises(UserInputError, match="Give a trained model: --pipeline, or --stage1"):
+        streets.main(replace(alone, stage1=None))
+
+
 def test_maps_that_are_followed_score_like_real_scenes(edit_options: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     editing, options = edit_options
     monkeypatch.setattr("shared.edited_views.load_pipeline", lambda folder: drawing_pipeline())

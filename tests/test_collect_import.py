@@ -49,6 +49,34 @@ def captures(tmp_path: Path) -> list[Path]:
     return make_captures(tmp_path / "captures")
 
 
+def test_captures_come_before_the_collection_or_as_an_option(captures: list[Path], tmp_path: Path, capsys) -> None:
+    names = list(map(str, captures))
+    options = ["--image-size", "24", "24", "--box", *BOX]
+
+    def collect(*args: str) -> tuple[int, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["import", *args, *options])
+        return int(end.value.code or 0), capsys.readouterr().err
+
+    assert run(tmp_path / "option", captures) == 0
+    assert collect(*names, str(tmp_path / "before"))[0] == 0
+    before, option = (
+        {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+        for root in (tmp_path / "before", tmp_path / "option")
+    )
+    assert before == option
+    out = str(tmp_path / "out")
+    for args, message in (
+        ([names[0], out, "--scenes", names[1]], "both before OUT and with --scenes"),
+        ([out], "Name the folders of the captures, and last the folder of the new collection"),
+        (["--scenes", *names], "Name the folders of the captures"),
+        ([out, *names], f"{names[-1]} is not empty: choose a new folder for the collection"),
+    ):
+        code, error = collect(*args)
+        assert code == 2 and message in error, args
+    assert not Path(out).exists()
+
+
 def edit_frames(capture: Path, change) -> None:
     content = json.loads((capture / "transforms.json").read_text())
     for frame in content["frames"]:

@@ -217,7 +217,9 @@ def test_kitti360_s_right_camera_stands_beside_the_left(tmp_path: Path) -> None:
     for points in worlds:
         gap = np.minimum(np.abs(points - room.corners[0].numpy()), np.abs(points - room.corners[1].numpy())).min(axis=1)
         assert len(points) > 50 and gap.max() < 1e-4
-    assert [f.name for f in read_kitti360(folder).frames[:2]] == ["image_00/0000000001", "image_01/0000000001"]
+    first = read_kitti360(folder).frames[:2]
+    assert [f.name for f in first] == ["image_00/0000000001", "image_01/0000000001"]
+    assert [f.camera for f in first] == ["image_00", "image_01"], "whose path is not counted between them"
 
 
 def test_kitti360_leaves_out_what_has_no_pose_or_scan(tmp_path: Path) -> None:

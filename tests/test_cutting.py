@@ -125,6 +125,18 @@ class TestOrientation:
 
 
 class TestPlaces:
+    def test_path_of_several_cameras_leaves_out_what_is_between_them(self) -> None:
+        """Three cameras, 1 m apart, that drive 10 m together, at nine moments."""
+        eyes = np.zeros((9, 3, 3))
+        eyes[..., 0] = np.linspace(0, 10, 9)[:, None]
+        eyes[..., 1] = (-1, 0, 1)
+        poses = np.concatenate([np.tile(np.eye(3), (27, 1, 1)), eyes.reshape(27, 3, 1)], axis=2)
+        survey = Survey(poses, np.zeros((27, 2, 2)), np.ones((27, 4)), ["left", "middle", "right"] * 9)
+        assert survey.path_length[::3] == pytest.approx(np.linspace(0, 10, 9))
+        assert (np.diff(survey.path_length) >= 0).all() and survey.path_length[-1] == pytest.approx(10)
+        assert survey.scaled(2.0).path_length[-1] == pytest.approx(20)
+        assert replace(survey, cameras=None).path_length[-1] > 30
+
     def test_points_lie_on_the_corridor(self, views: Views) -> None:
         points = survey_of(views).points.reshape(-1, 3)
         in_l = ((points[:, :2] <= 14.01).all(-1)) & ((points[:, 1] <= 3.01) | (points[:, 0] >= 10.99))
@@ -363,11 +375,11 @@ def pickled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cut_room(kind: str, root: Path, write, *options: str) -> SceneCollection:
-    """The cut of a walk of 44 frames in one room, written by `write` for cameras, which gives what `--scenes` is."""
+    """The cut of a walk of 44 frames in one room, written by `write` for cameras, which gives the capture's folder."""
     cameras = walk(((-1.2, -1.0), (1.2, -1.0), (1.2, 1.0)), 0.1, SIZE)
     room = BoxRoom(torch.tensor([[-2.5, -2.5, -0.2], [2.5, 2.5, 2.9]]), torch.rand(2, 3, 3))
     box = ["--box", "-4", "-4", "-2", "4", "4", "2"]
-    command = [kind, str(root), "--scenes", str(write(room, cameras)), "--image-size", "24", "24", *box]
+    command = [kind, str(write(room, cameras)), str(root), "--image-size", "24", "24", *box]
     with pytest.raises(SystemExit) as end:
         main([*command, "--cut", "--test-fraction", "0", "--spacing", "0.5", *options])
     assert not end.value.code
@@ -431,7 +443,7 @@ def test_scenes_cut_of_nuscenes_have_the_map_of_their_box(scale: float, tmp_path
 
 def run(root: Path, captures: list[Path], *options: str) -> int:
     with pytest.raises(SystemExit) as end:
-        main(["nerfstudio", str(root), "--scenes", *map(str, captures), "--image-size", "24", "24", *options])
+        main(["nerfstudio", *map(str, captures), str(root), "--image-size", "24", "24", *options])
     return int(end.value.code or 0)
 
 

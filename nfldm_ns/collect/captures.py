@@ -92,6 +92,7 @@ class CapturedFrame:
         depth_lens: of the depth file, where it is another camera's at the same place; None: that of the image.
         coarse_depth: whether 8 bits will do for the depth file.
         depth_size: (width, height) of the depth file, where it does not say so itself.
+        camera: of several that move together, which of them.
         points: sparse depth in place of a file: points that the image sees, in the file's units, by the camera's axes
             of OpenCV (x right, y down, z forward); or a function of no arguments that reads them, where there are many.
     """
@@ -107,6 +108,7 @@ class CapturedFrame:
     coarse_depth: bool = False
     points: Points | Callable[[], Points] | None = None
     depth_size: tuple[int, int] | None = None
+    camera: str = ""
 
     @property
     def has_depth(self) -> bool:

@@ -277,7 +277,8 @@ def _load_survey(work: _Work, number: int, capture: Capture) -> Survey:
         except Exception as error:  # numpy and zipfile raise many kinds for damaged files
             raise UserInputError(f"{path} is damaged ({error}): remove it and repeat the command.") from None
     depths, intrinsics = (np.concatenate(values) for values in zip(*parts, strict=True))
-    return Survey(world_poses(capture, work.options), depths, intrinsics)
+    cameras = [frame.camera for frame in capture.frames]
+    return Survey(world_poses(capture, work.options), depths, intrinsics, cameras)
 
 
 # Plans

@@ -33,17 +33,19 @@ class Survey:
         poses: camera-to-world, z up, in metres.
         depths: planar, of `rows` x `columns` cells of each image; 0 is unknown or masked.
         intrinsics: fx, fy, cx, cy in cells.
+        cameras: which of several that move together each frame is of; None: there is one.
     """
 
     poses: Float[np.ndarray, "frames 3 4"]
     depths: Float[np.ndarray, "frames rows columns"]
     intrinsics: Float[np.ndarray, "frames 4"]
+    cameras: Sequence[str] | None = None
 
     def scaled(self, scale: float) -> Survey:
         """With all lengths so many times as long."""
         poses = self.poses.copy()
         poses[:, :, 3] *= scale
-        return Survey(poses, self.depths * scale, self.intrinsics)
+        return Survey(poses, self.depths * scale, self.intrinsics, self.cameras)
 
     @property
     def eyes(self) -> Float[np.ndarray, "frames 3"]:
@@ -68,9 +70,11 @@ class Survey:
 
     @cached_property
     def path_length(self) -> Float[np.ndarray, " frames"]:
-        """How far the camera came by each frame."""
-        steps = np.linalg.norm(np.diff(self.eyes, axis=0), axis=1)
-        return np.concatenate([[0.0], np.cumsum(steps)])
+        """How far the camera came by each frame; of several that move together, the first frame's, even in between."""
+        frames = np.arange(len(self.eyes))
+        own = frames if self.cameras is None else np.flatnonzero(np.array(self.cameras) == self.cameras[0])
+        steps = np.linalg.norm(np.diff(self.eyes[own], axis=0), axis=1)
+        return np.interp(frames, own, np.concatenate([[0.0], np.cumsum(steps)]))
 
     def camera_height(self) -> float | None:
         """Height of the cameras above the floor, see `floor_drop`; None where no floor is seen."""

@@ -5,7 +5,7 @@ import sys
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich.box import SIMPLE
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nfldm_ns.collect.cut_collection import CutCapture, CutReport
 
 _MAX_PROBLEMS = 20
+_CapturesAndOut = tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="CAPTURES... OUT")]]
 Up = Literal["z", "y", "-y", "cameras", "path"]
 Box = tuple[float, float, float, float, float, float]
 """Minimum x, y, z, then maximum x, y, z, in metres."""
@@ -354,10 +355,10 @@ class Check:
 class _Captures:
     """What all that makes scenes of captures has in common."""
 
-    out: tyro.conf.Positional[Path]
-    """Folder of the new collection."""
-    scenes: tuple[Path, ...]
-    """Folders of the captures."""
+    paths: _CapturesAndOut
+    """Folders of the captures; last the folder of the new collection."""
+    scenes: tuple[Path, ...] = ()
+    """The captures as an option, after OUT instead of before it."""
     image_size: tuple[int, int] = (64, 64)
     """Width and height of the images in pixels; a 0 keeps the captures' aspect, 0 0 their size, in multiples of 16."""
     num_source_views: int = 8
@@ -399,26 +400,51 @@ class _Captures:
     workers: int = 1
     """With --cut: processes."""
 
-    def _import(self, command: str, read: "ReadCapture") -> int:
-        """Makes the collection; `read` must be something that other processes can be given."""
+    @property
+    def out(self) -> Path:
+        """Folder of the new collection."""
+        return self.paths[-1]
+
+    def _captures(self) -> tuple[Path, ...]:
+        """Folders of the captures.
+
+        Raises:
+            UserInputError: if they or OUT are missing, or captures are given in both ways.
+        """
+        before = self.paths[:-1]
+        if before and self.scenes:
+            raise UserInputError("Captures are given both before OUT and with --scenes: name all of them before OUT.")
+        if not self.paths or not (before or self.scenes):
+            raise UserInputError("Name the folders of the captures, and last the folder of the new collection.")
+        return before or self.scenes
+
+    def _import(self, command: str, read: "ReadCapture", captures: tuple[Path, ...] | None = None) -> int:
+        """Makes the collection; `read` must be something that other processes can be given.
+
+        Args:
+            captures: what it reads, where that is not the folders that were given.
+        """
         from nfldm_ns.collect.capture_import import DEFAULT_AABB, ImportOptions
 
+        captures = self._captures() if captures is None else captures
         made_by = {"command": f"nfldm-collect {command}", **_recorded(self)}
         values = {field.name: getattr(self, field.name) for field in fields(_Captures)}
         names = {field.name for field in fields(ImportOptions)}
         box = None if self.box is None else (self.box[:3], self.box[3:])
         options = ImportOptions(**{k: v for k, v in values.items() if k in names}, aabb=box or DEFAULT_AABB)
         if self.cut:
-            return self._cut(options, box, read, made_by)
+            return self._cut(captures, options, box, read, made_by)
         self._refuse_options_of_cuts()
-        return self._import_whole(options, read, made_by)
+        return self._import_whole(captures, options, read, made_by)
 
     def _refuse_options_of_cuts(self) -> None:
         for field in fields(_Captures):
             if field.name in _OF_CUTS and field.default is not MISSING and getattr(self, field.name) != field.default:
                 raise UserInputError(f"--{field.name.replace('_', '-')} is for captures that are cut: add --cut.")
 
-    def _cut(self, options: "ImportOptions", box, read: "ReadCapture", made_by: dict) -> int:
+    def _cut(
+        self, captures: tuple[Path, ...], options: "ImportOptions", box, read: "ReadCapture", made_by: dict
+    ) -> int:
         from nfldm_ns.collect.cut_collection import CutOptions, cut_captures
 
         cut = CutOptions(box, self.spacing, self.camera_height, self.min_inside, self.min_overlap, self.hold_out)
@@ -428,25 +454,27 @@ class _Captures:
             def tell(what: str, done: int, total: int) -> None:
                 progress.update(tasks[what], completed=done, total=total)
 
-            report = cut_captures(self.out, self.scenes, options, cut, read, made_by, self.workers, tell)
+            report = cut_captures(self.out, captures, options, cut, read, made_by, self.workers, tell)
         _tell_of_cuts(self.out, report)
         _tell_of_what_was_left_out([cut.capture for cut in report.captures])
         _write_sheet(self.out)
         return 0
 
-    def _import_whole(self, options: "ImportOptions", read: "ReadCapture", made_by: dict) -> int:
+    def _import_whole(
+        self, folders: tuple[Path, ...], options: "ImportOptions", read: "ReadCapture", made_by: dict
+    ) -> int:
         from nfldm_ns.collect.capture_import import import_captures
 
-        out, scenes = self.out, self.scenes
+        out = self.out
         captures: list[Capture] = []
         with _progress() as progress:
-            task = progress.add_task("scenes", total=len(scenes))
+            task = progress.add_task("scenes", total=len(folders))
 
             def tell(capture: "Capture") -> None:
                 captures.append(capture)
                 progress.advance(task)
 
-            splits = import_captures(out, scenes, options, read, made_by, tell)
+            splits = import_captures(out, folders, options, read, made_by, tell)
         counts = ", ".join(f"{len(ids)} {name}" for name, ids in splits.items() if ids)
         print(f"{out}: {counts} scenes; 'nfldm-collect check {out}' judges them")
         _tell_of_what_was_left_out(captures)
@@ -609,7 +637,7 @@ class Nuscenes(_Captures):
     """Makes a collection of nuScenes' scenes: six cameras, the Lidar as sparse depth, and maps where there are any."""
 
     version: str = "v1.0-trainval"
-    """Folder of the tables, such as v1.0-mini; --scenes is the folder that it is in."""
+    """Folder of the tables, such as v1.0-mini; the capture is the folder that it is in."""
     scene_names: tuple[str, ...] = ()
     """Such as scene-0061; by default all."""
     cameras: tuple[str, ...] = (
@@ -627,8 +655,8 @@ class Nuscenes(_Captures):
         from nfldm_ns.collect.formats.nuscenes import NuscenesReader
 
         read = NuscenesReader(self.version, self.cameras, self.masks)
-        self.scenes = tuple(root / n for root in self.scenes for n in self.scene_names or read.scene_names(root))
-        return self._import("nuscenes", read)
+        scenes = tuple(root / n for root in self._captures() for n in self.scene_names or read.scene_names(root))
+        return self._import("nuscenes", read, scenes)
 
 
 def _recorded(command: _Captures) -> dict[str, Any]:

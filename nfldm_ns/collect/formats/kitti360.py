@@ -53,8 +53,9 @@ def read_kitti360(folder: Path, cameras: Cameras = "both") -> Capture:
             assert lens.focal is not None and lens.size is not None
             points = partial(points_before, scan, 4, np.linalg.inv(offset) @ from_velodyne, lens.focal[0], lens.size[0])
             name = f"image_0{number}/{index:010d}"
+            seen = points if has_scans else None
             frames.append(
-                CapturedFrame(name, pictures[index], None, None, pose, lens, points=points if has_scans else None)
+                CapturedFrame(name, pictures[index], None, None, pose, lens, points=seen, camera=f"image_0{number}")
             )
     if not frames:
         raise UserInputError(f"No picture of {folder} has a pose in {path} and a scan in {scans}: restore them.")

@@ -92,7 +92,7 @@ class NuscenesReader:
         image = root / data["filename"]
         mask = None if self.masks is None else self.masks / camera / f"{image.stem}.png"
         pose = opengl_pose(to_world, where)
-        return CapturedFrame(data["filename"], image, None, mask, pose, lens, points=points)
+        return CapturedFrame(data["filename"], image, None, mask, pose, lens, points=points, camera=camera)
 
 
 def _to_world(database: Any, data: dict[str, Any], where: str) -> Float[np.ndarray, "4 4"]:
