@@ -139,6 +139,7 @@ def test_the_command_lists_them(capsys):
     names = ("tiny", "base", "paper", "3 fine", "c 4x8x32x32, f 4x128x128, g 128", "baseline eg3d", "G ops")
     for name in names:
         assert name in said
+    assert "\N{HORIZONTAL ELLIPSIS}" not in said, "nothing is cut off"
 
 
 def test_presets_of_streets_cover_the_papers_box_with_voxels_that_fit_their_latents():

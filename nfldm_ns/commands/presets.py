@@ -9,7 +9,7 @@ import tyro
 
 from nfldm_ns.errors import exit_on_bad_input
 
-MIN_WIDTH = 100
+WIDEST = 1000  # columns, more than the table has
 
 
 @dataclass
@@ -45,7 +45,8 @@ class Presets:
                 f"{cost.flops / 1e9:,.0f}",
                 f"{cost.bytes / 2**30:.2f} GiB",
             )
-        Console(width=max(Console().width, MIN_WIDTH)).print(table)
+        needed = Console(width=WIDEST).measure(table).maximum  # a narrower terminal wraps lines, and loses no number
+        Console(width=max(Console().width, needed)).print(table)
 
 
 def main(args: list[str] | None = None) -> None:
