@@ -949,13 +949,22 @@ def test_exports_are_measured(tmp_path, capsys):
     room = VoxelGrid(density, features, torch.tensor(AABB), torch.zeros(1, BACKGROUND_CHANNELS, 4))
     write_generated_scene(tmp_path / "room", room, small_scene_autoencoder(), surround_cameras(4, (32, 32), 16.0))
     exports = script("exports")
-    options = exports.Options((tmp_path / "room",), tmp_path / "out", (0.4,), 1, (0, 2), 0)
+    options = exports.Options(
+        scenes=(tmp_path / "room",),
+        output_dir=tmp_path / "out",
+        opacities=(0.4,),
+        resolution_factors=(1,),
+        fit_steps=(0, 2),
+        ring_places=0,
+    )
     exports.main(options)
     means = json.loads((tmp_path / "out" / "exports.json").read_text())["means"]
-    assert [*means] == ["mesh, opacity 0.4", "splats, 0 steps", "splats, 2 steps"]
-    mesh = means["mesh, opacity 0.4"]
-    assert mesh["met"] == pytest.approx(1.0, abs=0.01) and 0 < mesh["points_to_mesh"] < 0.4
-    assert 0 < mesh["halves_to_mesh"] < 0.4 and 0 < mesh["halves_to_points"] < 0.4
+    meshes = ["mesh by depth, 1 per voxel", "mesh by density, 0.4"]
+    assert [*means] == [*meshes, "splats, 0 steps", "splats, 2 steps"]
+    for mesh in (means[name] for name in meshes):
+        assert mesh["met"] > 0.9 and 0 < mesh["points_to_mesh"] < 0.4
+        assert 0 < mesh["halves_to_mesh"] < 0.4 and 0 < mesh["halves_to_points"] < 0.4
+    assert means[meshes[1]]["met"] == pytest.approx(1.0, abs=0.01)
     assert all(np.isfinite([*row.values()]).all() for row in means.values())
     assert "Means of 1 scenes." in capsys.readouterr().out and (tmp_path / "out" / "exports.png").is_file()
 
