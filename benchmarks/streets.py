@@ -38,6 +38,7 @@ from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_a
 from nfldm_ns.metrics.images import ImageMetrics, nearest_source_view
 from nfldm_ns.metrics.layout import Layout, LayoutSettings, map_layout, voxel_layout
 from nfldm_ns.pretrained.weights import load_lpips
+from nfldm_ns.reports.galleries import write_png
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, index_cameras, make_cameras, view_yaws
@@ -245,8 +246,7 @@ class Pictures:
             ("panoramas.png", image_grid(self._panoramas, self._labels)),
             ("drive.png", image_grid(self._drives, self._drive_labels, places)),
         ):
-            with atomic_path(folder / name) as temporary:
-                sheet.save(temporary, format="PNG")
+            write_png(folder / name, sheet)
 
 
 def main(options: Options) -> None:

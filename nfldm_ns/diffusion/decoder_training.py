@@ -341,15 +341,14 @@ class DecoderPictures:
 
 
 def _grow(scene_autoencoder: SceneAutoencoder, decoder_blocks: int | None) -> None:
-    has = scene_autoencoder.config.decoder_blocks
     if decoder_blocks is None:
         return
-    if decoder_blocks < has:
+    try:
+        scene_autoencoder.grow_decoder(decoder_blocks)
+    except ValueError as error:
         raise UserInputError(
-            f"--decoder-blocks is {decoder_blocks}, but the generator's image decoder has {has} per level already: "
-            f"give at least {has}, or nothing."
-        )
-    scene_autoencoder.grow_decoder(decoder_blocks)
+            f"--decoder-blocks is {decoder_blocks}, but {error}: give at least as many, or nothing."
+        ) from None
 
 
 def _latent_rendering(pipeline: NFLDMPipeline, device: torch.device) -> LatentRendering:

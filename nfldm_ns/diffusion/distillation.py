@@ -180,12 +180,15 @@ def require_same_latents(name: str, of_teacher: LatentAutoencoder, given: Latent
     Args:
         name: of the teacher's pipeline.
     """
-    same = public_config(of_teacher) == public_config(given)
-    for part, module in given.encoding.items() if same else ():
-        theirs = of_teacher.encoding[part].state_dict()
-        for key, value in module.state_dict().items():
-            same = same and torch.allclose(value.cpu().float(), theirs[key].cpu().float(), rtol=2**-10, atol=2**-24)
-    if not same:
+
+    def alike(theirs: Tensor, ours: Tensor) -> bool:
+        return torch.allclose(ours.cpu().float(), theirs.cpu().float(), rtol=2**-10, atol=2**-24)
+
+    if public_config(of_teacher) != public_config(given) or not all(
+        alike(of_teacher.encoding[part].state_dict()[key], value)
+        for part, module in given.encoding.items()
+        for key, value in module.state_dict().items()
+    ):
         raise UserInputError(
             f"{name} samples latents of another stage 2 than --latent-autoencoder: give the run that its denoisers "
             "were trained on."
