@@ -38,8 +38,8 @@ from nfldm_ns.generated.scene_files import GeneratedScene, load_generated_scene
 from nfldm_ns.reports.galleries import image_grid, write_png
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.views import camera_rays
-from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
-from shared.running import run
+from nfldm_ns.scenes.writing import require_writable, write_json
+from shared.running import run, write_tables
 
 SAMPLES = 100_000
 KEYS = (
@@ -194,9 +194,7 @@ def main(options: Options) -> None:
     if apart:
         caption += f" The two rendered depths are {np.mean(apart):.3f} m apart."
     table = Table(["", *COLUMNS], cells, caption, digits=[0, 0, 3, 3, 3, 3, 3, 2, 2, 1])
-    with atomic_path(options.output_dir / "exports.md") as temporary:
-        temporary.write_text(table.markdown(), encoding="utf-8")
-    print(table.markdown())
+    write_tables(options.output_dir / "exports.md", [table])
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_depth, write_json
 from shared.comparisons import require_choice, use_threads
-from shared.running import run
+from shared.running import run, write_tables
 
 SWING = 110.0  # degrees that the walker looks to either side
 SWING_FRAMES = 23
@@ -279,9 +279,7 @@ def main(options: Options) -> None:
         ["", "PSNR (dB)", "SSIM", "LPIPS (VGG)", "depth error in the box (m)"], cells, caption, [0, 2, 3, 3, 2]
     )
     write_json(options.output_dir / "long_capture.json", {"frames": frames, "cut": collection_facts, **result})
-    with atomic_path(options.output_dir / "long_capture.md") as temporary:
-        temporary.write_text(table.markdown(), encoding="utf-8")
-    print(table.markdown())
+    write_tables(options.output_dir / "long_capture.md", [table])
 
 
 if __name__ == "__main__":

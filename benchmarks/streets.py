@@ -43,10 +43,10 @@ from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, index_cameras, make_cameras, view_yaws
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
+from nfldm_ns.scenes.writing import require_writable, write_json
 from shared.comparisons import use_threads
 from shared.edited_views import Maps, takes_maps
-from shared.running import run
+from shared.running import run, write_tables
 
 STAGE1, STAGE2, SAMPLED = "stage 1", "after the latents", "sampled with the map"
 NEAREST, MEAN = "nearest source view", "mean colour of the source views"
@@ -273,10 +273,7 @@ def main(options: Options) -> None:
     pictures.write(options.output_dir)
     found = judge.results(given)
     write_json(options.output_dir / "streets.json", found)
-    written = "\n\n".join(table.markdown() for table in tables(found, len(maps.scene_ids)))
-    with atomic_path(options.output_dir / "streets.md") as temporary:
-        temporary.write_text(written, encoding="utf-8")
-    print(written)
+    write_tables(options.output_dir / "streets.md", tables(found, len(maps.scene_ids)))
 
 
 if __name__ == "__main__":

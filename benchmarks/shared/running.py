@@ -6,15 +6,16 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
 from nfldm_ns.errors import exit_on_bad_input
+from nfldm_ns.reports.report import Table
 from nfldm_ns.reports.resources import device_info, package_versions
-from nfldm_ns.scenes.writing import write_json
+from nfldm_ns.scenes.writing import atomic_path, write_json
 
 OptionsType = TypeVar("OptionsType")
 RECORD = "record.json"
@@ -40,6 +41,14 @@ def run(main: Callable[[OptionsType], None], options_class: type[OptionsType], d
         device = made["device"]
         hardware = f"{device.get('gpu', device['processor'])}, {device['torch_threads']} threads"
         print(f"\n`{made['command']}` (commit {made['commit']}, seed {made['seed']}, {hardware}, {made['seconds']} s)")
+
+
+def write_tables(path: Path, tables: Sequence[Table]) -> None:
+    """Writes tables in one step, in Markdown, and prints them."""
+    text = "\n\n".join(table.markdown() for table in tables)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    print(text)
 
 
 def record(options: Any, seconds: float) -> dict[str, Any]:
