@@ -37,6 +37,9 @@ class TrainDecoder:
     """Denoising steps of the whole schedule, of which an example walks its share."""
     adversarial_mult: float | None = None
     """Weight of the loss by the discriminator; 0 for none."""
+    consistency_mult: float | None = None
+    """Weight of the difference between images of a camera and of one a step beside it, where both see the same
+    surface: keeps pictures from swimming as one flies. 0 for none."""
     tune_latent_decoder: bool = False
     """Also tune what latents are decoded to voxels with, through rendering: sharper voxels, not only pictures. Steps
     take several times as long; the denoisers still fit."""
@@ -64,6 +67,8 @@ class TrainDecoder:
         losses = config.losses
         if self.adversarial_mult is not None:
             losses = replace(losses, adversarial_mult=self.adversarial_mult)
+        if self.consistency_mult is not None:
+            losses = replace(losses, consistency_mult=self.consistency_mult)
         schedule = replace(config.schedule, **self.schedule.given())
         config = replace(
             config,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int
+from nerfstudio.cameras.cameras import Cameras
 from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor
 
 from nfldm_ns.autoencoder.checkpoints import holds_tensors, read_safetensors, stored_half
+from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.diffusion.inpainting import Inpainting
@@ -21,7 +24,7 @@ from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore
-from nfldm_ns.scenes.views import Views, index_cameras
+from nfldm_ns.scenes.views import Views, index_cameras, step_aside
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training.draws import ItemDraws, batch_indices
@@ -30,6 +33,9 @@ from nfldm_ns.training.identity import public_config
 KINDS = ("round_trip", "denoised")
 MAPS = ("features", "accumulation")
 LATENTS = tuple(part.name for part in fields(SceneLatents))
+POSES = "camera_to_worlds"
+NEIGHBOUR_TURN = math.radians(15)  # a step of a flight of 24 views, in which a camera moves about as far as the next
+NEIGHBOUR_DISTANCE = 0.13  # metres, along each axis of the plane
 DECODER = "decoder."  # begins the names of the weights that are tuned
 DECODER_SIZES = "decoder_"  # begins the options that say how large the image decoder is
 
@@ -44,6 +50,7 @@ class ExampleConfig:
         max_noise: largest share of the schedule that latents are noised to, in (0, 1].
         num_inference_steps: of the whole schedule; an example walks its share of them.
         seed: of scenes, views and noise.
+        neighbours: whether each view of a denoised V has one beside it, which a loss of consistency looks at.
     """
 
     num_scenes: int = 256
@@ -51,6 +58,7 @@ class ExampleConfig:
     max_noise: float = 0.4
     num_inference_steps: int = 20
     seed: int = 0
+    neighbours: bool = False
 
     def check(self) -> None:
         """Raises `UserInputError` for settings that make no sense."""
@@ -65,6 +73,48 @@ class ExampleConfig:
 
 
 @dataclass
+class Neighbours:
+    """What a camera a step beside each of N cameras sees of the same V, as on a flight through it.
+
+    Attributes:
+        camera_to_worlds: `[N, 3, 4]`, of the cameras beside; all else they share with those they are beside.
+        features: `[N, C, h, w]`.
+        accumulation: `[N, 1, h, w]`.
+        depth: `[N, 1, h, w]`, planar and in metres, 0 where rays end nowhere.
+        seen_depth: likewise, of the cameras that they are beside.
+    """
+
+    camera_to_worlds: Float[Tensor, "views 3 4"]
+    features: Float[Tensor, "views channels h w"]
+    accumulation: Float[Tensor, "views 1 h w"]
+    depth: Float[Tensor, "views 1 h w"]
+    seen_depth: Float[Tensor, "views 1 h w"]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    def __getitem__(self, index: Tensor) -> Neighbours:
+        return Neighbours(*(part[index] for part in self.state_dict().values()))
+
+    def to(self, device: torch.device | str) -> Neighbours:
+        return Neighbours(*(part.to(device) for part in self.state_dict().values()))
+
+    @staticmethod
+    def cat(several: list[Neighbours]) -> Neighbours:
+        """Those of several scenes one after the other."""
+        return Neighbours(
+            *(torch.cat(parts) for parts in zip(*(n.state_dict().values() for n in several), strict=True))
+        )
+
+    @staticmethod
+    def of_maps(cameras: Cameras, seen: FeatureMaps, beside: FeatureMaps) -> Neighbours:
+        """Of what N cameras of one scene and those beside them see, `cameras` being the latter."""
+        depths = (torch.where(maps.accumulation >= 0.5, maps.depth, 0.0)[0] for maps in (beside, seen))
+        return Neighbours(cameras.camera_to_worlds[0], beside.features[0], beside.accumulation[0], *depths)
+
+
+@dataclass
 class DecoderExample:
     """One scene as its views see it after its latents, N views.
 
@@ -75,6 +125,7 @@ class DecoderExample:
             noised and denoised.
         accumulation: likewise, `[N, 1, h, w]`.
         latents: likewise, g, c and f that V was decoded from, of batch size 1.
+        neighbours: of the views of the denoised V, where they were asked for.
     """
 
     views: Int[Tensor, " views"]
@@ -82,6 +133,7 @@ class DecoderExample:
     features: dict[str, Float[Tensor, "views channels h w"]]
     accumulation: dict[str, Float[Tensor, "views 1 h w"]]
     latents: dict[str, SceneLatents]
+    neighbours: Neighbours | None = None
 
     def save(self, path: Path) -> None:
         """Writes it whole or not at all, in half precision."""
@@ -90,6 +142,11 @@ class DecoderExample:
             tensors |= {f"{kind}.features": stored_half(self.features[kind])}
             tensors |= {f"{kind}.accumulation": stored_half(self.accumulation[kind])}
             tensors |= {f"{kind}.{name}": stored_half(part) for name, part in self.latents[kind].state_dict().items()}
+        if self.neighbours is not None:
+            kept = self.neighbours.state_dict()
+            poses = {POSES: kept.pop(POSES).cpu().contiguous()}
+            kept = poses | {name: stored_half(part) for name, part in kept.items()}
+            tensors |= {f"neighbours.{name}": part for name, part in kept.items()}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)
 
@@ -101,7 +158,10 @@ class DecoderExample:
             raise UserInputError(f"{path} is no example for a decoder: delete it to have it made again.")
         features, accumulation = ({kind: tensors[f"{kind}.{part}"].float() for kind in KINDS} for part in MAPS)
         latents = {kind: SceneLatents(*(tensors[f"{kind}.{name}"].float() for name in LATENTS)) for kind in KINDS}
-        return DecoderExample(tensors["views"], tensors["share"], features, accumulation, latents)
+        neighbours = None
+        if set(_names(neighbours=True)) <= set(tensors):
+            neighbours = Neighbours(*(tensors[f"neighbours.{part.name}"].float() for part in fields(Neighbours)))
+        return DecoderExample(tensors["views"], tensors["share"], features, accumulation, latents, neighbours)
 
 
 class DecoderExamples:
@@ -152,7 +212,8 @@ class DecoderExamples:
             on_progress: called with the share that is done, instead of a progress bar.
         """
         places = range(len(self)) if places is None else places
-        missing = [place for place in places if not holds_tensors(self.path(place), _names())]
+        names = _names(self.config.neighbours)
+        missing = [place for place in places if not holds_tensors(self.path(place), names)]
         pipeline.set_progress_bar_config(disable=True)
         for done, place in enumerate(track(missing, "Generating voxels", disable=on_progress is not None)):
             self._make(pipeline, place).save(self.path(place))
@@ -175,7 +236,12 @@ class DecoderExamples:
         maps = {kind: pipeline.scene_autoencoder.render_maps(grid, cameras) for kind, grid in grids.items()}
         features = {kind: found.features[0] for kind, found in maps.items()}
         accumulation = {kind: found.accumulation[0] for kind, found in maps.items()}
-        return DecoderExample(views, torch.tensor(share), features, accumulation, latents)
+        neighbours = None
+        if self.config.neighbours:
+            beside = _cameras_beside(cameras, draws)
+            seen = pipeline.scene_autoencoder.render_maps(grids["denoised"], beside)
+            neighbours = Neighbours.of_maps(beside, maps["denoised"], seen)
+        return DecoderExample(views, torch.tensor(share), features, accumulation, latents, neighbours)
 
     def _encode(
         self, pipeline: NFLDMPipeline, place: int, device: torch.device
@@ -241,5 +307,14 @@ def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder) 
         )
 
 
-def _names() -> list[str]:
-    return ["views", "share", *(f"{kind}.{part}" for kind in KINDS for part in (*MAPS, *LATENTS))]
+def _cameras_beside(cameras: Cameras, draws: ItemDraws) -> Cameras:
+    """Cameras `[1, N]` a small turn and a small way in the plane from others, drawn evenly within the limits."""
+    yaw, x, y = draws.each(lambda generator: 2 * torch.rand(3, *cameras.shape[1:], generator=generator) - 1).unbind(1)
+    offset = torch.stack([x, y, torch.zeros_like(x)], dim=-1) * NEIGHBOUR_DISTANCE
+    yaw, offset = (part.to(cameras.camera_to_worlds.device) for part in (yaw * NEIGHBOUR_TURN, offset))
+    return step_aside(cameras, yaw, offset)
+
+
+def _names(neighbours: bool = False) -> list[str]:
+    beside = [f"neighbours.{part.name}" for part in fields(Neighbours)] if neighbours else []
+    return ["views", "share", *(f"{kind}.{part}" for kind in KINDS for part in (*MAPS, *LATENTS)), *beside]

@@ -22,14 +22,15 @@ from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwo
 from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder, decode_images
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
-from nfldm_ns.diffusion.decoder_examples import KINDS, DecoderExamples, ExampleConfig, require_same_voxels
+from nfldm_ns.diffusion.decoder_examples import KINDS, DecoderExamples, ExampleConfig, Neighbours, require_same_voxels
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, save_without_origin
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.metrics.consistency import reproject
 from nfldm_ns.reports.galleries import image_grid
-from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.views import Views, with_poses
 from nfldm_ns.scenes.writing import clear_unfinished
 from nfldm_ns.training.identity import model_hash, public_config
 from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
@@ -57,6 +58,9 @@ class DecoderLossConfig:
     """Of the loss that the projected discriminator gives all of them; 0 trains without one."""
     adversarial_levels: tuple[int, ...] = (1, 2, 3, 4)
     """Levels of the perceptual network that it looks at, 0 the finest; coarse ones see how rooms hang together."""
+    consistency_mult: float = 0.0
+    """Of the mean difference between images of denoised V from a camera and from one a step beside it, where both see
+    the same surface; 0 makes no such images. What swims from view to view costs, what is sharp and stays does not."""
     depth_mult: float = 0.05
     """Squared error (m^2) of the depth of V after its own latents, where the latent decoder is tuned, too: what a
     discriminator makes of single views must not bend the room."""
@@ -95,6 +99,7 @@ class DecoderBatch:
         real: `[B]`, the real views of the same cameras.
         share: of the schedule, of each view.
         latents: by kind, of the S scenes, each with B / S views one after the other.
+        neighbours: of all B views, where examples have them.
     """
 
     features: dict[str, Float[Tensor, "batch channels h w"]]
@@ -102,6 +107,7 @@ class DecoderBatch:
     real: Views
     share: Float[Tensor, " batch"]
     latents: dict[str, SceneLatents]
+    neighbours: Neighbours | None = None
 
     def real_by_scene(self) -> Views:
         """The real views as `[S, B / S]`."""
@@ -174,6 +180,8 @@ class DecoderTuning(nn.Module):
         batch, losses = self.render(batch)
         images = {kind: batch.real.covered(self.decode(batch, kind)) for kind in KINDS}
         losses["rgb_loss"] = self.config.rgb_mult * F.l1_loss(images["round_trip"], batch.real.images)
+        if batch.neighbours is not None:
+            losses["consistency_loss"] = self.config.consistency_mult * self._consistency(batch, images["denoised"])
         (perceptual,) = self._perceptual
         if perceptual is None:
             return losses
@@ -186,6 +194,18 @@ class DecoderTuning(nn.Module):
         if self.discriminator is not None:
             losses |= self._adversarial_losses([seen[kind] for kind in KINDS], real)
         return losses
+
+    def _consistency(self, batch: DecoderBatch, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, ""]:
+        """Mean absolute difference of views moved into those beside them, over the pixels that both see."""
+        assert batch.neighbours is not None
+        beside = batch.neighbours
+        height, width = size = batch.real.image_size
+        seen_depth, depth = (F.interpolate(d, size, mode="bilinear") for d in (beside.seen_depth, beside.depth))
+        cameras = with_poses(batch.real.cameras, beside.camera_to_worlds)
+        moved, visible = reproject(Views(batch.real.cameras, images, seen_depth), cameras, depth)
+        theirs = decode_images(self.decoder, beside.features, beside.accumulation, height, width)
+        error = (moved - theirs).abs().mean(dim=1, keepdim=True)
+        return torch.where(visible, error, 0).sum() / visible.sum().clamp(min=1)
 
     def _adversarial_losses(self, rendered: list[list[Tensor]], real: list[Tensor]) -> dict[str, Float[Tensor, ""]]:
         assert self.discriminator is not None
@@ -236,7 +256,7 @@ def load_batch(
     features: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     accumulation: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     latents: dict[str, list[SceneLatents]] = {kind: [] for kind in KINDS}
-    real, shares = [], []
+    real, shares, neighbours = [], [], []
     for item, place in enumerate(places):
         example = examples.load(place)
         views = choose(item, len(example.views))
@@ -246,11 +266,14 @@ def load_batch(
             latents[kind].append(example.latents[kind])
         real.append(examples.real_views(place)[example.views[views]])
         shares.append(example.share.expand(len(views)))
+        if example.neighbours is not None:
+            neighbours.append(example.neighbours[views])
     joined, opacity = (
         {kind: torch.cat(parts).to(device) for kind, parts in group.items()} for group in (features, accumulation)
     )
     codes = {kind: SceneLatents.cat(parts).to(device) for kind, parts in latents.items()}
-    return DecoderBatch(joined, opacity, Views.cat(real).to(device), torch.cat(shares).to(device), codes)
+    beside = Neighbours.cat(neighbours).to(device) if neighbours else None
+    return DecoderBatch(joined, opacity, Views.cat(real).to(device), torch.cat(shares).to(device), codes, beside)
 
 
 def train_decoder(
@@ -280,6 +303,7 @@ def train_decoder(
     """
     output_dir = Path(output_dir)
     cache = SceneCache(store.load_collection(), cache_gib)
+    config = replace(config, examples=replace(config.examples, neighbours=bool(config.losses.consistency_mult)))
     examples = DecoderExamples(output_dir / EXAMPLES_FOLDER, store, cache, config.examples)
     require_same_voxels(store, pipeline.scene_autoencoder)
     accelerator = new_accelerator(config.schedule, output_dir)
@@ -376,10 +400,12 @@ def _identity(
     pipeline: NFLDMPipeline, store: VoxelStore, config: DecoderTrainingConfig, accelerator: Accelerator
 ) -> dict[str, Any]:
     components = {name: getattr(pipeline, name) for name in COMPONENTS}
-    losses = asdict(config.losses)
+    losses, chosen = asdict(config.losses), asdict(config.examples)
     tuned = {"tune_latent_decoder": True} if config.tune_latent_decoder else {}
     if not config.tune_latent_decoder:
         del losses["depth_mult"]  # which then has no say, and runs that were begun before it know nothing of
+    if not config.losses.consistency_mult:
+        del losses["consistency_mult"], chosen["neighbours"]
     return {
         "kind": "image decoder",
         **tuned,
@@ -395,6 +421,6 @@ def _identity(
         "batch_size": joint_batch_size(config.schedule, accelerator),
         "num_views": config.num_views,
         "discriminator_rate": config.discriminator_rate,
-        "examples": asdict(config.examples),
+        "examples": chosen,
         "losses": losses,
     }

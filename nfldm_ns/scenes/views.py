@@ -213,8 +213,22 @@ def rotate_cameras90(cameras: Cameras, quarter_turns: int) -> Cameras:
     """Cameras turned with the scene, counter-clockwise about the z axis (see `VoxelGrid.rotate90`)."""
     cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
     turn = cameras.camera_to_worlds.new_tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    fields = {name: getattr(cameras, name) for name in _FIELDS}
-    return _rebuild(cameras, {**fields, "camera_to_worlds": turn @ cameras.camera_to_worlds})
+    return with_poses(cameras, turn @ cameras.camera_to_worlds)
+
+
+def with_poses(cameras: Cameras, camera_to_worlds: Float[Tensor, "*batch 3 4"]) -> Cameras:
+    """The same cameras elsewhere."""
+    return _rebuild(
+        cameras, {**{name: getattr(cameras, name) for name in _FIELDS}, "camera_to_worlds": camera_to_worlds}
+    )
+
+
+def step_aside(cameras: Cameras, yaw: Float[Tensor, "*batch"], offset: Float[Tensor, "*batch 3"]) -> Cameras:
+    """Cameras turned about the vertical through themselves (radians, counter-clockwise) and then moved (metres)."""
+    cos, sin, zero = yaw.cos(), yaw.sin(), torch.zeros_like(yaw)
+    rows = [torch.stack(row, dim=-1) for row in ((cos, -sin, zero), (sin, cos, zero), (zero, zero, zero + 1))]
+    turned = torch.stack(rows, dim=-2) @ cameras.camera_to_worlds[..., :3]
+    return with_poses(cameras, torch.cat([turned, (cameras.camera_to_worlds[..., 3] + offset)[..., None]], dim=-1))
 
 
 def view_yaws(cameras: Cameras) -> Float[Tensor, "*batch"]:
