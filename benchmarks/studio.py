@@ -194,7 +194,7 @@ def answers(studio: Studio, page: Page, count: int) -> dict[str, dict[str, list[
 def mark_and_resample(studio: Studio, page: Page, film: Film) -> dict[str, dict[str, float]]:
     """A box before the visitor, sampled anew, with several kinds of care."""
     panel = studio.panel
-    page.click("Box")
+    page.open("Box", "Bring it before me")
     panel.width.value = panel.depth.value = BOX_M
     page.click("Bring it before me")
     film.take("box", 1800)
@@ -213,7 +213,7 @@ def mark_and_resample(studio: Studio, page: Page, film: Film) -> dict[str, dict[
 def draw_and_sample(studio: Studio, page: Page, film: Film) -> dict[str, float]:
     """A map of a room with a passage to the east, and a scene of it."""
     panel = studio.panel
-    page.click("Map")
+    page.open("Map", "Draw")
     page.click("Draw")
     film.take("map")
     left, top, width, height = page.evaluate(CANVAS)
@@ -224,7 +224,7 @@ def draw_and_sample(studio: Studio, page: Page, film: Film) -> dict[str, float]:
         page.drag(corners[0], corners[1])
         film.take("drawn", 700)
     page.click("Draw")
-    page.click("New")
+    page.open("New", "Sample a scene")
     measured = work(studio, lambda: page.click("Sample a scene"))
     for client in studio.viewer.viser_server.get_clients().values():
         client.camera.position, client.camera.look_at = ((0.0, -2 * SCALE, 0.0), (0.0, 5 * SCALE, -SCALE))

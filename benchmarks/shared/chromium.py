@@ -30,6 +30,7 @@ OPTIONS = (
     "--remote-debugging-port=0",
 )
 PATIENCE_S = 240.0
+TAB_PATIENCE_S = 10.0
 TEXT = "(document.body?.innerText ?? '')"  # a page has no body before it is loaded
 FIND = """(() => {
     const all = [...document.querySelectorAll('button, [role=tab], label, input, a')];
@@ -101,6 +102,17 @@ class Page:
         """Clicks on what has a text, or on a place."""
         place = self.place_of(target) if isinstance(target, str) else target
         self.drag(place, place)
+
+    def open(self, tab: str, holds: str) -> None:
+        """Clicks on a tab until what it holds is there: a page that is still moving puts the pointer beside it."""
+        for _ in range(int(PATIENCE_S // TAB_PATIENCE_S)):
+            self.click(tab)
+            try:
+                self.wait_for(FIND % json.dumps(holds), TAB_PATIENCE_S)
+                return
+            except TimeoutError:
+                continue
+        raise TimeoutError(f"the tab {tab!r} never shows {holds!r}; the page says: {self.text()[:2000]}")
 
     def drag(self, start: tuple[float, float], end: tuple[float, float]) -> None:
         """Presses the pointer at one place and lets it go at another."""
