@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import multiprocessing
 import os
 import signal
@@ -26,6 +27,7 @@ from nfldm_ns.diffusion.decoder_examples import (
     KINDS,
     DecoderExamples,
     ExampleConfig,
+    Neighbours,
     quantised_share,
     require_same_voxels,
 )
@@ -39,10 +41,11 @@ from nfldm_ns.diffusion.decoder_training import (
 )
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS, DIFFUSION_PRESETS
-from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.views import Views, camera_rays, index_cameras, make_cameras, with_poses
 from nfldm_ns.training import loop
 from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
@@ -168,6 +171,30 @@ def test_latents_of_examples_decode_to_what_was_rendered(store, tmp_path):
         torch.testing.assert_close(maps.features[0], example.features[kind], atol=2e-2, rtol=2e-2)
 
 
+def test_neighbours_are_a_step_beside_and_see_the_denoised_voxels(store, tmp_path):
+    pipeline = small_pipeline()
+    plain = make_examples(store, tmp_path / "plain", pipeline)
+    examples = make_examples(store, tmp_path / "beside", pipeline, neighbours=True)
+    for place in range(len(examples)):
+        example, without = examples.load(place), plain.load(place)
+        assert without.neighbours is None
+        torch.testing.assert_close(example.features["denoised"], without.features["denoised"])
+        beside = example.neighbours
+        cameras = examples.real_views(place)[example.views].cameras
+        moved = beside.camera_to_worlds[..., 3] - cameras.camera_to_worlds[..., 3]
+        assert float(moved[:, :2].abs().max()) <= 0.13 + 1e-6 and float(moved[:, 2].abs().max()) < 1e-6
+        turn = beside.camera_to_worlds[..., :3] @ cameras.camera_to_worlds[..., :3].transpose(-1, -2)
+        angle = torch.atan2(turn[:, 1, 0], turn[:, 0, 0]).abs()
+        assert 0 < float(angle.max()) <= math.radians(15) + 1e-4
+        grid = pipeline.latent_autoencoder.decode(example.latents["denoised"])
+        theirs = index_cameras(with_poses(cameras, beside.camera_to_worlds), None)
+        expected = pipeline.scene_autoencoder.render_maps(grid, theirs)
+        torch.testing.assert_close(beside.features, expected.features[0], atol=0.02, rtol=0.02)
+    # Examples without neighbours are made again where they are asked for.
+    again = make_examples(store, tmp_path / "plain", pipeline, neighbours=True)
+    assert again.load(0).neighbours is not None
+
+
 def test_shares_are_whole_steps_of_the_schedule():
     pipeline, config = small_pipeline(), replace(EXAMPLES, num_inference_steps=10)
     assert [quantised_share(pipeline, share, config) for share in (0.0, 0.04, 0.26, 1.0)] == [0, 0, 0.3, 1]
@@ -236,6 +263,36 @@ def test_a_tuned_latent_decoder_learns_and_what_encodes_and_renders_does_not(per
     assert not [name for name, _ in model.named_parameters() if "scene_autoencoder" in name]
 
 
+class Plane(torch.nn.Module):
+    """Decodes features that are colours already."""
+
+    def forward(self, features: Tensor, accumulation: Tensor) -> Tensor:
+        return features[:, :3] * 2 - 1
+
+
+@pytest.mark.parametrize("swimming", [0.0, 0.3])
+def test_consistency_is_what_swims_and_not_what_stays(swimming, perceptual):
+    """A wall 2 m ahead with stripes, seen from two places: stripes that stay with the wall cost nothing."""
+    poses = look_along(torch.tensor([[0.0, 0.0, 1.0], [0.1, 0.0, 1.0]]), torch.full((2,), math.pi / 2), torch.zeros(2))
+    size = 64
+    cameras = make_cameras(poses, 32.0, 32.0, 32.0, 32.0, size, size)
+
+    def stripes(camera: int) -> Tensor:
+        origins, directions = camera_rays(cameras, size, size)
+        x = origins[camera, 0] + 2 * directions[camera, ..., 0]
+        return (0.5 + 0.3 * torch.sin(3 * x)).expand(1, 3, size, size)
+
+    depth = torch.full((1, 1, size, size), 2.0)
+    beside = Neighbours(poses[1:], stripes(1) + swimming, torch.ones_like(depth), depth, depth)
+    real = Views(index_cameras(cameras, torch.tensor([0])), stripes(0))
+    maps = (dict.fromkeys(KINDS, value) for value in (stripes(0), torch.ones_like(depth)))
+    batch = DecoderBatch(*maps, real, torch.zeros(1), {}, beside)
+    model = DecoderTuning(Plane(), replace(PLAIN.losses, consistency_mult=2.0), None)
+    losses = model(batch)
+    assert float(losses["consistency_loss"]) == pytest.approx(2 * swimming, abs=2e-3)
+    assert "consistency_loss" not in model(replace(batch, neighbours=None))
+
+
 def test_nothing_pulls_at_masked_pixels(perceptual):
     model, batch = new_model(perceptual), random_batch(masked=True)
     shown = {}
@@ -302,6 +359,17 @@ def test_both_decoders_are_tuned_and_latents_stay(store, pipeline_folder, percep
     with pytest.raises(Interrupted):
         run(tmp_path / "parts", interrupt)
     assert_equal(run(tmp_path / "parts"), after)
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_a_decoder_is_tuned_for_consistency_and_resumes(store, pipeline_folder, tmp_path, both):
+    config = replace(PLAIN, losses=replace(PLAIN.losses, consistency_mult=1.0), tune_latent_decoder=both)
+    whole = train_decoder(load_pipeline(pipeline_folder), store, tmp_path / "whole", config, on_progress=silent)
+    assert read_metrics(tmp_path / "whole")[-1]["consistency_loss"] > 0
+    with pytest.raises(Interrupted):
+        train_decoder(load_pipeline(pipeline_folder), store, tmp_path / "cut", config, on_progress=interrupt)
+    resumed = train_decoder(load_pipeline(pipeline_folder), store, tmp_path / "cut", config, on_progress=silent)
+    assert_equal(weights(whole), weights(resumed))
 
 
 def test_a_grown_decoder_shows_the_same_until_it_is_tuned(store, pipeline_folder):

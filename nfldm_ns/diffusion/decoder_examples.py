@@ -109,9 +109,10 @@ class Neighbours:
 
     @staticmethod
     def of_maps(cameras: Cameras, seen: FeatureMaps, beside: FeatureMaps) -> Neighbours:
-        """Of what N cameras of one scene and those beside them see, `cameras` being the latter."""
-        depths = (torch.where(maps.accumulation >= 0.5, maps.depth, 0.0)[0] for maps in (beside, seen))
-        return Neighbours(cameras.camera_to_worlds[0], beside.features[0], beside.accumulation[0], *depths)
+        """Of what cameras `[S, M]` and those beside them see, `cameras` being the latter; N is S times M."""
+        depths = (torch.where(maps.accumulation >= 0.5, maps.depth, 0.0) for maps in (beside, seen))
+        parts = (cameras.camera_to_worlds, beside.features, beside.accumulation, *depths)
+        return Neighbours(*(part.flatten(0, 1) for part in parts))
 
 
 @dataclass

@@ -122,11 +122,14 @@ class LatentRendering(nn.Module):
         self.latent_autoencoder = latent_autoencoder
         self._renderer = (scene_autoencoder,)  # a tuple keeps its weights out of checkpoints
 
-    def forward(self, latents: dict[str, SceneLatents], cameras: Cameras) -> dict[str, FeatureMaps]:
-        """Feature maps by kind, of cameras of batch shape `[S, M]`."""
+    def forward(
+        self, latents: dict[str, SceneLatents], cameras: Cameras, beside: Cameras | None = None
+    ) -> tuple[dict[str, FeatureMaps], FeatureMaps | None]:
+        """Feature maps by kind, of cameras of batch shape `[S, M]`, and of denoised V of those beside them."""
         (renderer,) = self._renderer
         grids = {kind: self.latent_autoencoder.decode(codes) for kind, codes in latents.items()}
-        return {kind: renderer.render_maps(grid, cameras) for kind, grid in grids.items()}
+        maps = {kind: renderer.render_maps(grid, cameras) for kind, grid in grids.items()}
+        return maps, None if beside is None else renderer.render_maps(grids["denoised"], beside)
 
 
 class DecoderTuning(nn.Module):
@@ -165,15 +168,21 @@ class DecoderTuning(nn.Module):
         """The batch with feature maps as a tuned decoder of stage 2 makes them now, and the loss of their depth."""
         if self.latent_rendering is None:
             return batch, {}
-        real = batch.real_by_scene()
-        maps = self.latent_rendering(batch.latents, real.cameras)
+        real, beside = batch.real_by_scene(), None
+        if batch.neighbours is not None:
+            poses = batch.neighbours.camera_to_worlds.unflatten(0, real.shape)
+            beside = with_poses(real.cameras, poses)
+        maps, seen_beside = self.latent_rendering(batch.latents, real.cameras, beside)
         features = {kind: found.features.flatten(0, 1) for kind, found in maps.items()}
         accumulation = {kind: found.accumulation.flatten(0, 1) for kind, found in maps.items()}
         depth = maps["round_trip"].depth.new_zeros(())
         if real.depths is not None:
             depth = depth_loss(maps["round_trip"], real)
         losses = {"depth_loss": self.config.depth_mult * depth}
-        return replace(batch, features=features, accumulation=accumulation), losses
+        neighbours = None
+        if beside is not None and seen_beside is not None:
+            neighbours = Neighbours.of_maps(beside, maps["denoised"], seen_beside)
+        return replace(batch, features=features, accumulation=accumulation, neighbours=neighbours), losses
 
     def forward(self, batch: DecoderBatch) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name, all means over the views."""
@@ -200,7 +209,8 @@ class DecoderTuning(nn.Module):
         assert batch.neighbours is not None
         beside = batch.neighbours
         height, width = size = batch.real.image_size
-        seen_depth, depth = (F.interpolate(d, size, mode="bilinear") for d in (beside.seen_depth, beside.depth))
+        depths = (beside.seen_depth.detach(), beside.depth.detach())  # colours have to agree, not what is moved away
+        seen_depth, depth = (F.interpolate(depth, size, mode="bilinear") for depth in depths)
         cameras = with_poses(batch.real.cameras, beside.camera_to_worlds)
         moved, visible = reproject(Views(batch.real.cameras, images, seen_depth), cameras, depth)
         theirs = decode_images(self.decoder, beside.features, beside.accumulation, height, width)
