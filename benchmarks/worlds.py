@@ -2,9 +2,12 @@
 
     python benchmarks/worlds.py --output-dir OUT [--pipeline PIPELINE] [--size 60 60]
 
-- Seams: views from free places of one world, in random directions. A view crosses a seam if at least a quarter of its
-  pixels end where another window has the most weight than at the camera; it crosses none if fewer than a twentieth do.
-  KID of both kinds to views of rooms that the same generator samples, and of halves of these rooms to each other.
+- Seams: views from free places of some worlds, in random directions. A view crosses a seam if at least a quarter of
+  its pixels end where another window has the most weight than at the camera; it crosses none if fewer than a twentieth
+  do. KID of both kinds to views of rooms that the same generator samples, and of halves of these rooms to each other.
+- Views that look far are far from those that do not, seam or none. So the same kinds are taken in worlds of one window,
+  which have no seam: where its neighbours would have the most weight is beyond theirs. What seams cost is the
+  difference, as a share of the KID of views within a window.
 - Cost: processor seconds of a tile of the world and of a room of `nfldm-sample`, sampled in the same process.
 
 Worlds and rooms are kept in `--output-dir`, so that a repeated run measures at once. Writes `worlds.json`,
@@ -15,19 +18,21 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.world_files import World, load_world
-from nfldm_ns.generated.world_paths import FreeSpace, free_space, level_cameras
+from nfldm_ns.generated.world_paths import free_space, level_cameras
 from nfldm_ns.metrics.image_sets import read_picture
 from nfldm_ns.metrics.images import extract_features, kernel_distance
 from nfldm_ns.models import GENERATOR
@@ -43,6 +48,7 @@ from shared.comparisons import use_threads
 from shared.running import run
 
 CROSSES, CROSSES_NOT = 0.25, 0.05
+KINDS = ("across seams", "within a window")
 ROOM = 0.5  # metres from what is solid to where views are taken from
 
 
@@ -60,8 +66,12 @@ class Options:
     """of the world"""
     num_inference_steps: int = 30
     """of world and rooms"""
+    worlds: int = 1
+    """how many, of seeds one after the other"""
+    lone_windows: int = 16
+    """worlds of one window, which have no seams"""
     views: int = 128
-    """of each kind"""
+    """of each kind, in all worlds and in all lone windows"""
     rooms: int = 16
     """that views are compared with"""
     seed: int = 0
@@ -70,9 +80,13 @@ class Options:
     """CPU threads"""
 
 
+Areas: TypeAlias = Callable[[Float[Tensor, "h w 3"]], Int[Tensor, "h w 2"]]
+"""Row and column of the windows that points belong to."""
+
+
 @torch.inference_mode()
 def seam_share(
-    world: World, position: Float[np.ndarray, " 2"], yaw: float
+    world: World, areas: Areas, position: Float[np.ndarray, " 2"], yaw: float
 ) -> tuple[Float[Tensor, "3 height width"], float]:
     """A view and the share of its pixels that end beyond a seam."""
     camera = level_cameras(world, position[None], np.array([yaw]))
@@ -82,11 +96,10 @@ def seam_share(
     height, width = rendered.rgb.shape[-2:]
     _, directions = camera_rays(camera, height, width)
     ends = origin + directions[0] * rendered.depth[0, 0, 0][..., None]
-    own = strongest_window(world, origin[None, None])
-    return rendered.rgb[0, 0].clamp(0, 1), float((strongest_window(world, ends) != own).any(-1).float().mean())
+    return rendered.rgb[0, 0].clamp(0, 1), float((areas(ends) != areas(origin[None, None])).any(-1).float().mean())
 
 
-def strongest_window(world: World, points: Float[Tensor, "h w 3"]) -> Tensor:
+def strongest_window(world: World, points: Float[Tensor, "h w 3"]) -> Int[Tensor, "h w 2"]:
     """Row and column among windows of the one with the most weight."""
     windows, described = world.description.windows, world.description
     found = []
@@ -96,17 +109,24 @@ def strongest_window(world: World, points: Float[Tensor, "h w 3"]) -> Tensor:
     return torch.stack(found, dim=-1)
 
 
-def views_by_seam(world: World, space: FreeSpace, count: int, seed: int) -> dict[str, Float[Tensor, "views 3 h w"]]:
+def seam_of_one_window(world: World, overlap: float, points: Float[Tensor, "h w 3"]) -> Int[Tensor, "h w 2"]:
+    """In a world of one window where others would have more weight, if so many metres of it were theirs, too."""
+    low, high = world.aabb[:, :2]
+    flat = points[..., :2]
+    return (flat > high - overlap / 2).long() - (flat < low + overlap / 2).long()
+
+
+def views_by_seam(world: World, areas: Areas, count: int, seed: int) -> dict[str, Float[Tensor, "views 3 h w"]]:
     """So many views of each kind, from random free places."""
-    generator = np.random.default_rng(seed)
+    generator, space = np.random.default_rng(seed), free_space(world)
     free = np.argwhere(space.clearance >= ROOM)
     if len(free) == 0:
         raise UserInputError("The world has no free places to look from: make another.")
-    views: dict[str, list[Tensor]] = {"across seams": [], "within a window": []}
+    views: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
     for _ in range(40 * count):
         place = space.points(free[generator.integers(len(free))][None].astype(np.float64))[0]
-        picture, share = seam_share(world, place, generator.uniform(0, 2 * np.pi))
-        kind = "across seams" if share >= CROSSES else "within a window" if share < CROSSES_NOT else None
+        picture, share = seam_share(world, areas, place, generator.uniform(0, 2 * np.pi))
+        kind = KINDS[0] if share >= CROSSES else KINDS[1] if share < CROSSES_NOT else None
         if kind is not None and len(views[kind]) < count:
             views[kind].append(picture)
         if all(len(found) == count for found in views.values()):
@@ -135,48 +155,90 @@ def measured_cost(path: Path, name: str, values: list[float]) -> list[float]:
     return known[name]
 
 
+def made_world(
+    pipeline: NFLDMPipeline, options: Options, name: str, size: tuple[float, float], seed: int
+) -> tuple[World, list[float]]:
+    """A world, made unless it is there, and the processor seconds of all times that one of its kind was made."""
+    folder = options.output_dir / f"{name}_{seed}"
+    made = (folder / "config.yml").is_file()
+    settings = WorldSettings(seed, options.num_inference_steps, options.method)
+    begun = time.process_time()
+    world = load_world(folder) if made else make_world(pipeline, folder, size, settings)
+    return world, measured_cost(
+        options.output_dir / "seconds.json", name, [] if made else [time.process_time() - begun]
+    )
+
+
+def joined(several: list[dict[str, Tensor]]) -> dict[str, Float[Tensor, "views 3 h w"]]:
+    """Views of each kind, of all worlds."""
+    return {kind: torch.cat([views[kind] for views in several]) for kind in several[0]}
+
+
+def window_overlap(world: World) -> float:
+    """Metres that neighbouring windows share."""
+    windows, cell = world.description.windows, world.description.cell
+    for starts, size, metres in (
+        (windows.x_starts, windows.size[1], cell[0]),
+        (windows.y_starts, windows.size[0], cell[1]),
+    ):
+        if len(starts) > 1:
+            return (size - (starts[1] - starts[0])) * metres
+    raise UserInputError("The world is one window, which has no seam: make it larger.")
+
+
+def area(world: World) -> float:
+    """Of the ground, in square metres."""
+    return float((world.aabb[1] - world.aabb[0])[:2].prod())
+
+
 def main(options: Options) -> None:
     use_threads(options.threads)
     require_writable(options.output_dir)
     pipeline = load_pipeline(options.pipeline)
-    costs = options.output_dir / "seconds.json"
     rooms, seconds = room_views(pipeline, options)
-    seconds = measured_cost(costs, "room", seconds)
-    folder = options.output_dir / f"world_{options.method}_{options.seed}"
-    made = (folder / "config.yml").is_file()
-    begun = time.process_time()
-    settings = WorldSettings(options.seed, options.num_inference_steps, options.method)
-    world = load_world(folder) if made else make_world(pipeline, folder, options.size, settings)
-    spent = measured_cost(costs, folder.name, [] if made else [time.process_time() - begun])
-    box = world.base_renderer.aabb
-    extents = [(corners[1] - corners[0])[:2].prod().item() for corners in (world.aabb, box)]
-    boxes = extents[0] / extents[1]
-
-    views = views_by_seam(world, free_space(world), options.views, options.seed)
-    network = load_inception()
-    features = {name: extract_features(network, [pictures]) for name, pictures in {"rooms": rooms, **views}.items()}
-    half = len(rooms) // 2
-    kids = {name: kernel_distance(features["rooms"], found).mean for name, found in features.items() if name != "rooms"}
-    kids["other rooms"] = kernel_distance(features["rooms"][:half], features["rooms"][half:]).mean
-    found: dict[str, Any] = {
-        "kid": kids,
-        "kid_ratio": kids["across seams"] / kids["within a window"],
-        "views": options.views,
-        "boxes": boxes,
-        "cpu_seconds": {"room": float(np.median(seconds)), "tile": spent[-1] / boxes},
-    }
+    seconds = measured_cost(options.output_dir / "seconds.json", "room", seconds)
+    shown, boxes, spent, overlap = [], 0.0, [0.0], 0.0
+    for seed in range(options.seed, options.seed + options.worlds):
+        world, spent = made_world(pipeline, options, f"world_{options.method}", options.size, seed)
+        box = world.base_renderer.aabb
+        boxes = area(world) / float((box[1] - box[0])[:2].prod())
+        overlap = window_overlap(world)
+        shown.append(views_by_seam(world, partial(strongest_window, world), options.views // options.worlds, seed))
+    alone, size = [], tuple(float(side) for side in (box[1] - box[0])[:2])
+    for seed in range(2001, 2001 + options.lone_windows):
+        world, _ = made_world(pipeline, options, "window", size, seed)  # type: ignore[arg-type]
+        areas = partial(seam_of_one_window, world, overlap)
+        alone.append(views_by_seam(world, areas, options.views // options.lone_windows, seed))
+    views = joined(shown)
+    views |= {f"{kind}, one window": found for kind, found in joined(alone).items()}
+    found = measured(options, rooms, views)
+    found |= {"boxes": boxes, "cpu_seconds": {"room": float(np.median(seconds)), "tile": float(np.mean(spent)) / boxes}}
     found["cost_ratio"] = found["cpu_seconds"]["tile"] / found["cpu_seconds"]["room"]
-    rows = [[name, value] for name, value in kids.items()]
     caption = (
-        f"KID of {options.views} views of each kind to {len(rooms)} views of {options.rooms} rooms. A tile takes "
+        f"KID of views to {len(rooms)} views of {options.rooms} rooms. A tile takes "
         f"{found['cpu_seconds']['tile']:.1f} s of a processor, a room {found['cpu_seconds']['room']:.1f} s."
     )
-    text = Table(("views", "KID"), rows, caption, digits=(0, 4)).markdown()
+    rows = [[name, len(views.get(name, rooms)), value] for name, value in found["kid"].items()]
+    text = Table(("", "views", "KID"), rows, caption, digits=(0, 0, 4)).markdown()
     write_json(options.output_dir / "worlds.json", found)
     with atomic_path(options.output_dir / "worlds.md") as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
     write_png(options.output_dir / "worlds.png", stack([strip(list(pictures[:12])) for pictures in views.values()]))
     print(text)
+
+
+def measured(
+    options: Options, rooms: Float[Tensor, "views 3 h w"], views: dict[str, Float[Tensor, "views 3 h w"]]
+) -> dict[str, Any]:
+    """KIDs of all views to those of rooms, and what they say of seams."""
+    network = load_inception()
+    features = {name: extract_features(network, [pictures]) for name, pictures in {"rooms": rooms, **views}.items()}
+    half = len(rooms) // 2
+    kids = {name: kernel_distance(features["rooms"], found).mean for name, found in features.items() if name != "rooms"}
+    kids["other rooms"] = kernel_distance(features["rooms"][:half], features["rooms"][half:]).mean
+    across, within = (kids[kind] for kind in KINDS)
+    by_distance = kids[f"{KINDS[0]}, one window"] - kids[f"{KINDS[1]}, one window"]
+    return {"kid": kids, "kid_ratio": across / within, "kid_ratio_of_seams": (across - by_distance) / within}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, get_args
 
 import numpy as np
@@ -1014,3 +1014,25 @@ def test_a_walk_through_a_maze_is_a_capture_in_scannet_s_layout(tmp_path):
     views = load_views(capture, list(range(count)), world_poses(capture, imported), imported)
     assert reprojection_agreement(views).median_error < 0.05
     assert long_capture.record(tmp_path / "capture", options) == count, "once recorded, it is kept"
+
+
+def test_views_of_a_lone_window_end_beyond_it_where_neighbours_would_begin():
+    benchmark = script("worlds")
+    world = SimpleNamespace(aabb=torch.tensor([[-6.0, -4.0, 0.0], [6.0, 4.0, 3.0]]))
+    points = torch.tensor([[[0.0, 0.0, 1.0], [4.9, 0.0, 1.0], [5.1, 0.0, 1.0], [-5.1, 3.1, 1.0], [-20.0, 0.0, 1.0]]])
+    areas = benchmark.seam_of_one_window(world, 2.0, points)
+    assert areas.tolist() == [[[0, 0], [0, 0], [1, 0], [-1, 1], [-1, 0]]]
+
+
+def test_seams_cost_what_lone_windows_do_not_explain(monkeypatch):
+    benchmark = script("worlds")
+    monkeypatch.setattr(benchmark, "load_inception", lambda: None)
+    monkeypatch.setattr(benchmark, "extract_features", lambda network, sets: sets[0].flatten(1).double())
+    torch.manual_seed(0)
+    rooms, near, far = (shift + torch.rand(48, 3, 2, 2) for shift in (0.0, 0.2, 0.4))
+    names = [f"{kind}{where}" for where in ("", ", one window") for kind in benchmark.KINDS]
+    found = benchmark.measured(None, rooms, dict(zip(names, (far, near, far, near), strict=True)))
+    assert found["kid_ratio"] > 1.5
+    assert found["kid_ratio_of_seams"] == pytest.approx(1)
+    found = benchmark.measured(None, rooms, dict(zip(names, (far, near, near, near), strict=True)))
+    assert found["kid_ratio_of_seams"] == pytest.approx(found["kid_ratio"])
