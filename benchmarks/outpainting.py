@@ -41,9 +41,9 @@ from nfldm_ns.models import GENERATOR
 from nfldm_ns.reports.galleries import density_from_above, stack, strip, write_png
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
+from nfldm_ns.scenes.writing import require_writable, write_json
 from shared.comparisons import use_threads
-from shared.running import run
+from shared.running import run, write_tables
 
 KINDS: tuple[Kind, ...] = ("side", "l_shape", "all_but_a_box")
 SHOWN = 6
@@ -161,12 +161,10 @@ def main(options: Options) -> None:
     table = [[name, *(values[key] for key in names)] for name, values in results.items()]
     told_of_v = ", ".join(f"{name} {value:.4f}" for name, value in found["velocity_error"].items())
     caption = f"{len(scenes)} held-out places. Mean squared error of v in unknown cells: {told_of_v}."
-    text = Table(("method", *names), table, caption, digits=(0, 3, 3, 3, 2)).markdown()
+    wanted = Table(("method", *names), table, caption, digits=(0, 3, 3, 3, 2))
     write_json(options.output_dir / "outpainting.json", found)
-    with atomic_path(options.output_dir / "outpainting.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
     write_png(options.output_dir / "outpainting.png", stack(rows))
-    print(text)
+    write_tables(options.output_dir / "outpainting.md", [wanted])
 
 
 def _completions(

@@ -37,8 +37,8 @@ from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views, index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
-from shared.running import run
+from nfldm_ns.scenes.writing import require_writable, write_json
+from shared.running import run, write_tables
 
 FLIGHT_FRAMES = 24
 COLUMNS = ("PSNR (dB)", "LPIPS", "depth error (m)", "FID", "KID", "neighbours (1/255)", "unmoved (1/255)", "s of CPU")
@@ -180,13 +180,11 @@ def write(
     caption = f"{len(real)} held-out places, {sum(map(len, real))} views."
     table = Table(["", *COLUMNS], cells, caption, digits=[0, 2, 3, 2, 1, 4, 2, 2, 2])
     write_json(options.output_dir / "sharpness.json", {"seed": options.seed, "rows": results})
-    with atomic_path(options.output_dir / "sharpness.md") as temporary:
-        temporary.write_text(table.markdown(), encoding="utf-8")
     shown = range(0, len(real), -(-len(real) // SHOWN_SCENES))
     columns = {"real": [real[i][0] for i in shown]}
     columns |= {name: [row.images[i][0] for i in shown] for name, row in rows.items()}
     write_png(options.output_dir / "sharpness.png", image_grid(columns, ["" for _ in shown]))
-    print(table.markdown())
+    write_tables(options.output_dir / "sharpness.md", [table])
 
 
 if __name__ == "__main__":

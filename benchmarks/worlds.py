@@ -43,9 +43,9 @@ from nfldm_ns.sampling.scenes import sample_scenes
 from nfldm_ns.sampling.world_folders import make_world
 from nfldm_ns.sampling.worlds import Method, WorldSettings
 from nfldm_ns.scenes.views import camera_rays, index_cameras
-from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
+from nfldm_ns.scenes.writing import require_writable, write_json
 from shared.comparisons import use_threads
-from shared.running import run
+from shared.running import run, write_tables
 
 CROSSES, CROSSES_NOT = 0.25, 0.05
 KINDS = ("across seams", "within a window")
@@ -219,12 +219,10 @@ def main(options: Options) -> None:
         f"{found['cpu_seconds']['tile']:.1f} s of a processor, a room {found['cpu_seconds']['room']:.1f} s."
     )
     rows = [[name, len(views.get(name, rooms)), value] for name, value in found["kid"].items()]
-    text = Table(("", "views", "KID"), rows, caption, digits=(0, 0, 4)).markdown()
+    table = Table(("", "views", "KID"), rows, caption, digits=(0, 0, 4))
     write_json(options.output_dir / "worlds.json", found)
-    with atomic_path(options.output_dir / "worlds.md") as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
     write_png(options.output_dir / "worlds.png", stack([strip(list(pictures[:12])) for pictures in views.values()]))
-    print(text)
+    write_tables(options.output_dir / "worlds.md", [table])
 
 
 def measured(
