@@ -64,6 +64,8 @@ class Options:
     """of the world in metres"""
     method: Method = "joint"
     """of the world"""
+    stride: float = 0.75
+    """largest distance of windows, as a share of a window"""
     num_inference_steps: int = 30
     """of world and rooms"""
     worlds: int = 1
@@ -161,7 +163,7 @@ def made_world(
     """A world, made unless it is there, and the processor seconds of all times that one of its kind was made."""
     folder = options.output_dir / f"{name}_{seed}"
     made = (folder / "config.yml").is_file()
-    settings = WorldSettings(seed, options.num_inference_steps, options.method)
+    settings = WorldSettings(seed, options.num_inference_steps, options.method, options.stride)
     begun = time.process_time()
     world = load_world(folder) if made else make_world(pipeline, folder, size, settings)
     return world, measured_cost(
@@ -199,7 +201,7 @@ def main(options: Options) -> None:
     seconds = measured_cost(options.output_dir / "seconds.json", "room", seconds)
     shown, boxes, spent, overlap = [], 0.0, [0.0], 0.0
     for seed in range(options.seed, options.seed + options.worlds):
-        world, spent = made_world(pipeline, options, f"world_{options.method}", options.size, seed)
+        world, spent = made_world(pipeline, options, f"world_{options.method}_{options.stride:g}", options.size, seed)
         box = world.base_renderer.aabb
         boxes = area(world) / float((box[1] - box[0])[:2].prod())
         overlap = window_overlap(world)
