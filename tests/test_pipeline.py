@@ -15,6 +15,7 @@ from diffusers.utils import PushToHubMixin
 from safetensors.torch import load_file
 
 from nfldm_ns.commands import encode, sample, train_diffusion, train_latent_ae
+from nfldm_ns.diffusion.inpainting import Inpainting
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, save_in_half_precision, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.sampling.scenes import sample_scenes
@@ -236,6 +237,43 @@ def test_temperatures_scale_the_noise_and_belong_to_the_pipeline(tmp_path):
     pipeline.save_pretrained(tmp_path)
     again = load_pipeline(tmp_path)(2, scene_generators(0, 2), num_inference_steps=3)
     assert torch.equal(again.latents.fine, cold.latents.fine)
+
+
+def test_contrasts_spread_latents_about_their_mean_and_belong_to_the_pipeline(tmp_path):
+    pipeline = small_pipeline()
+
+    def coarse(model=pipeline, **changes):
+        return model(1, scene_generators(0, 1), num_inference_steps=3, **changes).latents.coarse
+
+    plain, mean = (
+        coarse(),
+        pipeline.coarse_denoiser.latent.mean.unflatten(0, pipeline.latent_autoencoder.coarse_shape[:2]),
+    )
+    twice = coarse(contrasts=(1.0, 2.0, 1.0))
+    torch.testing.assert_close(twice - mean, 2 * (plain - mean))
+    pipeline.register_to_config(contrasts=(1.0, 2.0, 1.0))
+    pipeline.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    assert torch.equal(coarse(again), twice)
+    # They belong to the pipeline's own temperatures.
+    warm, own = (1.0, 0.5, 1.0), tuple(pipeline.config.temperatures)
+    assert torch.equal(coarse(temperatures=own), twice)
+    assert torch.equal(coarse(temperatures=warm), coarse(temperatures=warm, contrasts=(1.0, 1.0, 1.0)))
+
+
+def test_what_is_begun_from_or_observed_has_its_own_contrast():
+    pipeline = small_pipeline()
+    output = pipeline(1, scene_generators(0, 1), num_inference_steps=4)
+    code = torch.zeros(1, pipeline.global_denoiser.sample_shape[0])
+    regions = [torch.ones(part.shape[-2:], dtype=torch.bool) for part in (output.latents.coarse, output.latents.fine)]
+
+    def coarse(strength: float, contrast: float):
+        begun = Inpainting(output.latents, *regions, strength=strength, resamplings=1, jump_length=4)
+        call = {"num_inference_steps": 4, "scene_code": code, "inpainting": begun}
+        return pipeline(1, scene_generators(1, 1), **call, contrasts=(1.0, contrast, 1.0)).latents.coarse
+
+    assert torch.equal(coarse(0.5, 2.0), coarse(0.5, 1.0))
+    assert not torch.equal(coarse(1.0, 2.0), coarse(1.0, 1.0))
 
 
 # Broken folders

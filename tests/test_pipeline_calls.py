@@ -24,7 +24,7 @@ STEPS = {"num_inference_steps": 2}
 def pipeline() -> NFLDMPipeline:
     pipeline = small_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.register_to_config(temperatures=(1.0, 0.5, 0.25), default_steps=2)
+    pipeline.register_to_config(temperatures=(1.0, 0.5, 0.25), default_steps=2, contrasts=(1.0, 1.5, 1.0))
     return pipeline
 
 
@@ -52,6 +52,7 @@ def same(first: NFLDMPipeline, second: NFLDMPipeline) -> bool:
         ({"generator": []}, ValueError, "0 generators were given for 1 scenes"),
         ({"temperatures": (1, 1)}, ValueError, "must be three, of g, c, f, not 2"),
         ({"temperatures": 1.0}, TypeError, "must be three numbers"),
+        ({"contrasts": (1, -1, 1)}, ValueError, "contrasts .* finite and at least 0"),
         ({"temperatures": ("a", 1, 1)}, TypeError, "must be numbers"),
         ({"temperatures": (1, -1, 1)}, ValueError, "finite and at least 0"),
         ({"temperatures": (1, float("nan"), 1)}, ValueError, "finite and at least 0"),
@@ -114,6 +115,7 @@ def test_latents_that_are_not_finite_are_refused(pipeline, bad):
 def test_components_make_the_same_pipeline(pipeline):
     again = NFLDMPipeline(**pipeline.components)
     assert tuple(again.config.temperatures) == (1.0, 0.5, 0.25) and again.default_steps == 2
+    assert tuple(again.config.contrasts) == (1.0, 1.5, 1.0)
     assert again.coarse_denoiser is pipeline.coarse_denoiser
     assert same(again, pipeline)
 
@@ -134,6 +136,7 @@ def test_steps_by_default_are_the_pipeline_s_own(pipeline, tmp_path, caplog):
 def test_from_pipe_makes_the_same_pipeline(pipeline):
     again = NFLDMPipeline.from_pipe(pipeline)
     assert tuple(again.config.temperatures) == (1.0, 0.5, 0.25) and again.default_steps == 2
+    assert tuple(again.config.contrasts) == (1.0, 1.5, 1.0)
     assert same(again, pipeline)
 
 

@@ -108,6 +108,7 @@ def test_seeds_belong_to_places():
 @pytest.mark.parametrize("flow", [False, True])
 def test_a_world_of_one_box_is_the_scene_of_that_seed(tmp_path, flow):
     pipeline = lively(small_pipeline(flow=flow))
+    pipeline.register_to_config(contrasts=(1.1, 1.2, 0.9))
     output = pipeline(1, scene_generators(5, 1), num_inference_steps=STEPS)
     made = make_world(pipeline, tmp_path / "world", (6, 6), SETTINGS)
     expected, found = half_precision(output.grids), made.whole()

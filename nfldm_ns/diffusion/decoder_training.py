@@ -421,6 +421,7 @@ def _identity(
         **tuned,
         "pipeline": {name: model_hash(model) for name, model in components.items() if model is not None},
         "temperatures": pipeline.config.temperatures,
+        **pipeline.own_contrasts(),
         "scheduler": {"class": type(pipeline.scheduler).__name__, **public_config(pipeline.scheduler)},
         "voxels": {
             "scenes": store.splits["train"],

@@ -180,6 +180,7 @@ class JointSampler:
         generator: torch.Generator,
         temperature: float = 1.0,
         inpainting: Inpainting | None = None,
+        contrast: float = 1.0,
     ) -> Float[Tensor, "1 channels y x"]:
         """A sample in the latent's own units.
 
@@ -187,6 +188,7 @@ class JointSampler:
             noise: standard normal.
             temperature: its standard deviation.
             inpainting: what is kept, and what is sampled.
+            contrast: factor of how far what is sampled lies from its mean, as the pipeline's `contrasts`.
         """
         self.conditions = {
             name: values.to(noise.dtype) if values.is_floating_point() else values
@@ -210,5 +212,5 @@ class JointSampler:
                 temperature=temperature,
             )
         check_sampled(self.scheduler, latents.float(), self.stage)
-        latents = self.latent.inverse(latents.float())
+        latents = self.latent.inverse(latents.float() * contrast)
         return latents if inpainting is None else inpainting.merge(self.stage, latents)

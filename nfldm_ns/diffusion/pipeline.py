@@ -84,6 +84,8 @@ class NFLDMPipeline(DiffusionPipeline):
         temperatures: standard deviations of the initial noise of g, c and f that scenes are sampled with by default.
             Below 1 trades variety for quality; with a deterministic scheduler 0 gives the most typical sample. Briefly
             trained models want a low one for f, whose details they can hardly predict.
+        contrasts: factors of how far sampled g, c and f lie from their mean. Reduced noise leaves them paler than those
+            of training scenes; the ratio of the standard deviations of both makes up for it.
         bev_classes: id, name and color of each class of the semantic maps that the denoisers know, as `collection.json`
             has them; none for denoisers without maps.
         default_steps: denoising steps of each latent where none are asked for: what the scheduler was measured with, or
@@ -110,6 +112,7 @@ class NFLDMPipeline(DiffusionPipeline):
         temperatures: Sequence = (1.0, 1.0, 1.0),  # diffusers' check of types knows plain classes only
         bev_classes: Sequence = (),
         default_steps: int = NUM_STEPS,
+        contrasts: Sequence = (1.0, 1.0, 1.0),
     ) -> None:
         super().__init__()
         classes = [{**entry, "color": list(entry["color"])} for entry in bev_classes]
@@ -117,6 +120,7 @@ class NFLDMPipeline(DiffusionPipeline):
             temperatures=check_temperatures(temperatures),
             bev_classes=classes,
             default_steps=check_count("default_steps", default_steps),
+            contrasts=check_temperatures(contrasts, "contrasts"),
         )
         self.register_modules(
             scene_autoencoder=scene_autoencoder,
@@ -140,6 +144,7 @@ class NFLDMPipeline(DiffusionPipeline):
             "temperatures": self.config.temperatures,
             "bev_classes": self.config.bev_classes,
             "default_steps": self.config.default_steps,
+            "contrasts": self.config.contrasts,
         }
 
     def to(self, *args, dtype: torch.dtype | None = None, **kwargs) -> NFLDMPipeline:
@@ -202,6 +207,7 @@ class NFLDMPipeline(DiffusionPipeline):
         output_type: str = "grid",
         clip: float | None = None,
         temperatures: Sequence[float] | None = None,
+        contrasts: Sequence[float] | None = None,
         guidance_scale: float = 1.0,
         noise: Sequence[Tensor] | None = None,
         scene_code: Float[Tensor, "scenes code"] | None = None,
@@ -221,6 +227,9 @@ class NFLDMPipeline(DiffusionPipeline):
             output_type: "grid", or "latent" to skip decoding.
             clip: limits sampled latents to this many standard deviations; None leaves them alone.
             temperatures: of g, c and f, instead of the pipeline's own.
+            contrasts: likewise; at other temperatures than the pipeline's own they are 1 by default. A scene that is
+                begun from (`inpainting` of a strength below 1) or observed (`guide`) has its own contrast: then they
+                are not applied.
             guidance_scale: how much the denoisers follow their conditions: 1 as trained, above 1 the more
                 (classifier-free guidance, Ho & Salimans 2022). What they predict is moved away from what they predict
                 without the scene code (psi_c and psi_f, if trained with `condition_dropout`) and without the map (all
@@ -257,6 +266,8 @@ class NFLDMPipeline(DiffusionPipeline):
             raise ValueError("inpainting needs the scene_code of the scene whose latents it keeps")
         chosen = self.config.temperatures if temperatures is None else check_temperatures(temperatures)
         warmth = dict(zip(STAGES, chosen, strict=True))
+        begun = guide is not None or (inpainting is not None and inpainting.strength < 1)
+        contrast = dict(zip(STAGES, self._contrasts(chosen, contrasts, begun), strict=True))
         callback = None
         if callback_on_step_end is not None:
             callback = partial(_call, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
@@ -264,8 +275,8 @@ class NFLDMPipeline(DiffusionPipeline):
         def begin(stage: str, denoiser: Any) -> Tensor:
             if noise is None:
                 return self.prepare_noise(num_scenes, denoiser, generator)
-            given = noise[STAGES.index(stage)]
-            return given.to(self._execution_device, denoiser.dtype) * initial_scale(self.scheduler)
+            own = noise[STAGES.index(stage)]
+            return own.to(self._execution_device, denoiser.dtype) * initial_scale(self.scheduler)
 
         def sample(stage: str, denoiser: Any, **conditions: Tensor) -> Tensor:
             start = begin(stage, denoiser) * warmth[stage]
@@ -278,7 +289,7 @@ class NFLDMPipeline(DiffusionPipeline):
                     cast |= {"known": known.to(start), "known_cells": cells.to(start.device)}
                 run = partial(inpaint, self, inpainting=inpainting, stage=stage, temperature=warmth[stage])
             with self.sampling(stage, guidance_scale, guide):
-                latents = run(denoiser, start, steps[stage], generator, callback, **cast).float()
+                latents = run(denoiser, start, steps[stage], generator, callback, **cast).float() * contrast[stage]
             check_sampled(self.scheduler, latents, stage)
             latents = latents if clip is None else latents.clamp(-clip, clip)
             normaliser = denoiser.code if stage == "global" else denoiser.latent
@@ -352,6 +363,20 @@ class NFLDMPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs has to be in {self._callback_tensor_inputs}, but has {unknown}"
             )
         return dict(zip(STAGES, steps, strict=True))
+
+    def _contrasts(
+        self, temperatures: Sequence[float], contrasts: Sequence[float] | None, begun: bool
+    ) -> Sequence[float]:
+        if contrasts is not None:
+            contrasts = check_temperatures(contrasts, "contrasts")
+        elif tuple(temperatures) == tuple(self.config.temperatures):
+            contrasts = self.config.contrasts
+        return (1.0, 1.0, 1.0) if begun or contrasts is None else contrasts
+
+    def own_contrasts(self) -> dict[str, list[float]]:
+        """Its contrasts for records of what depends on them; nothing where it has none, as in records before them."""
+        contrasts = list(self.config.contrasts)
+        return {} if contrasts == [1.0, 1.0, 1.0] else {"contrasts": contrasts}
 
     def provenance(self) -> dict[str, Any]:
         """What tells its scenes from those of others."""
@@ -568,6 +593,7 @@ class _Index(Checked):
 
     scheduler: tuple[str, str]
     temperatures: tuple[Finite, Finite, Finite] = (1.0, 1.0, 1.0)
+    contrasts: tuple[Finite, Finite, Finite] = (1.0, 1.0, 1.0)
     bev_classes: list[BevClassEntry] = Field(default_factory=list)
     default_steps: PositiveInt = NUM_STEPS
 
@@ -683,6 +709,7 @@ def assemble_pipeline(
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
     bev_classes: Sequence[BevClass] = (),
     default_steps: int = NUM_STEPS,
+    contrasts: tuple[float, float, float] = (1.0, 1.0, 1.0),
 ) -> NFLDMPipeline:
     """A checked pipeline, all on the CPU in single precision and evaluation mode."""
     for model in (scene_autoencoder, latent_autoencoder, global_denoiser, coarse_denoiser, fine_denoiser):
@@ -698,6 +725,7 @@ def assemble_pipeline(
         temperatures,
         [asdict(entry) for entry in bev_classes],
         default_steps,
+        contrasts,
     )
     check_agreement(pipeline)
     return pipeline

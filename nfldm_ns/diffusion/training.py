@@ -927,7 +927,7 @@ def save_pipeline(
     Args:
         temperatures: of g, c and f, the pipeline's default for sampling.
         shown_by: a generator of the same latents whose stages 1 and 2 are saved instead of those given, as its decoders
-            may have been tuned since.
+            may have been tuned since, with its contrasts.
 
     Returns:
         the pipeline's folder; None while a denoiser is missing.
@@ -992,6 +992,7 @@ def save_pipeline(
     components["bev_classes"] = [bev_class(entry) for entry in classes[0]]
     if shown_by is not None:
         scene_autoencoder, latent_autoencoder = shown_by.scene_autoencoder, shown_by.latent_autoencoder
+        components["contrasts"] = tuple(shown_by.config.contrasts)
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)

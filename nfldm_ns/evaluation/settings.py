@@ -151,6 +151,7 @@ def _identity(pipeline: NFLDMPipeline, collection: SceneCollection, settings: Ev
         "pipeline": {
             **{name: model_hash(model) if (model := getattr(pipeline, name)) else None for name in COMPONENTS},
             "temperatures": list(pipeline.config.temperatures),
+            **pipeline.own_contrasts(),
             "scheduler": type(pipeline.scheduler).__name__,
             "prediction_type": prediction_type_of(pipeline.scheduler),
         },

@@ -170,7 +170,7 @@ class WorldSampler:
         self.settings = settings.of(pipeline)
         assert self.settings.num_inference_steps is not None and self.settings.resamplings is not None
         self.steps, self.resamplings = self.settings.num_inference_steps, self.settings.resamplings
-        self.temperatures = tuple(pipeline.config.temperatures)
+        self.temperatures, self.contrasts = tuple(pipeline.config.temperatures), tuple(pipeline.config.contrasts)
         self.device = pipeline._execution_device
 
     # Conditions and noise
@@ -239,7 +239,7 @@ class WorldSampler:
             generator = self._generator(3, *window) if not one else self._generator(3)
             maps = self.maps([window])
             latents = self.pipeline.denoise(denoiser, noise.to(self.device), self.steps, generator, None, **maps)
-            codes.append(denoiser.code.inverse(latents.float()).cpu())
+            codes.append(denoiser.code.inverse(latents.float() * self.contrasts[0]).cpu())
         return torch.cat(codes).expand(len(chosen), -1)
 
     def _generator(self, *place: int) -> torch.Generator:
@@ -285,7 +285,7 @@ class WorldSampler:
             number = STAGE_NUMBERS[stage]
             temperature = self.temperatures[number]
             generator = self._generator(self.windows.y[0], self.windows.x[0], *self.windows.shape, number)
-            found = sampler(start, self.steps, generator, temperature, inpainting).cpu()
+            found = sampler(start, self.steps, generator, temperature, inpainting, self.contrasts[number]).cpu()
             if stage == "coarse":
                 latents.coarse = found.unflatten(1, latents.coarse.shape[1:3])
                 latents.coarse_done.fill_(True)
