@@ -5,7 +5,7 @@
 - Seams: views from free places of some worlds, in random directions. A view crosses a seam if at least a quarter of
   its pixels end where another window has the most weight than at the camera; it crosses none if fewer than a twentieth
   do. KID of both kinds to views of rooms that the same generator samples, and of halves of these rooms to each other.
-- Views that look far are far from those that do not, seam or none. So the same kinds are taken in worlds of one window,
+- What a view looks at counts, seam or none. So the same kinds are taken in worlds of one window,
   which have no seam: where its neighbours would have the most weight is beyond theirs. What seams cost is the
   difference, as a share of the KID of views within a window.
 - Cost: processor seconds of a tile of the world and of a room of `nfldm-sample`, sampled in the same process.
@@ -157,18 +157,16 @@ def measured_cost(path: Path, name: str, values: list[float]) -> list[float]:
     return known[name]
 
 
-def made_world(
-    pipeline: NFLDMPipeline, options: Options, name: str, size: tuple[float, float], seed: int
-) -> tuple[World, list[float]]:
-    """A world, made unless it is there, and the processor seconds of all times that one of its kind was made."""
+def made_world(pipeline: NFLDMPipeline, options: Options, name: str, size: tuple[float, float], seed: int) -> World:
+    """A world, made unless it is there; the processor seconds of that are kept with those of its kind."""
     folder = options.output_dir / f"{name}_{seed}"
-    made = (folder / "config.yml").is_file()
+    if (folder / "config.yml").is_file():
+        return load_world(folder)
     settings = WorldSettings(seed, options.num_inference_steps, options.method, options.stride)
     begun = time.process_time()
-    world = load_world(folder) if made else make_world(pipeline, folder, size, settings)
-    return world, measured_cost(
-        options.output_dir / "seconds.json", name, [] if made else [time.process_time() - begun]
-    )
+    world = make_world(pipeline, folder, size, settings)
+    measured_cost(options.output_dir / "seconds.json", name, [time.process_time() - begun])
+    return world
 
 
 def joined(several: list[dict[str, Tensor]]) -> dict[str, Float[Tensor, "views 3 h w"]]:
@@ -199,21 +197,20 @@ def main(options: Options) -> None:
     pipeline = load_pipeline(options.pipeline)
     rooms, seconds = room_views(pipeline, options)
     seconds = measured_cost(options.output_dir / "seconds.json", "room", seconds)
-    shown, boxes, spent, overlap = [], 0.0, [0.0], 0.0
-    for seed in range(options.seed, options.seed + options.worlds):
-        world, spent = made_world(pipeline, options, f"world_{options.method}_{options.stride:g}", options.size, seed)
-        box = world.base_renderer.aabb
-        boxes = area(world) / float((box[1] - box[0])[:2].prod())
-        overlap = window_overlap(world)
-        shown.append(views_by_seam(world, partial(strongest_window, world), options.views // options.worlds, seed))
-    alone, size = [], tuple(float(side) for side in (box[1] - box[0])[:2])
+    name, seeds = f"world_{options.method}_{options.stride:g}", range(options.seed, options.seed + options.worlds)
+    worlds = [made_world(pipeline, options, name, options.size, seed) for seed in seeds]
+    spent = measured_cost(options.output_dir / "seconds.json", name, [])
+    sides = (worlds[0].base_renderer.aabb[1] - worlds[0].base_renderer.aabb[0])[:2].tolist()
+    boxes = area(worlds[0]) / (sides[0] * sides[1])
+    count, overlap = options.views // options.worlds, window_overlap(worlds[0])
+    shown = [views_by_seam(w, partial(strongest_window, w), count, seed) for w, seed in zip(worlds, seeds, strict=True)]
+    alone, count = [], options.views // options.lone_windows
     for seed in range(2001, 2001 + options.lone_windows):
-        world, _ = made_world(pipeline, options, "window", size, seed)  # type: ignore[arg-type]
-        areas = partial(seam_of_one_window, world, overlap)
-        alone.append(views_by_seam(world, areas, options.views // options.lone_windows, seed))
+        window = made_world(pipeline, options, "window", (sides[0], sides[1]), seed)
+        alone.append(views_by_seam(window, partial(seam_of_one_window, window, overlap), count, seed))
     views = joined(shown)
     views |= {f"{kind}, one window": found for kind, found in joined(alone).items()}
-    found = measured(options, rooms, views)
+    found = measured(rooms, views)
     found |= {"boxes": boxes, "cpu_seconds": {"room": float(np.median(seconds)), "tile": float(np.mean(spent)) / boxes}}
     found["cost_ratio"] = found["cpu_seconds"]["tile"] / found["cpu_seconds"]["room"]
     caption = (
@@ -227,9 +224,7 @@ def main(options: Options) -> None:
     write_tables(options.output_dir / "worlds.md", [table])
 
 
-def measured(
-    options: Options, rooms: Float[Tensor, "views 3 h w"], views: dict[str, Float[Tensor, "views 3 h w"]]
-) -> dict[str, Any]:
+def measured(rooms: Float[Tensor, "views 3 h w"], views: dict[str, Float[Tensor, "views 3 h w"]]) -> dict[str, Any]:
     """KIDs of all views to those of rooms, and what they say of seams."""
     network = load_inception()
     features = {name: extract_features(network, [pictures]) for name, pictures in {"rooms": rooms, **views}.items()}

@@ -1031,8 +1031,8 @@ def test_seams_cost_what_lone_windows_do_not_explain(monkeypatch):
     torch.manual_seed(0)
     rooms, near, far = (shift + torch.rand(48, 3, 2, 2) for shift in (0.0, 0.2, 0.4))
     names = [f"{kind}{where}" for where in ("", ", one window") for kind in benchmark.KINDS]
-    found = benchmark.measured(None, rooms, dict(zip(names, (far, near, far, near), strict=True)))
+    found = benchmark.measured(rooms, dict(zip(names, (far, near, far, near), strict=True)))
     assert found["kid_ratio"] > 1.5
     assert found["kid_ratio_of_seams"] == pytest.approx(1)
-    found = benchmark.measured(None, rooms, dict(zip(names, (far, near, near, near), strict=True)))
+    found = benchmark.measured(rooms, dict(zip(names, (far, near, near, near), strict=True)))
     assert found["kid_ratio_of_seams"] == pytest.approx(found["kid_ratio"])

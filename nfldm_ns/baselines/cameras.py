@@ -16,7 +16,7 @@ from nfldm_ns.diffusion.trajectory import CAMERA_DIM, Intrinsics, trajectory_to_
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.scenes.collection import SceneCollection, read_transforms
-from nfldm_ns.scenes.views import make_cameras
+from nfldm_ns.scenes.views import make_cameras, turn_about
 
 LEVEL_SPREAD = 0.05  # standard deviation of the positions of a prior without data, in lengths of the box
 FURTHEST = 0.25  # residuals of positions are below this share of the box's sides,
@@ -81,16 +81,8 @@ class CameraBank(ModelMixin, ConfigMixin):
         position, forward = poses[..., 3] / self.sides, -poses[..., 2]
         bound = torch.cat([FURTHEST * self.sides, self.sides.new_full((2,), WIDEST)])
         change = bound * torch.tanh(self.residual(torch.cat([position, forward], dim=-1)))
-        rotation = _turn(change[..., 3], 2) @ poses[..., :3] @ _turn(change[..., 4], 0)
+        rotation = turn_about(change[..., 3], 2) @ poses[..., :3] @ turn_about(change[..., 4], 0)
         return torch.cat([rotation, (poses[..., 3] + change[..., :3])[..., None]], dim=-1)
-
-
-def _turn(angle: Float[Tensor, "*batch"], axis: int) -> Float[Tensor, "*batch 3 3"]:
-    """Rotations about an axis, in radians."""
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    rows = [[cos, -sin, zero], [sin, cos, zero], [zero, zero, one]]
-    order = [(i - axis - 1) % 3 for i in range(3)]
-    return torch.stack([torch.stack([rows[i][j] for j in order], dim=-1) for i in order], dim=-2)
 
 
 class PoseDecoder(ModelMixin, ConfigMixin):

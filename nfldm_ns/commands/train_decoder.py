@@ -64,11 +64,8 @@ class TrainDecoder:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         examples = replace(config.examples, **given, seed=self.schedule.seed)
         examples.check()
-        losses = config.losses
-        if self.adversarial_mult is not None:
-            losses = replace(losses, adversarial_mult=self.adversarial_mult)
-        if self.consistency_mult is not None:
-            losses = replace(losses, consistency_mult=self.consistency_mult)
+        weights = {name: getattr(self, name) for name in ("adversarial_mult", "consistency_mult")}
+        losses = replace(config.losses, **{name: value for name, value in weights.items() if value is not None})
         schedule = replace(config.schedule, **self.schedule.given())
         config = replace(
             config,

@@ -144,10 +144,8 @@ class DecoderExample:
             tensors |= {f"{kind}.accumulation": stored_half(self.accumulation[kind])}
             tensors |= {f"{kind}.{name}": stored_half(part) for name, part in self.latents[kind].state_dict().items()}
         if self.neighbours is not None:
-            kept = self.neighbours.state_dict()
-            poses = {POSES: kept.pop(POSES).cpu().contiguous()}
-            kept = poses | {name: stored_half(part) for name, part in kept.items()}
-            tensors |= {f"neighbours.{name}": part for name, part in kept.items()}
+            for name, part in self.neighbours.state_dict().items():
+                tensors[f"neighbours.{name}"] = part.cpu().contiguous() if name == POSES else stored_half(part)
         with atomic_path(path) as temporary:
             save_file(tensors, temporary)
 

@@ -170,8 +170,7 @@ class DecoderTuning(nn.Module):
             return batch, {}
         real, beside = batch.real_by_scene(), None
         if batch.neighbours is not None:
-            poses = batch.neighbours.camera_to_worlds.unflatten(0, real.shape)
-            beside = with_poses(real.cameras, poses)
+            beside = with_poses(real.cameras, batch.neighbours.camera_to_worlds.unflatten(0, real.shape))
         maps, seen_beside = self.latent_rendering(batch.latents, real.cameras, beside)
         features = {kind: found.features.flatten(0, 1) for kind, found in maps.items()}
         accumulation = {kind: found.accumulation.flatten(0, 1) for kind, found in maps.items()}

@@ -223,11 +223,17 @@ def with_poses(cameras: Cameras, camera_to_worlds: Float[Tensor, "*batch 3 4"]) 
     )
 
 
+def turn_about(angle: Float[Tensor, "*batch"], axis: int) -> Float[Tensor, "*batch 3 3"]:
+    """Rotations about an axis, in radians."""
+    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
+    rows = [[cos, -sin, zero], [sin, cos, zero], [zero, zero, one]]
+    order = [(i - axis - 1) % 3 for i in range(3)]
+    return torch.stack([torch.stack([rows[i][j] for j in order], dim=-1) for i in order], dim=-2)
+
+
 def step_aside(cameras: Cameras, yaw: Float[Tensor, "*batch"], offset: Float[Tensor, "*batch 3"]) -> Cameras:
     """Cameras turned about the vertical through themselves (radians, counter-clockwise) and then moved (metres)."""
-    cos, sin, zero = yaw.cos(), yaw.sin(), torch.zeros_like(yaw)
-    rows = [torch.stack(row, dim=-1) for row in ((cos, -sin, zero), (sin, cos, zero), (zero, zero, zero + 1))]
-    turned = torch.stack(rows, dim=-2) @ cameras.camera_to_worlds[..., :3]
+    turned = turn_about(yaw, 2) @ cameras.camera_to_worlds[..., :3]
     return with_poses(cameras, torch.cat([turned, (cameras.camera_to_worlds[..., 3] + offset)[..., None]], dim=-1))
 
 
