@@ -125,7 +125,8 @@ class StudioSession:
         self.current = 0
         self.output_dir = output_dir
         self.generator = generator or Generator.of_scene(scene)
-        self.map: DrawnMap | None = None
+        self._map: DrawnMap | None = None
+        self._map_lock = threading.Lock()
         self.follow_map = False
         self._show, self._changed = show, changed
         self._lock = threading.Lock()
@@ -332,7 +333,7 @@ class StudioSession:
                 return f"It is kept already: {entry.folder}"
             require_writable(self.output_dir)
             folder = free_path(self.output_dir / entry.name)
-            classes = () if self.map is None else self.map.classes
+            classes = () if (drawn := self.map) is None else drawn.classes
             drawn = None if entry.bev is None else bev_png(entry.bev, classes)
             cameras_of(entry.scene)
             job.check()
@@ -397,15 +398,22 @@ class StudioSession:
             raise UserInputError(f"{error}: give another number.") from None
 
     def _pipeline(self) -> NFLDMPipeline:
-        """The generator, read; with it comes an empty map, if it knows maps."""
-        pipeline = self.generator.read(self.on_show.scene)
-        if self.map is None and pipeline.bev_size is not None:
-            aabb = pipeline.scene_autoencoder.aabb.cpu().numpy()
-            self.map = DrawnMap(pipeline.bev_classes, pipeline.bev_size, aabb)
-        return pipeline
+        """The generator, read."""
+        return self.generator.read(self.on_show.scene)
+
+    @property
+    def map(self) -> DrawnMap | None:
+        """The map that is drawn, empty at first; None as long as the generator is not read, or if it knows none."""
+        with self._map_lock:  # whoever asks first makes it: the panel, or a job
+            if self._map is None and self.generator.ready and self.generator.pipeline.bev_size is not None:
+                pipeline = self.generator.pipeline
+                aabb = pipeline.scene_autoencoder.aabb.cpu().numpy()
+                self._map = DrawnMap(pipeline.bev_classes, pipeline.bev_size, aabb)
+            return self._map
 
     def _map_to_follow(self) -> UInt8[np.ndarray, "height width"] | None:
-        return self.map.cells.copy() if self.map is not None and self.follow_map else None
+        drawn = self.map
+        return drawn.cells.copy() if drawn is not None and self.follow_map else None
 
     def _add(self, entry: StudioScene, job: Job) -> str:
         """Adds a scene that is ready, and shows it; the last moment to cancel."""
