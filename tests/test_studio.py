@@ -292,6 +292,12 @@ def test_a_picture_is_written_and_delivered(session):
     assert np.array_equal(found, colours.mul(255).round().byte().numpy())
 
 
+def test_the_map_is_there_as_soon_as_the_generator_is(session):
+    """A panel that sees a generator before any job asked for its map must not say that it knows none."""
+    assert session.generator.ready and session.map is not None
+    assert session.map is session.map
+
+
 def test_a_map_is_followed(session, pipeline, folder):
     session.open_generator()
     finish(session)
