@@ -333,7 +333,7 @@ class StudioSession:
                 return f"It is kept already: {entry.folder}"
             require_writable(self.output_dir)
             folder = free_path(self.output_dir / entry.name)
-            classes = () if (drawn := self.map) is None else drawn.classes
+            classes = () if self.map is None else self.map.classes
             drawn = None if entry.bev is None else bev_png(entry.bev, classes)
             cameras_of(entry.scene)
             job.check()
@@ -405,10 +405,10 @@ class StudioSession:
     def map(self) -> DrawnMap | None:
         """The map that is drawn, empty at first; None as long as the generator is not read, or if it knows none."""
         with self._map_lock:  # whoever asks first makes it: the panel, or a job
-            if self._map is None and self.generator.ready and self.generator.pipeline.bev_size is not None:
-                pipeline = self.generator.pipeline
-                aabb = pipeline.scene_autoencoder.aabb.cpu().numpy()
-                self._map = DrawnMap(pipeline.bev_classes, pipeline.bev_size, aabb)
+            pipeline = self.generator.pipeline if self.generator.ready else None
+            size = None if pipeline is None else pipeline.bev_size
+            if self._map is None and pipeline is not None and size is not None:
+                self._map = DrawnMap(pipeline.bev_classes, size, pipeline.scene_autoencoder.aabb.cpu().numpy())
             return self._map
 
     def _map_to_follow(self) -> UInt8[np.ndarray, "height width"] | None:
