@@ -14,7 +14,7 @@ REPEATS = 5
 
 
 def measure(num_rooms: int = NUM_ROOMS, repeats: int = REPEATS, many_steps: int = MANY_STEPS) -> dict[str, float]:
-    """`seconds` of a room (g, c, f and V) by the command's default steps, and `kid_delta` of its views.
+    """`seconds` of a room (g, c, f and V) by the pipeline's default steps, and `kid_delta` of its views.
 
     `kid_delta` is the KID of views of rooms with the default steps to views of as many other rooms with many steps,
     less that of rooms of the same noise with many steps: 0 where the fewer steps change nothing.
@@ -22,12 +22,11 @@ def measure(num_rooms: int = NUM_ROOMS, repeats: int = REPEATS, many_steps: int 
     """
     import torch
 
-    from nfldm_ns.commands.sample import Sample
     from nfldm_ns.diffusion.pipeline import load_pipeline
 
     pipeline = load_pipeline("vizdoom-rooms")
     pipeline.set_progress_bar_config(disable=True)
-    steps = Sample().num_inference_steps
+    steps = pipeline.default_steps
     seconds: dict[int, list[float]] = {steps: [], many_steps: []}
     for seed in range(repeats + 1):  # the first does not count; in turns, as other work slows down both
         for number, found in seconds.items():

@@ -42,7 +42,7 @@ class Sample:
     batch_size: int = 1
     """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
     compact: bool = False
-    """Round the features of scenes to 6 bits, and leave out those that no ray reads: files of about half the size."""
+    """Round the features of scenes to 7 bits, and leave out those that no ray reads: files of about half the size."""
     device: str | None = None
     """cpu or cuda; by default what is there."""
 

@@ -25,8 +25,8 @@ from nfldm_ns.autoencoder.checkpoints import read_safetensors
 from nfldm_ns.scenes.schema import Checked
 from nfldm_ns.scenes.writing import atomic_path
 
-STEPS = 32
-"""Steps of compact files between 0 and the power of two at or above a channel's largest value: 6 bits with the sign."""
+STEPS = 64
+"""Steps of compact files between 0 and the power of two at or above a channel's largest value: 7 bits with the sign."""
 _TYPES = {
     "float32": torch.float32,
     "float16": torch.float16,
