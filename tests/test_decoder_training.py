@@ -24,9 +24,10 @@ from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.commands import train_decoder as command
 from nfldm_ns.diffusion import decoder_examples
 from nfldm_ns.diffusion.decoder_examples import (
-    KINDS,
+    GENERATED,
     DecoderExamples,
     ExampleConfig,
+    GeneratedVoxels,
     Neighbours,
     quantised_share,
     require_same_voxels,
@@ -83,7 +84,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_examples(store: VoxelStore, folder: Path, pipeline: NFLDMPipeline, **changes) -> DecoderExamples:
     examples = DecoderExamples(folder, store, SceneCache(store.load_collection(), 1.0), replace(EXAMPLES, **changes))
-    examples.make(pipeline, on_progress=lambda share: None)
+    examples.make(GeneratedVoxels(pipeline), on_progress=lambda share: None)
     return examples
 
 
@@ -111,9 +112,9 @@ def silent(share: float, losses: dict[str, float]) -> None:
 def test_examples_made_twice_or_in_two_parts_are_equal(store, tmp_path):
     first = make_examples(store, tmp_path / "a", small_pipeline())
     again = DecoderExamples(tmp_path / "b", store, first.cache, EXAMPLES)
-    again.make(small_pipeline(), [3, 1], on_progress=lambda share: None)
+    again.make(GeneratedVoxels(small_pipeline()), [3, 1], on_progress=lambda share: None)
     again.path(1).write_bytes(b"cut off")
-    again.make(small_pipeline(), on_progress=lambda share: None)
+    again.make(GeneratedVoxels(small_pipeline()), on_progress=lambda share: None)
     for place in range(len(first)):
         assert_equal(load_file(first.path(place)), load_file(again.path(place)))
     assert {first.scene_id(place) for place in range(3)} == set(store.splits["train"]), "each comes once"
@@ -122,9 +123,11 @@ def test_examples_made_twice_or_in_two_parts_are_equal(store, tmp_path):
 def test_finished_examples_are_not_made_again(store, tmp_path, monkeypatch):
     examples = make_examples(store, tmp_path, small_pipeline())
     monkeypatch.setattr(decoder_examples, "encode_latents", None)
-    examples.make(small_pipeline(), on_progress=lambda share: None)
+    examples.make(GeneratedVoxels(small_pipeline()), on_progress=lambda share: None)
     examples.path(0).unlink()
-    examples.make(small_pipeline(), [], on_progress=lambda share: None)  # a process without a share in them
+    examples.make(
+        GeneratedVoxels(small_pipeline()), [], on_progress=lambda share: None
+    )  # a process without a share in them
     assert not examples.path(0).exists()
 
 
@@ -164,7 +167,7 @@ def test_latents_of_examples_decode_to_what_was_rendered(store, tmp_path):
     examples = make_examples(store, tmp_path, pipeline, max_noise=1.0)
     example, real = examples.load(1), examples.real_views(1)
     cameras = Views.stack([real[example.views]]).cameras
-    for kind in KINDS:
+    for kind in GENERATED:
         with torch.no_grad():
             grid = pipeline.latent_autoencoder.decode(example.latents[kind])
             maps = pipeline.scene_autoencoder.render_maps(grid, cameras)
@@ -215,10 +218,10 @@ def random_batch(masked: bool = False) -> DecoderBatch:
     if masked:
         masks = torch.ones(2, 1, 32, 32, dtype=torch.bool)
         masks[..., 8:20, 4:30] = False
-    maps = ({kind: torch.rand(2, c, 16, 16) for kind in KINDS} for c in (4, 1))
+    maps = ({kind: torch.rand(2, c, 16, 16) for kind in GENERATED} for c in (4, 1))
     stage2 = small_pipeline().latent_autoencoder
     shapes = ((stage2.global_dim,), stage2.coarse_shape, stage2.fine_shape)
-    latents = {kind: SceneLatents(*(torch.randn(1, *shape) for shape in shapes)) for kind in KINDS}
+    latents = {kind: SceneLatents(*(torch.randn(1, *shape) for shape in shapes)) for kind in GENERATED}
     real = Views(cameras, torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32) + 0.5, masks)
     return DecoderBatch(*maps, real, torch.tensor([0.0, 0.5]), latents)
 
@@ -247,7 +250,7 @@ def test_gradients_of_decoder_and_discriminator_do_not_mix(perceptual):
 
 def test_a_tuned_latent_decoder_learns_and_what_encodes_and_renders_does_not(perceptual):
     pipeline, batch = small_pipeline(), random_batch()
-    rendering = _latent_rendering(pipeline, torch.device("cpu"))
+    rendering = _latent_rendering(pipeline.latent_autoencoder, pipeline.scene_autoencoder, torch.device("cpu"))
     model = DecoderTuning(pipeline.scene_autoencoder.decoder, CONFIG.losses, perceptual, rendering)
     batch.features = batch.accumulation = {}  # which are made anew
     losses = model(batch)
@@ -285,7 +288,7 @@ def test_consistency_is_what_swims_and_not_what_stays(swimming, perceptual):
     depth = torch.full((1, 1, size, size), 2.0)
     beside = Neighbours(poses[1:], stripes(1) + swimming, torch.ones_like(depth), depth, depth)
     real = Views(index_cameras(cameras, torch.tensor([0])), stripes(0))
-    maps = (dict.fromkeys(KINDS, value) for value in (stripes(0), torch.ones_like(depth)))
+    maps = (dict.fromkeys(GENERATED, value) for value in (stripes(0), torch.ones_like(depth)))
     batch = DecoderBatch(*maps, real, torch.zeros(1), {}, beside)
     model = DecoderTuning(Plane(), replace(PLAIN.losses, consistency_mult=2.0), None)
     losses = model(batch)
