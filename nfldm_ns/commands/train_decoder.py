@@ -35,8 +35,9 @@ class TrainDecoder:
     """A trained generator: the pipeline folder of nfldm-train-diffusion; by default the model that comes with this
     package."""
     of_stage1: bool = False
-    """Tune the image decoder of the stage 1 that encoded the voxels, on them as they are; no generator takes part. Voxels
-    encoded from source views alone show it V as it will meet it at novel views, those of `--all-views` sharper V."""
+    """Tune the image decoder of the stage 1 that encoded the voxels, on them as they are; no generator takes part.
+    Voxels encoded from source views alone show it V as it will meet it at novel views, those of `nfldm-encode
+    --all-views` are sharper."""
     initial_weights: Path | None = None
     """With `--of-stage1`: another stage 1 to begin from, of the same encoder, as an earlier result of this command."""
     preset: Literal["tiny", "rooms", "rooms128", "base", "paper", "streets-tiny", "streets", "streets-paper"] = "tiny"
@@ -63,16 +64,11 @@ class TrainDecoder:
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
-        from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
         from nfldm_ns.latents.voxel_store import VoxelStore
-        from nfldm_ns.pretrained.weights import load_lpips
 
         self._check()
-        config = self._config()
-        store = VoxelStore.open(self.voxels)
-        tune = self._stage1 if self.of_stage1 else self._generator
-        perceptual = PerceptualNetwork(load_lpips("vgg")) if config.losses.needs_perceptual_network else None
-        result = tune(store, config, perceptual)
+        config, store = self._config(), VoxelStore.open(self.voxels)
+        result = self._tune_stage1(store, config) if self.of_stage1 else self._tune_generator(store, config)
         if is_first_process():
             print(result)
 
@@ -88,8 +84,8 @@ class TrainDecoder:
         given += ["tune_latent_decoder"] if self.tune_latent_decoder else []
         if given:
             raise UserInputError(
-                f"--{given[0].replace('_', '-')} does not go with --of-stage1, which tunes on voxels as they were encoded "
-                "and needs no generator: leave one of them out."
+                f"--{given[0].replace('_', '-')} does not go with --of-stage1, which tunes on voxels as they were "
+                "encoded and needs no generator: leave one of them out."
             )
 
     def _config(self) -> "DecoderTrainingConfig":
@@ -113,21 +109,18 @@ class TrainDecoder:
             decoder_blocks=self.decoder_blocks,
         )
 
-    def _generator(
-        self, store: "VoxelStore", config: "DecoderTrainingConfig", perceptual: "PerceptualNetwork | None"
-    ) -> str:
+    def _tune_generator(self, store: "VoxelStore", config: "DecoderTrainingConfig") -> str:
         from nfldm_ns.diffusion.decoder_training import PIPELINE_FOLDER, train_decoder
         from nfldm_ns.diffusion.pipeline import load_pipeline
 
         begun_from, saved = self.pipeline or Path(GENERATOR), self.output_dir / PIPELINE_FOLDER
         if saved.resolve() == begun_from.resolve():
             raise UserInputError(f"{saved} is the generator to begin from: choose another output folder.")
-        train_decoder(load_pipeline(begun_from), store, self.output_dir, config, perceptual=perceptual)
+        pipeline = load_pipeline(begun_from)
+        train_decoder(pipeline, store, self.output_dir, config, perceptual=_perceptual_network(config))
         return f"The pipeline is in {saved}"
 
-    def _stage1(
-        self, store: "VoxelStore", config: "DecoderTrainingConfig", perceptual: "PerceptualNetwork | None"
-    ) -> str:
+    def _tune_stage1(self, store: "VoxelStore", config: "DecoderTrainingConfig") -> str:
         from nfldm_ns.autoencoder.checkpoints import FOLDER, load_scene_autoencoder, scene_autoencoder_folder
         from nfldm_ns.diffusion.decoder_training import train_stage1_decoder
 
@@ -135,9 +128,16 @@ class TrainDecoder:
         theirs = [store.root] if self.initial_weights is None else [store.root, self.initial_weights]
         if saved.resolve() in [scene_autoencoder_folder(path).resolve() for path in theirs]:
             raise UserInputError(f"{saved} is a scene auto-encoder to begin from: choose another output folder.")
-        begun_from = load_scene_autoencoder(self.initial_weights) if self.initial_weights else store.load_autoencoder()
-        train_stage1_decoder(begun_from, store, self.output_dir, config, perceptual=perceptual)
+        stage1 = load_scene_autoencoder(self.initial_weights) if self.initial_weights else store.load_autoencoder()
+        train_stage1_decoder(stage1, store, self.output_dir, config, perceptual=_perceptual_network(config))
         return f"The scene auto-encoder is in {saved}"
+
+
+def _perceptual_network(config: "DecoderTrainingConfig") -> "PerceptualNetwork | None":
+    from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+    from nfldm_ns.pretrained.weights import load_lpips
+
+    return PerceptualNetwork(load_lpips("vgg")) if config.losses.needs_perceptual_network else None
 
 
 def main(args: list[str] | None = None) -> None:
