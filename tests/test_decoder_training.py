@@ -15,18 +15,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.multiprocessing import start_processes
 
+from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.commands import train_decoder as command
 from nfldm_ns.diffusion import decoder_examples
 from nfldm_ns.diffusion.decoder_examples import (
-    KINDS,
+    ENCODED,
+    GENERATED,
+    DecoderExample,
     DecoderExamples,
+    EncodedVoxels,
     ExampleConfig,
+    GeneratedVoxels,
     Neighbours,
     quantised_share,
     require_same_voxels,
@@ -38,13 +44,15 @@ from nfldm_ns.diffusion.decoder_training import (
     DecoderTuning,
     _latent_rendering,
     train_decoder,
+    train_stage1_decoder,
 )
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.latents.scene_latents import SceneLatents
-from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS, DIFFUSION_PRESETS
+from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.views import Views, camera_rays, index_cameras, make_cameras, with_poses
 from nfldm_ns.training import loop
 from nfldm_ns.training.run import read_metrics
@@ -83,7 +91,7 @@ def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_examples(store: VoxelStore, folder: Path, pipeline: NFLDMPipeline, **changes) -> DecoderExamples:
     examples = DecoderExamples(folder, store, SceneCache(store.load_collection(), 1.0), replace(EXAMPLES, **changes))
-    examples.make(pipeline, on_progress=lambda share: None)
+    examples.make(GeneratedVoxels(pipeline), on_progress=lambda share: None)
     return examples
 
 
@@ -111,9 +119,9 @@ def silent(share: float, losses: dict[str, float]) -> None:
 def test_examples_made_twice_or_in_two_parts_are_equal(store, tmp_path):
     first = make_examples(store, tmp_path / "a", small_pipeline())
     again = DecoderExamples(tmp_path / "b", store, first.cache, EXAMPLES)
-    again.make(small_pipeline(), [3, 1], on_progress=lambda share: None)
+    again.make(GeneratedVoxels(small_pipeline()), [3, 1], on_progress=lambda share: None)
     again.path(1).write_bytes(b"cut off")
-    again.make(small_pipeline(), on_progress=lambda share: None)
+    again.make(GeneratedVoxels(small_pipeline()), on_progress=lambda share: None)
     for place in range(len(first)):
         assert_equal(load_file(first.path(place)), load_file(again.path(place)))
     assert {first.scene_id(place) for place in range(3)} == set(store.splits["train"]), "each comes once"
@@ -122,9 +130,10 @@ def test_examples_made_twice_or_in_two_parts_are_equal(store, tmp_path):
 def test_finished_examples_are_not_made_again(store, tmp_path, monkeypatch):
     examples = make_examples(store, tmp_path, small_pipeline())
     monkeypatch.setattr(decoder_examples, "encode_latents", None)
-    examples.make(small_pipeline(), on_progress=lambda share: None)
+    source = GeneratedVoxels(small_pipeline())
+    examples.make(source, on_progress=lambda share: None)
     examples.path(0).unlink()
-    examples.make(small_pipeline(), [], on_progress=lambda share: None)  # a process without a share in them
+    examples.make(source, [], on_progress=lambda share: None)  # a process without a share in them
     assert not examples.path(0).exists()
 
 
@@ -164,7 +173,7 @@ def test_latents_of_examples_decode_to_what_was_rendered(store, tmp_path):
     examples = make_examples(store, tmp_path, pipeline, max_noise=1.0)
     example, real = examples.load(1), examples.real_views(1)
     cameras = Views.stack([real[example.views]]).cameras
-    for kind in KINDS:
+    for kind in GENERATED:
         with torch.no_grad():
             grid = pipeline.latent_autoencoder.decode(example.latents[kind])
             maps = pipeline.scene_autoencoder.render_maps(grid, cameras)
@@ -206,6 +215,37 @@ def test_a_pipeline_without_f_and_one_with_maps_make_examples(store, tmp_path):
     make_examples(store, tmp_path / "bev", small_pipeline(maps=maps), num_scenes=2)
 
 
+def test_examples_of_encoded_voxels_are_what_stage_1_renders(store, tmp_path):
+    stage1, chosen = small_scene_autoencoder(), replace(EXAMPLES, kinds=ENCODED, neighbours=True)
+    examples = DecoderExamples(tmp_path, store, SceneCache(store.load_collection(), 1.0), chosen)
+    examples.make(EncodedVoxels(stage1), on_progress=lambda share: None)
+    names = {name for name in load_file(examples.path(0)) if not name.startswith("neighbours.")}
+    assert names == {"views", "share", "encoded.features", "encoded.accumulation"}
+    example, real = examples.load(0), examples.real_views(0)
+    assert example.latents == {} and float(example.share) == 0
+    grid, cameras = store.grid([examples.scene_id(0)]), Views.stack([real[example.views]]).cameras
+    beside = example.neighbours
+    seen = [(example.features["encoded"], example.accumulation["encoded"]), (beside.features, beside.accumulation)]
+    for found, theirs in zip(seen, (cameras, with_poses(cameras, beside.camera_to_worlds[None])), strict=True):
+        with torch.no_grad():
+            maps = stage1.render_maps(grid, theirs)
+        for part, expected in zip(found, (maps.features, maps.accumulation), strict=True):
+            torch.testing.assert_close(part, expected[0], atol=1e-2, rtol=1e-2)
+
+
+def test_example_files_made_before_there_were_other_kinds_are_read(tmp_path):
+    path, kinds = tmp_path / "000000.safetensors", ("round_trip", "denoised")
+    shapes = {"features": (3, 4, 16, 16), "accumulation": (3, 1, 16, 16)}
+    shapes |= {"global_latent": (1, 8), "coarse": (1, 4, 2, 8, 8), "fine": (1, 4, 8, 8)}
+    tensors = {f"{kind}.{name}": torch.rand(shape).half() for kind in kinds for name, shape in shapes.items()}
+    save_file({**tensors, "views": torch.arange(3), "share": torch.tensor(0.5)}, path)
+    example = DecoderExample.load(path)
+    assert tuple(example.features) == tuple(example.accumulation) == tuple(example.latents) == kinds
+    assert torch.equal(example.features["denoised"], tensors["denoised.features"].float())
+    with pytest.raises(UserInputError, match="is no example for a decoder"):
+        DecoderExample.load(path, ENCODED)
+
+
 # Losses
 
 
@@ -215,10 +255,10 @@ def random_batch(masked: bool = False) -> DecoderBatch:
     if masked:
         masks = torch.ones(2, 1, 32, 32, dtype=torch.bool)
         masks[..., 8:20, 4:30] = False
-    maps = ({kind: torch.rand(2, c, 16, 16) for kind in KINDS} for c in (4, 1))
+    maps = ({kind: torch.rand(2, c, 16, 16) for kind in GENERATED} for c in (4, 1))
     stage2 = small_pipeline().latent_autoencoder
     shapes = ((stage2.global_dim,), stage2.coarse_shape, stage2.fine_shape)
-    latents = {kind: SceneLatents(*(torch.randn(1, *shape) for shape in shapes)) for kind in KINDS}
+    latents = {kind: SceneLatents(*(torch.randn(1, *shape) for shape in shapes)) for kind in GENERATED}
     real = Views(cameras, torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32) + 0.5, masks)
     return DecoderBatch(*maps, real, torch.tensor([0.0, 0.5]), latents)
 
@@ -247,7 +287,7 @@ def test_gradients_of_decoder_and_discriminator_do_not_mix(perceptual):
 
 def test_a_tuned_latent_decoder_learns_and_what_encodes_and_renders_does_not(perceptual):
     pipeline, batch = small_pipeline(), random_batch()
-    rendering = _latent_rendering(pipeline, torch.device("cpu"))
+    rendering = _latent_rendering(pipeline.latent_autoencoder, pipeline.scene_autoencoder, torch.device("cpu"))
     model = DecoderTuning(pipeline.scene_autoencoder.decoder, CONFIG.losses, perceptual, rendering)
     batch.features = batch.accumulation = {}  # which are made anew
     losses = model(batch)
@@ -270,6 +310,15 @@ class Plane(torch.nn.Module):
         return features[:, :3] * 2 - 1
 
 
+def test_encoded_voxels_have_all_losses_but_those_of_denoised_ones(perceptual):
+    model, batch = new_model(perceptual), random_batch()
+    maps = ({"encoded": group["round_trip"]} for group in (batch.features, batch.accumulation))
+    losses, expected = model(DecoderBatch(*maps, batch.real, batch.share, {})), model(batch)
+    assert set(losses) == {"rgb_loss", "lpips_loss", "adversarial_loss", "discriminator_loss"}
+    for name in ("rgb_loss", "lpips_loss"):
+        assert torch.equal(losses[name], expected[name])
+
+
 @pytest.mark.parametrize("swimming", [0.0, 0.3])
 def test_consistency_is_what_swims_and_not_what_stays(swimming, perceptual):
     """A wall 2 m ahead with stripes, seen from two places: stripes that stay with the wall cost nothing."""
@@ -285,7 +334,7 @@ def test_consistency_is_what_swims_and_not_what_stays(swimming, perceptual):
     depth = torch.full((1, 1, size, size), 2.0)
     beside = Neighbours(poses[1:], stripes(1) + swimming, torch.ones_like(depth), depth, depth)
     real = Views(index_cameras(cameras, torch.tensor([0])), stripes(0))
-    maps = (dict.fromkeys(KINDS, value) for value in (stripes(0), torch.ones_like(depth)))
+    maps = (dict.fromkeys(GENERATED, value) for value in (stripes(0), torch.ones_like(depth)))
     batch = DecoderBatch(*maps, real, torch.zeros(1), {}, beside)
     model = DecoderTuning(Plane(), replace(PLAIN.losses, consistency_mult=2.0), None)
     losses = model(batch)
@@ -372,6 +421,65 @@ def test_a_decoder_is_tuned_for_consistency_and_resumes(store, pipeline_folder, 
     assert_equal(weights(whole), weights(resumed))
 
 
+def tune_stage1(store: VoxelStore, folder: Path, config=PLAIN, on_progress=silent, **options) -> SceneAutoencoder:
+    begun_from = options.pop("begun_from", None) or store.load_autoencoder()
+    return train_stage1_decoder(begun_from, store, folder, config, on_progress=on_progress, **options)
+
+
+def test_only_the_image_decoder_of_stage_1_changes_and_it_resumes(store, perceptual, tmp_path):
+    config = replace(CONFIG, losses=replace(CONFIG.losses, consistency_mult=1.0))
+    tuned = tune_stage1(store, tmp_path / "whole", config, perceptual=perceptual)
+    before, after = store.load_autoencoder().state_dict(), load_scene_autoencoder(tmp_path / "whole").state_dict()
+    assert_equal(tuned.state_dict(), after)
+    changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {name for name in before if name.startswith("decoder.")}
+    last = read_metrics(tmp_path / "whole")[-1]
+    assert last["step"] == 6 and last["consistency_loss"] > 0 and "denoised_lpips_loss" not in last
+    with pytest.raises(Interrupted):
+        tune_stage1(store, tmp_path / "parts", config, interrupt, perceptual=perceptual)
+    assert not (tmp_path / "parts" / "scene_autoencoder").exists()
+    (tmp_path / "parts" / "examples" / "000002.safetensors").unlink()
+    assert_equal(tune_stage1(store, tmp_path / "parts", config, perceptual=perceptual).state_dict(), after)
+
+
+def test_a_tuned_stage_1_encodes_the_same_voxels_and_is_tuned_again(store, tmp_path):
+    tune_stage1(store, tmp_path / "first", replace(PLAIN, decoder_blocks=2))
+    begun_from = load_scene_autoencoder(tmp_path / "first")
+    assert begun_from.config.decoder_blocks == 2
+    record = read_training_record(tmp_path / "first")
+    assert record["step"] == 5 and record["data"] == store.description["collection"]
+    again = encode_collection(store.load_collection(), begun_from, tmp_path / "voxels")
+    for scene_id in store.scene_ids:
+        assert_equal(load_file(store.path(scene_id)), load_file(again.path(scene_id)))
+    first = {name: value.clone() for name, value in begun_from.state_dict().items()}
+    second = tune_stage1(store, tmp_path / "second", begun_from=begun_from).state_dict()
+    assert all(torch.equal(value, second[name]) != name.startswith("decoder.") for name, value in first.items())
+
+
+def test_images_of_encoded_voxels_become_like_the_real_ones(store, tmp_path):
+    schedule = replace(SCHEDULE, max_steps=100, learning_rate=5e-3, log_every=20)
+    tune_stage1(store, tmp_path, replace(PLAIN, schedule=schedule))
+    losses = [entry["rgb_loss"] for entry in read_metrics(tmp_path)]
+    assert losses[-1] < 0.9 * losses[0], losses
+
+
+def test_runs_are_told_apart_by_what_has_a_say_in_them(store, pipeline_folder, tmp_path):
+    train_decoder(load_pipeline(pipeline_folder), store, tmp_path / "generator", PLAIN, on_progress=silent)
+    tune_stage1(store, tmp_path / "stage1")
+    generator, stage1 = (read_json(tmp_path / name / "run.json") for name in ("generator", "stage1"))
+    shared = {"kind", "voxels", "seed", "batch_size", "num_views", "discriminator_rate", "examples", "losses"}
+    assert set(generator) == shared | {"pipeline", "temperatures", "scheduler"}, "as of runs begun before"
+    assert generator["kind"] == "image decoder"
+    assert set(generator["examples"]) == {"num_scenes", "num_views", "max_noise", "num_inference_steps", "seed"}
+    losses = {"rgb_mult", "lpips_mult", "adversarial_mult", "adversarial_levels"}
+    assert set(generator["losses"]) == losses | {"denoised_lpips_mult"}
+    assert set(stage1) == shared | {"scene_autoencoder"}
+    assert set(stage1["examples"]) == {"num_scenes", "num_views", "seed"} and set(stage1["losses"]) == losses
+    tune_stage1(store, tmp_path / "stage1", replace(PLAIN, examples=replace(EXAMPLES, max_noise=0.5)))
+    with pytest.raises(UserInputError, match="holds a training run"):
+        tune_stage1(store, tmp_path / "generator")
+
+
 def test_a_grown_decoder_shows_the_same_until_it_is_tuned(store, pipeline_folder):
     before, grown = load_pipeline(pipeline_folder), load_pipeline(pipeline_folder)
     autoencoder = grown.scene_autoencoder
@@ -439,6 +547,12 @@ def test_pictures_do_not_change_the_weights(store, pipeline_folder, tmp_path):
         for folder, config in ((tmp_path / "blind", PLAIN), (tmp_path / "seen", replace(PLAIN, schedule=seen)))
     ]
     assert_equal(*runs)
+
+
+def test_pictures_of_encoded_voxels_do_not_change_the_weights_either(store, tmp_path):
+    seen = replace(PLAIN, schedule=replace(SCHEDULE, validation_steps=3, report_to="tensorboard"))
+    runs = [tune_stage1(store, tmp_path / name, config) for name, config in (("blind", PLAIN), ("seen", seen))]
+    assert_equal(*(stage1.state_dict() for stage1 in runs))
 
 
 def test_another_run_in_the_folder_is_refused(store, pipeline_folder, tmp_path):
@@ -525,6 +639,17 @@ def test_voxels_of_another_stage_1_are_refused(store, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_stage_1_that_did_not_encode_the_voxels_is_refused(store, tmp_path):
+    other = small_scene_autoencoder()
+    with torch.no_grad():
+        other.density_bias += 1
+    with pytest.raises(UserInputError, match="another scene auto-encoder than the one given"):
+        tune_stage1(store, tmp_path / "run", begun_from=other)
+    with pytest.raises(ValueError, match="come from no latents"):
+        tune_stage1(store, tmp_path / "run", replace(PLAIN, tune_latent_decoder=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_store_without_training_scenes_is_refused(store, tmp_path):
     description = copy.deepcopy(store.description)
     description["splits"]["train"] = []
@@ -540,12 +665,20 @@ def test_presets_are_those_of_the_other_stages():
     assert set(DECODER_PRESETS) == set(DIFFUSION_PRESETS)
 
 
-def options(store: VoxelStore, pipeline: Path, output: Path) -> list[str]:
+def shared_options(store: VoxelStore, output: Path) -> list[str]:
     return [
-        *("--voxels", str(store.root), "--pipeline", str(pipeline), "--output-dir", str(output)),
-        *("--num-scenes", "2", "--num-views", "2", "--num-inference-steps", "3", "--max-noise", "0.9"),
+        *("--voxels", str(store.root), "--output-dir", str(output), "--num-scenes", "2", "--num-views", "2"),
         *("--max-steps", "2", "--batch-size", "1", "--report-to", "none"),
     ]
+
+
+def options(store: VoxelStore, pipeline: Path, output: Path) -> list[str]:
+    own = ["--pipeline", str(pipeline), "--num-inference-steps", "3", "--max-noise", "0.9"]
+    return [*shared_options(store, output), *own]
+
+
+def stage1_options(store: VoxelStore, output: Path) -> list[str]:
+    return [*shared_options(store, output), "--of-stage1"]
 
 
 def test_command(store, pipeline_folder, perceptual, tmp_path, monkeypatch, capsys):
@@ -579,3 +712,44 @@ def test_command_does_not_write_over_the_generator_it_began_from(store, pipeline
     with pytest.raises(SystemExit):
         command.main(options(store, pipeline_folder, pipeline_folder.parent))
     assert "choose another output folder" in capsys.readouterr().err
+
+
+def test_command_tunes_stage_1_and_again_from_the_result(store, perceptual, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nfldm_ns.pretrained.weights.load_lpips", lambda net: perceptual.metric)
+    command.main(stage1_options(store, tmp_path / "run"))
+    assert f"The scene auto-encoder is in {tmp_path / 'run' / 'scene_autoencoder'}" in capsys.readouterr().out
+    command.main([*stage1_options(store, tmp_path / "again"), "--initial-weights", str(tmp_path / "run")])
+    tuned = [load_scene_autoencoder(tmp_path / name) for name in ("run", "again")]
+    assert len({model.decoder.out.bias[0].item() for model in (store.load_autoencoder(), *tuned)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["--pipeline", "vizdoom-rooms"], "--pipeline does not go with --of-stage1"),
+        (["--max-noise", "0.4"], "--max-noise does not go with --of-stage1"),
+        (["--num-inference-steps", "20"], "--num-inference-steps does not go with --of-stage1"),
+        (["--tune-latent-decoder"], "--tune-latent-decoder does not go with --of-stage1"),
+        (["--no-of-stage1", "--initial-weights", "vizdoom-stage1"], "with --of-stage1: add that"),
+        (["--initial-weights", "nowhere"], "There is no trained scene auto-encoder at nowhere"),
+    ],
+)
+def test_command_says_what_does_not_go_with_stage_1(
+    store, perceptual, tmp_path, monkeypatch, capsys, changes, sentence
+):
+    monkeypatch.setattr("nfldm_ns.pretrained.weights.load_lpips", lambda net: perceptual.metric)
+    with pytest.raises(SystemExit) as exit_info:
+        command.main([*stage1_options(store, tmp_path / "run"), *changes])
+    assert exit_info.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_command_does_not_write_over_the_stage_1_it_began_from(store, perceptual, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nfldm_ns.pretrained.weights.load_lpips", lambda net: perceptual.metric)
+    store.load_autoencoder().save_pretrained(tmp_path / "scene_autoencoder")
+    given = ["--initial-weights", str(tmp_path / "scene_autoencoder")]
+    for arguments in (stage1_options(store, store.root), [*stage1_options(store, tmp_path), *given]):
+        with pytest.raises(SystemExit):
+            command.main(arguments)
+        assert "choose another output folder" in capsys.readouterr().err

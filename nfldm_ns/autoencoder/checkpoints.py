@@ -33,9 +33,14 @@ def save_scene_autoencoder(autoencoder: SceneAutoencoder, run: Path, record: Map
     """
     folder = run / FOLDER
     with atomic_path(folder) as temporary:
-        autoencoder.save_pretrained(temporary)
-        (temporary / RECORD).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
+        write_scene_autoencoder(autoencoder, temporary, record)
     return folder
+
+
+def write_scene_autoencoder(autoencoder: SceneAutoencoder, folder: Path, record: Mapping[str, Any]) -> None:
+    """Fills a new folder as `save_scene_autoencoder` does, file by file."""
+    autoencoder.save_pretrained(folder)
+    (folder / RECORD).write_text(json.dumps(dict(record), indent=1) + "\n", encoding="utf-8")
 
 
 def scene_autoencoder_folder(path: Path | str) -> Path:

@@ -1,8 +1,8 @@
-"""`nfldm-train-decoder`: the decoders, tuned on generated voxels."""
+"""`nfldm-train-decoder`: the decoders, tuned on generated or encoded voxels."""
 
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
@@ -10,10 +10,16 @@ from nfldm_ns.errors import UserInputError, exit_on_bad_input
 from nfldm_ns.models import GENERATOR
 from nfldm_ns.training.options import ScheduleOptions, is_first_process
 
+if TYPE_CHECKING:
+    from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+    from nfldm_ns.diffusion.decoder_training import DecoderTrainingConfig
+    from nfldm_ns.latents.voxel_store import VoxelStore
+
 
 @dataclass
 class TrainDecoder:
-    """Tune the image decoder of a trained generator on voxels as it generates them; all else stays as it is.
+    """Tune the image decoder of a trained generator on voxels as it generates them, or with `--of-stage1` that of a
+    stage 1 on voxels as it encodes them; all else stays as it is.
 
     First the feature maps of such voxels are made and kept in the output folder, then the decoder is trained on them
     and on the real views of the same cameras. An interrupted run continues where it stopped. On several GPUs or
@@ -23,12 +29,21 @@ class TrainDecoder:
     voxels: Path
     """Encoded scenes, from nfldm-encode, by the stage 1 of the generator."""
     output_dir: Path
-    """The run folder; the generator with the tuned decoder goes to pipeline/ in it."""
-    pipeline: Path = Path(GENERATOR)
-    """A trained generator: the pipeline folder of nfldm-train-diffusion, or the model that comes with this package."""
+    """The run folder; the generator with the tuned decoder goes to pipeline/ in it, with `--of-stage1` stage 1 to
+    scene_autoencoder/."""
+    pipeline: Path | None = None
+    """A trained generator: the pipeline folder of nfldm-train-diffusion; by default the model that comes with this
+    package."""
+    of_stage1: bool = False
+    """Tune the image decoder of the stage 1 that encoded the voxels, on them as they are; no generator takes part.
+    Voxels encoded from source views alone show it V as it will meet it at novel views, those of `nfldm-encode
+    --all-views` are sharper."""
+    initial_weights: Path | None = None
+    """With `--of-stage1`: another stage 1 to begin from, of the same encoder, as an earlier result of this command."""
     preset: Literal["tiny", "rooms", "rooms128", "base", "paper", "streets-tiny", "streets", "streets-paper"] = "tiny"
     num_scenes: int | None = None
-    """Scenes to make feature maps of: training scenes, each after its latents, and with c and f noised and denoised."""
+    """Scenes to make feature maps of: training scenes, each after its latents, and with c and f noised and denoised; or
+    with `--of-stage1` each as it was encoded."""
     num_views: int | None = None
     """Views of each."""
     max_noise: float | None = None
@@ -49,16 +64,34 @@ class TrainDecoder:
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
-        from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
-        from nfldm_ns.diffusion.decoder_training import PIPELINE_FOLDER, train_decoder
-        from nfldm_ns.diffusion.pipeline import load_pipeline
         from nfldm_ns.latents.voxel_store import VoxelStore
-        from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS
-        from nfldm_ns.pretrained.weights import load_lpips
 
-        saved = self.output_dir / PIPELINE_FOLDER
-        if saved.resolve() == self.pipeline.resolve():
-            raise UserInputError(f"{saved} is the generator to begin from: choose another output folder.")
+        self._check()
+        config, store = self._config(), VoxelStore.open(self.voxels)
+        result = self._tune_stage1(store, config) if self.of_stage1 else self._tune_generator(store, config)
+        if is_first_process():
+            print(result)
+
+    def _check(self) -> None:
+        if not self.of_stage1:
+            if self.initial_weights is not None:
+                raise UserInputError(
+                    "--initial-weights is a stage 1 to begin from with --of-stage1: add that, or give a --pipeline."
+                )
+            return
+        names = ("pipeline", "max_noise", "num_inference_steps")
+        given = [name for name in names if getattr(self, name) is not None]
+        given += ["tune_latent_decoder"] if self.tune_latent_decoder else []
+        if given:
+            raise UserInputError(
+                f"--{given[0].replace('_', '-')} does not go with --of-stage1, which tunes on voxels as they were "
+                "encoded and needs no generator: leave one of them out."
+            )
+
+    def _config(self) -> "DecoderTrainingConfig":
+        """The preset with what was given."""
+        from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS
+
         config = DECODER_PRESETS[self.preset]
         names = ("num_scenes", "num_views", "max_noise", "num_inference_steps")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
@@ -67,7 +100,7 @@ class TrainDecoder:
         weights = {name: getattr(self, name) for name in ("adversarial_mult", "consistency_mult")}
         losses = replace(config.losses, **{name: value for name, value in weights.items() if value is not None})
         schedule = replace(config.schedule, **self.schedule.given())
-        config = replace(
+        return replace(
             config,
             examples=examples,
             losses=losses,
@@ -75,12 +108,36 @@ class TrainDecoder:
             tune_latent_decoder=self.tune_latent_decoder,
             decoder_blocks=self.decoder_blocks,
         )
-        store = VoxelStore.open(self.voxels)
-        pipeline = load_pipeline(self.pipeline)
-        perceptual = PerceptualNetwork(load_lpips("vgg")) if losses.needs_perceptual_network else None
-        train_decoder(pipeline, store, self.output_dir, config, perceptual=perceptual)
-        if is_first_process():
-            print(f"The pipeline is in {saved}")
+
+    def _tune_generator(self, store: "VoxelStore", config: "DecoderTrainingConfig") -> str:
+        from nfldm_ns.diffusion.decoder_training import PIPELINE_FOLDER, train_decoder
+        from nfldm_ns.diffusion.pipeline import load_pipeline
+
+        begun_from, saved = self.pipeline or Path(GENERATOR), self.output_dir / PIPELINE_FOLDER
+        if saved.resolve() == begun_from.resolve():
+            raise UserInputError(f"{saved} is the generator to begin from: choose another output folder.")
+        pipeline = load_pipeline(begun_from)
+        train_decoder(pipeline, store, self.output_dir, config, perceptual=_perceptual_network(config))
+        return f"The pipeline is in {saved}"
+
+    def _tune_stage1(self, store: "VoxelStore", config: "DecoderTrainingConfig") -> str:
+        from nfldm_ns.autoencoder.checkpoints import FOLDER, load_scene_autoencoder, scene_autoencoder_folder
+        from nfldm_ns.diffusion.decoder_training import train_stage1_decoder
+
+        saved = self.output_dir / FOLDER
+        theirs = [store.root] if self.initial_weights is None else [store.root, self.initial_weights]
+        if saved.resolve() in [scene_autoencoder_folder(path).resolve() for path in theirs]:
+            raise UserInputError(f"{saved} is a scene auto-encoder to begin from: choose another output folder.")
+        stage1 = load_scene_autoencoder(self.initial_weights) if self.initial_weights else store.load_autoencoder()
+        train_stage1_decoder(stage1, store, self.output_dir, config, perceptual=_perceptual_network(config))
+        return f"The scene auto-encoder is in {saved}"
+
+
+def _perceptual_network(config: "DecoderTrainingConfig") -> "PerceptualNetwork | None":
+    from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+    from nfldm_ns.pretrained.weights import load_lpips
+
+    return PerceptualNetwork(load_lpips("vgg")) if config.losses.needs_perceptual_network else None
 
 
 def main(args: list[str] | None = None) -> None:

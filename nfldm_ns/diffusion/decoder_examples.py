@@ -1,4 +1,4 @@
-"""Latents and rendered feature maps of generated voxels, on which decoders are tuned; made once and kept."""
+"""Rendered feature maps of voxels, and their latents, on which decoders are tuned; made once and kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +21,7 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.diffusion.inpainting import Inpainting
 from nfldm_ns.diffusion.latent_memory import encode_latents
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore
@@ -28,9 +29,10 @@ from nfldm_ns.scenes.views import Views, index_cameras, step_aside
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.training.draws import ItemDraws, batch_indices
-from nfldm_ns.training.identity import public_config
+from nfldm_ns.training.identity import model_hash, public_config
 
-KINDS = ("round_trip", "denoised")
+ENCODED = ("encoded",)
+GENERATED = ("round_trip", "denoised")
 MAPS = ("features", "accumulation")
 LATENTS = tuple(part.name for part in fields(SceneLatents))
 POSES = "camera_to_worlds"
@@ -50,7 +52,8 @@ class ExampleConfig:
         max_noise: largest share of the schedule that latents are noised to, in (0, 1].
         num_inference_steps: of the whole schedule; an example walks its share of them.
         seed: of scenes, views and noise.
-        neighbours: whether each view of a denoised V has one beside it, which a loss of consistency looks at.
+        neighbours: whether each view of the last kind has one beside it, which a loss of consistency looks at.
+        kinds: of V, as the source of the examples makes them; the first looks like the real views.
     """
 
     num_scenes: int = 256
@@ -59,6 +62,7 @@ class ExampleConfig:
     num_inference_steps: int = 20
     seed: int = 0
     neighbours: bool = False
+    kinds: tuple[str, ...] = GENERATED
 
     def check(self) -> None:
         """Raises `UserInputError` for settings that make no sense."""
@@ -117,16 +121,16 @@ class Neighbours:
 
 @dataclass
 class DecoderExample:
-    """One scene as its views see it after its latents, N views.
+    """One scene as its views see it, N views.
 
     Attributes:
         views: indices into the source views and then the target views of the scene.
-        share: of the schedule, that the latents of the denoised V were noised to.
-        features: by kind, `[N, C, h, w]`: `round_trip` of V after its own latents, `denoised` of V of latents that were
-            noised and denoised.
+        share: of the schedule, that the latents of the denoised V were noised to; 0 where there are none.
+        features: by kind, `[N, C, h, w]`: `encoded` of V as it was encoded, `round_trip` of V after its own latents,
+            `denoised` of V of latents that were noised and denoised.
         accumulation: likewise, `[N, 1, h, w]`.
-        latents: likewise, g, c and f that V was decoded from, of batch size 1.
-        neighbours: of the views of the denoised V, where they were asked for.
+        latents: likewise, g, c and f that V was decoded from, of batch size 1; none of encoded V.
+        neighbours: of the views of the last kind, where they were asked for.
     """
 
     views: Int[Tensor, " views"]
@@ -139,10 +143,11 @@ class DecoderExample:
     def save(self, path: Path) -> None:
         """Writes it whole or not at all, in half precision."""
         tensors = {"views": self.views.cpu(), "share": self.share.cpu()}
-        for kind in KINDS:
-            tensors |= {f"{kind}.features": stored_half(self.features[kind])}
+        for kind, features in self.features.items():
+            tensors |= {f"{kind}.features": stored_half(features)}
             tensors |= {f"{kind}.accumulation": stored_half(self.accumulation[kind])}
-            tensors |= {f"{kind}.{name}": stored_half(part) for name, part in self.latents[kind].state_dict().items()}
+        for kind, latents in self.latents.items():
+            tensors |= {f"{kind}.{name}": stored_half(part) for name, part in latents.state_dict().items()}
         if self.neighbours is not None:
             for name, part in self.neighbours.state_dict().items():
                 tensors[f"neighbours.{name}"] = part.cpu().contiguous() if name == POSES else stored_half(part)
@@ -150,15 +155,16 @@ class DecoderExample:
             save_file(tensors, temporary)
 
     @staticmethod
-    def load(path: Path) -> DecoderExample:
+    def load(path: Path, kinds: tuple[str, ...] = GENERATED) -> DecoderExample:
         """Reads what `save` wrote, in single precision; `UserInputError` if it is damaged."""
         tensors = read_safetensors(path)
-        if not set(_names()) <= set(tensors):
+        if not set(_names(kinds)) <= set(tensors):
             raise UserInputError(f"{path} is no example for a decoder: delete it to have it made again.")
-        features, accumulation = ({kind: tensors[f"{kind}.{part}"].float() for kind in KINDS} for part in MAPS)
-        latents = {kind: SceneLatents(*(tensors[f"{kind}.{name}"].float() for name in LATENTS)) for kind in KINDS}
+        features, accumulation = ({kind: tensors[f"{kind}.{part}"].float() for kind in kinds} for part in MAPS)
+        decoded = [kind for kind in kinds if kind not in ENCODED]
+        latents = {kind: SceneLatents(*(tensors[f"{kind}.{name}"].float() for name in LATENTS)) for kind in decoded}
         neighbours = None
-        if set(_names(neighbours=True)) <= set(tensors):
+        if set(_names(kinds, neighbours=True)) <= set(tensors):
             neighbours = Neighbours(*(tensors[f"neighbours.{part.name}"].float() for part in fields(Neighbours)))
         return DecoderExample(tensors["views"], tensors["share"], features, accumulation, latents, neighbours)
 
@@ -190,7 +196,7 @@ class DecoderExamples:
         return scenes[batch_indices(len(scenes), 1, place, self.config.seed)[0]]
 
     def load(self, place: int) -> DecoderExample:
-        return DecoderExample.load(self.path(place))
+        return DecoderExample.load(self.path(place), self.config.kinds)
 
     def real_views(self, place: int) -> Views:
         """All views of its scene, first the source views."""
@@ -199,68 +205,153 @@ class DecoderExamples:
 
     def make(
         self,
-        pipeline: NFLDMPipeline,
+        source: VoxelSource,
         places: Iterable[int] | None = None,
         on_progress: Callable[[float], None] | None = None,
     ) -> None:
         """Makes those that are not there yet.
 
         Args:
-            pipeline: on the device that is worked on.
+            source: its models on the device that is worked on.
             places: of these; by default all.
             on_progress: called with the share that is done, instead of a progress bar.
         """
         places = range(len(self)) if places is None else places
-        names = _names(self.config.neighbours)
+        names = _names(self.config.kinds, self.config.neighbours)
         missing = [place for place in places if not holds_tensors(self.path(place), names)]
-        pipeline.set_progress_bar_config(disable=True)
-        for done, place in enumerate(track(missing, "Generating voxels", disable=on_progress is not None)):
-            self._make(pipeline, place).save(self.path(place))
+        for done, place in enumerate(track(missing, "Making examples", disable=on_progress is not None)):
+            self._make(source, place).save(self.path(place))
             if on_progress is not None:
                 on_progress((done + 1) / len(missing))
 
     @torch.no_grad()
-    def _make(self, pipeline: NFLDMPipeline, place: int) -> DecoderExample:
-        device = next(pipeline.scene_autoencoder.parameters()).device
+    def _make(self, source: VoxelSource, place: int) -> DecoderExample:
+        renderer = source.scene_autoencoder
+        device = next(renderer.parameters()).device
         draws = ItemDraws(self.config.seed, [place], device)
-        share = quantised_share(pipeline, float(draws.uniform()) * self.config.max_noise, self.config)
+        share = source.nearest_share(float(draws.uniform()) * self.config.max_noise, self.config)
         real = self.real_views(place)
         views = draws.permutation(0, real.shape[0])[: self.config.num_views].sort().values
         cameras = index_cameras(real.cameras, views[None]).to(device)
-        code, encoded = self._encode(pipeline, place, device)
-        latents = dict.fromkeys(KINDS, encoded)
-        grids = dict.fromkeys(KINDS, pipeline.latent_autoencoder.decode(encoded))
-        if share > 0:
-            latents["denoised"], grids["denoised"] = self._denoise(pipeline, place, code, encoded, share, draws)
-        maps = {kind: pipeline.scene_autoencoder.render_maps(grid, cameras) for kind, grid in grids.items()}
+        grids, latents = source.voxels(self, place, share, draws)
+        maps = {kind: renderer.render_maps(grid, cameras) for kind, grid in grids.items()}
         features = {kind: found.features[0] for kind, found in maps.items()}
         accumulation = {kind: found.accumulation[0] for kind, found in maps.items()}
         neighbours = None
         if self.config.neighbours:
+            last = self.config.kinds[-1]
             beside = _cameras_beside(cameras, draws)
-            seen = pipeline.scene_autoencoder.render_maps(grids["denoised"], beside)
-            neighbours = Neighbours.of_maps(beside, maps["denoised"], seen)
+            neighbours = Neighbours.of_maps(beside, maps[last], renderer.render_maps(grids[last], beside))
         return DecoderExample(views, torch.tensor(share), features, accumulation, latents, neighbours)
 
+
+class VoxelSource(Protocol):
+    """What makes the V of examples, from the scenes of a store.
+
+    Attributes:
+        kinds: of V that it makes.
+        scene_autoencoder: what renders them, whose image decoder is tuned.
+    """
+
+    kinds: tuple[str, ...]
+    scene_autoencoder: SceneAutoencoder
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves its models."""
+
+    def identity(self) -> dict[str, Any]:
+        """What tells its examples and what is tuned on them from others'."""
+
+    def nearest_share(self, share: float, config: ExampleConfig) -> float:
+        """The share of the schedule, next to the one given, that it can noise latents to; 0 if to none."""
+
+    def voxels(
+        self, examples: DecoderExamples, place: int, share: float, draws: ItemDraws
+    ) -> tuple[dict[str, VoxelGrid], dict[str, SceneLatents]]:
+        """V of an example by kind, and the latents of those that were decoded from some."""
+
+
+class EncodedVoxels:
+    """V as stage 1 encoded it."""
+
+    kinds: tuple[str, ...] = ENCODED
+
+    def __init__(self, scene_autoencoder: SceneAutoencoder) -> None:
+        self.scene_autoencoder = scene_autoencoder
+
+    def to(self, device: torch.device | str) -> None:
+        self.scene_autoencoder.to(device)
+
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "image decoder of stage 1", "scene_autoencoder": model_hash(self.scene_autoencoder)}
+
+    def nearest_share(self, share: float, config: ExampleConfig) -> float:
+        return 0.0
+
+    def voxels(
+        self, examples: DecoderExamples, place: int, share: float, draws: ItemDraws
+    ) -> tuple[dict[str, VoxelGrid], dict[str, SceneLatents]]:
+        grid = examples.store.grid([examples.scene_id(place)]).to(draws.device)
+        return dict.fromkeys(self.kinds, grid), {}
+
+
+class GeneratedVoxels:
+    """V after its own latents, and of latents that the denoisers of a generator were given noised."""
+
+    kinds: tuple[str, ...] = GENERATED
+
+    def __init__(self, pipeline: NFLDMPipeline) -> None:
+        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline = pipeline
+        self.scene_autoencoder = pipeline.scene_autoencoder
+
+    def to(self, device: torch.device | str) -> None:
+        self.pipeline.to(device)
+
+    def identity(self) -> dict[str, Any]:
+        pipeline = self.pipeline
+        components = {name: getattr(pipeline, name) for name in COMPONENTS}
+        return {
+            "kind": "image decoder",
+            "pipeline": {name: model_hash(model) for name, model in components.items() if model is not None},
+            "temperatures": pipeline.config.temperatures,
+            **pipeline.own_contrasts(),
+            "scheduler": {"class": type(pipeline.scheduler).__name__, **public_config(pipeline.scheduler)},
+        }
+
+    def nearest_share(self, share: float, config: ExampleConfig) -> float:
+        return quantised_share(self.pipeline, share, config)
+
+    def voxels(
+        self, examples: DecoderExamples, place: int, share: float, draws: ItemDraws
+    ) -> tuple[dict[str, VoxelGrid], dict[str, SceneLatents]]:
+        code, encoded = self._encode(examples, place, draws.device)
+        latents = dict.fromkeys(self.kinds, encoded)
+        grids = dict.fromkeys(self.kinds, self.pipeline.latent_autoencoder.decode(encoded))
+        if share > 0:
+            latents["denoised"], grids["denoised"] = self._denoise(examples, place, code, encoded, share, draws)
+        return grids, latents
+
     def _encode(
-        self, pipeline: NFLDMPipeline, place: int, device: torch.device
+        self, examples: DecoderExamples, place: int, device: torch.device
     ) -> tuple[Float[Tensor, "1 code"], SceneLatents]:
         """The scene code and the latents of the true V, as denoisers are trained on them."""
+        global_denoiser = self.pipeline.global_denoiser
         memory = encode_latents(
-            self.store,
-            pipeline.latent_autoencoder,
-            [self.scene_id(place)],
+            examples.store,
+            self.pipeline.latent_autoencoder,
+            [examples.scene_id(place)],
             quarter_turns=False,
-            num_cameras=pipeline.global_denoiser.config.num_cameras,
+            num_cameras=global_denoiser.config.num_cameras,
             on_progress=lambda share: None,
         )
         turns = torch.zeros(1, dtype=torch.long)
         code, coarse, fine = (memory.pick(name, [0], turns, device) for name in ("scene_code", "coarse", "fine"))
-        return code, SceneLatents(pipeline.global_denoiser.split(code)[0], coarse, fine)
+        return code, SceneLatents(global_denoiser.split(code)[0], coarse, fine)
 
     def _denoise(
         self,
-        pipeline: NFLDMPipeline,
+        examples: DecoderExamples,
         place: int,
         code: Float[Tensor, "1 code"],
         latents: SceneLatents,
@@ -269,13 +360,13 @@ class DecoderExamples:
     ) -> tuple[SceneLatents, VoxelGrid]:
         """c and f noised to a share of the schedule and denoised (SDEdit, Meng et al. 2022), and V of them."""
         coarse, fine = (torch.ones(part.shape[-2:], dtype=torch.bool) for part in (latents.coarse, latents.fine))
-        steps = self.config.num_inference_steps
-        groups = pipeline_steps(pipeline, steps)
+        steps = examples.config.num_inference_steps
+        groups = pipeline_steps(self.pipeline, steps)
         everywhere = Inpainting(latents, coarse, fine, strength=share, resamplings=1, jump_length=groups)
         bev = None
-        if pipeline.bev_size is not None:
-            bev = torch.from_numpy(self.cache.collection.load_bev(self.scene_id(place)).astype("int64"))
-        output = pipeline(1, draws.generators, steps, scene_code=code, inpainting=everywhere, bev=bev)
+        if self.pipeline.bev_size is not None:
+            bev = torch.from_numpy(examples.cache.collection.load_bev(examples.scene_id(place)).astype("int64"))
+        output = self.pipeline(1, draws.generators, steps, scene_code=code, inpainting=everywhere, bev=bev)
         assert output.grids is not None
         return output.latents, output.grids
 
@@ -292,7 +383,7 @@ def quantised_share(pipeline: NFLDMPipeline, share: float, config: ExampleConfig
     return round(share * groups) / groups
 
 
-def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder) -> None:
+def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder, whose: str = "the pipeline's") -> None:
     """Raises `UserInputError` unless the scenes were encoded by this stage 1; another image decoder does not matter."""
     theirs, ours = store.load_autoencoder(), scene_autoencoder
     configs = [{k: v for k, v in public_config(m).items() if not k.startswith(DECODER_SIZES)} for m in (theirs, ours)]
@@ -301,8 +392,8 @@ def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder) 
         torch.equal(value, weights[1][name].cpu()) for name, value in weights[0].items()
     ):
         raise UserInputError(
-            f"The scenes in {store.root} were encoded by another scene auto-encoder than the pipeline's: give the "
-            "voxels that it was trained on."
+            f"The scenes in {store.root} were encoded by another scene auto-encoder than {whose}: give the voxels that "
+            "it encoded."
         )
 
 
@@ -314,6 +405,9 @@ def _cameras_beside(cameras: Cameras, draws: ItemDraws) -> Cameras:
     return step_aside(cameras, yaw, offset)
 
 
-def _names(neighbours: bool = False) -> list[str]:
+def _names(kinds: tuple[str, ...], neighbours: bool = False) -> list[str]:
+    """Of the tensors that an example's file must have."""
     beside = [f"neighbours.{part.name}" for part in fields(Neighbours)] if neighbours else []
-    return ["views", "share", *(f"{kind}.{part}" for kind in KINDS for part in (*MAPS, *LATENTS)), *beside]
+    maps = [f"{kind}.{part}" for kind in kinds for part in MAPS]
+    latents = [f"{kind}.{part}" for kind in kinds if kind not in ENCODED for part in LATENTS]
+    return ["views", "share", *maps, *latents, *beside]

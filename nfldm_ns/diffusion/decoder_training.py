@@ -1,4 +1,5 @@
-"""Tunes the image decoder of stage 1, and if wanted that of stage 2, on what stages 2 and 3 make; all else stays."""
+"""Tunes the image decoder of stage 1, and if wanted the decoder of stage 2, on generated voxels; or the former alone on
+voxels as they were encoded. All else stays."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 
+from nfldm_ns.autoencoder.checkpoints import FOLDER, write_scene_autoencoder
 from nfldm_ns.autoencoder.decoder import ImageDecoder
 from nfldm_ns.autoencoder.discriminator import ProjectedDiscriminator, discriminator_loss, generator_loss
 from nfldm_ns.autoencoder.losses import depth_loss
@@ -22,8 +24,16 @@ from nfldm_ns.autoencoder.perceptual import PERCEPTUAL_CHANNELS, PerceptualNetwo
 from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder, decode_images
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
-from nfldm_ns.diffusion.decoder_examples import KINDS, DecoderExamples, ExampleConfig, Neighbours, require_same_voxels
-from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, save_without_origin
+from nfldm_ns.diffusion.decoder_examples import (
+    DecoderExamples,
+    EncodedVoxels,
+    ExampleConfig,
+    GeneratedVoxels,
+    Neighbours,
+    VoxelSource,
+    require_same_voxels,
+)
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, save_without_origin
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
@@ -32,7 +42,6 @@ from nfldm_ns.metrics.consistency import reproject
 from nfldm_ns.reports.galleries import image_grid
 from nfldm_ns.scenes.views import Views, with_poses
 from nfldm_ns.scenes.writing import clear_unfinished
-from nfldm_ns.training.identity import model_hash, public_config
 from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
 from nfldm_ns.training.run import RunFolder
 from nfldm_ns.training.schedule import Schedule, batch_share, joint_batch_size, new_accelerator
@@ -48,7 +57,7 @@ class DecoderLossConfig:
     """Weights of the losses."""
 
     rgb_mult: float = 1.0
-    """|i - i_hat| of images of V after its own latents."""
+    """|i - i_hat| of images of V after its own latents, or as it was encoded."""
     lpips_mult: float = 1.0
     """Their perceptual distance."""
     denoised_lpips_mult: float = 0.3
@@ -59,8 +68,9 @@ class DecoderLossConfig:
     adversarial_levels: tuple[int, ...] = (1, 2, 3, 4)
     """Levels of the perceptual network that it looks at, 0 the finest; coarse ones see how rooms hang together."""
     consistency_mult: float = 0.0
-    """Of the mean difference between images of denoised V from a camera and from one a step beside it, where both see
-    the same surface; 0 makes no such images. What swims from view to view costs, what is sharp and stays does not."""
+    """Of the mean difference between images of denoised (or encoded) V from a camera and from one a step beside it,
+    where both see the same surface; 0 makes no such images. What swims from view to view costs, what is sharp and stays
+    does not."""
     depth_mult: float = 0.05
     """Squared error (m^2) of the depth of V after its own latents, where the latent decoder is tuned, too: what a
     discriminator makes of single views must not bend the room."""
@@ -92,14 +102,14 @@ class DecoderTrainingConfig:
 
 @dataclass
 class DecoderBatch:
-    """Views of some examples, B of them in all, each after the round trip and denoised.
+    """Views of some examples, B of them in all, each in all kinds.
 
     Attributes:
         features, accumulation: by kind, at the resolution of the rays.
         real: `[B]`, the real views of the same cameras.
         share: of the schedule, of each view.
-        latents: by kind, of the S scenes, each with B / S views one after the other.
-        neighbours: of all B views, where examples have them.
+        latents: by kind, of the S scenes, each with B / S views one after the other; none of encoded V.
+        neighbours: of all B views of the last kind, where examples have them.
     """
 
     features: dict[str, Float[Tensor, "batch channels h w"]]
@@ -111,7 +121,8 @@ class DecoderBatch:
 
     def real_by_scene(self) -> Views:
         """The real views as `[S, B / S]`."""
-        return self.real[torch.arange(len(self.share)).view(self.latents[KINDS[0]].batch_size, -1)]
+        latents = next(iter(self.latents.values()))
+        return self.real[torch.arange(len(self.share)).view(latents.batch_size, -1)]
 
 
 class LatentRendering(nn.Module):
@@ -186,21 +197,22 @@ class DecoderTuning(nn.Module):
     def forward(self, batch: DecoderBatch) -> dict[str, Float[Tensor, ""]]:
         """Weighted losses by name, all means over the views."""
         batch, losses = self.render(batch)
-        images = {kind: batch.real.covered(self.decode(batch, kind)) for kind in KINDS}
-        losses["rgb_loss"] = self.config.rgb_mult * F.l1_loss(images["round_trip"], batch.real.images)
+        images = {kind: batch.real.covered(self.decode(batch, kind)) for kind in batch.features}
+        paired, last = next(iter(images)), next(reversed(images))
+        losses["rgb_loss"] = self.config.rgb_mult * F.l1_loss(images[paired], batch.real.images)
         if batch.neighbours is not None:
-            losses["consistency_loss"] = self.config.consistency_mult * self._consistency(batch, images["denoised"])
+            losses["consistency_loss"] = self.config.consistency_mult * self._consistency(batch, images[last])
         (perceptual,) = self._perceptual
         if perceptual is None:
             return losses
         real = perceptual.features(batch.real.images * 2 - 1)
         seen = {kind: perceptual.features(image * 2 - 1) for kind, image in images.items()}
-        distance = {kind: perceptual.distance(levels, real) for kind, levels in seen.items()}
-        losses["lpips_loss"] = self.config.lpips_mult * distance["round_trip"].mean()
-        weight = self.config.denoised_lpips_mult * (1 - batch.share)
-        losses["denoised_lpips_loss"] = (weight * distance["denoised"]).mean()
+        losses["lpips_loss"] = self.config.lpips_mult * perceptual.distance(seen[paired], real).mean()
+        if "denoised" in seen:
+            weight = self.config.denoised_lpips_mult * (1 - batch.share)
+            losses["denoised_lpips_loss"] = (weight * perceptual.distance(seen["denoised"], real)).mean()
         if self.discriminator is not None:
-            losses |= self._adversarial_losses([seen[kind] for kind in KINDS], real)
+            losses |= self._adversarial_losses(list(seen.values()), real)
         return losses
 
     def _consistency(self, batch: DecoderBatch, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, ""]:
@@ -262,17 +274,18 @@ def load_batch(
     Args:
         choose: given the place of an example in the batch and the number of its views, which of them.
     """
-    features: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    accumulation: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
-    latents: dict[str, list[SceneLatents]] = {kind: [] for kind in KINDS}
+    features: dict[str, list[Tensor]] = {kind: [] for kind in examples.config.kinds}
+    accumulation: dict[str, list[Tensor]] = {kind: [] for kind in examples.config.kinds}
+    latents: dict[str, list[SceneLatents]] = {}
     real, shares, neighbours = [], [], []
     for item, place in enumerate(places):
         example = examples.load(place)
         views = choose(item, len(example.views))
-        for kind in KINDS:
-            features[kind].append(example.features[kind][views])
+        for kind, seen in example.features.items():
+            features[kind].append(seen[views])
             accumulation[kind].append(example.accumulation[kind][views])
-            latents[kind].append(example.latents[kind])
+        for kind, codes_of_scene in example.latents.items():
+            latents.setdefault(kind, []).append(codes_of_scene)
         real.append(examples.real_views(place)[example.views[views]])
         shares.append(example.share.expand(len(views)))
         if example.neighbours is not None:
@@ -310,21 +323,98 @@ def train_decoder(
     Raises:
         UserInputError: if the settings, the pipeline and the store do not fit together.
     """
+    tuned_too = pipeline.latent_autoencoder if config.tune_latent_decoder else None
+    require_same_voxels(store, pipeline.scene_autoencoder)
+    source = GeneratedVoxels(pipeline)
+    run, accelerator = _tune(source, store, output_dir, config, tuned_too, perceptual, cache_gib, on_progress)
+
+    def save(path: Path) -> None:
+        save_without_origin(pipeline, path)
+
+    keep_result(run.root / PIPELINE_FOLDER, accelerator, save)
+    return pipeline
+
+
+def train_stage1_decoder(
+    scene_autoencoder: SceneAutoencoder,
+    store: VoxelStore,
+    output_dir: Path | str,
+    config: DecoderTrainingConfig,
+    *,
+    perceptual: PerceptualNetwork | None = None,
+    cache_gib: float = 2.0,
+    on_progress: ProgressCallback | None = None,
+) -> SceneAutoencoder:
+    """Tunes the image decoder of stage 1 on V as it was encoded, continuing an interrupted run.
+
+    Args:
+        scene_autoencoder: its image decoder is changed in place, all else stays to the bit.
+        store: scenes that it encoded, with whatever image decoder; their collection must be where it was then.
+        output_dir: becomes a run folder (see `RunFolder`) with the examples in `examples/` and the result in
+            `scene_autoencoder/`.
+        perceptual: needed if the losses look at its features; moved to where it trains.
+
+    Returns:
+        the scene auto-encoder with the averaged weights of the tuned decoder, on the CPU.
+
+    Raises:
+        UserInputError: if the settings, the scene auto-encoder and the store do not fit together.
+        ValueError: if stage 2's decoder is to be tuned, too.
+    """
+    if config.tune_latent_decoder:
+        raise ValueError("tune_latent_decoder is set, but encoded voxels come from no latents")
+    require_same_voxels(store, scene_autoencoder, "the one given")
+    source = EncodedVoxels(scene_autoencoder)
+    run, accelerator = _tune(source, store, output_dir, config, None, perceptual, cache_gib, on_progress)
+    record = {
+        "method": "nfldm-train-decoder",
+        "data": store.description["collection"],
+        "step": run.steps - 1,
+        "scenes_per_step": joint_batch_size(config.schedule, accelerator),
+        "device": str(accelerator.device),
+        "seed": config.schedule.seed,
+    }
+
+    def save(path: Path) -> None:
+        write_scene_autoencoder(scene_autoencoder, path, record)
+
+    keep_result(run.root / FOLDER, accelerator, save)
+    return scene_autoencoder
+
+
+def _tune(
+    source: VoxelSource,
+    store: VoxelStore,
+    output_dir: Path | str,
+    config: DecoderTrainingConfig,
+    latent_autoencoder: LatentAutoencoder | None,
+    perceptual: PerceptualNetwork | None,
+    cache_gib: float,
+    on_progress: ProgressCallback | None,
+) -> tuple[RunFolder, Accelerator]:
+    """Makes examples and tunes on them; at the end the source's models, on the CPU, have the averaged weights.
+
+    Args:
+        latent_autoencoder: the source's, if its decoder is tuned, too.
+    """
     output_dir = Path(output_dir)
     cache = SceneCache(store.load_collection(), cache_gib)
-    config = replace(config, examples=replace(config.examples, neighbours=bool(config.losses.consistency_mult)))
+    chosen = replace(config.examples, neighbours=bool(config.losses.consistency_mult), kinds=source.kinds)
+    config = replace(config, examples=chosen)
     examples = DecoderExamples(output_dir / EXAMPLES_FOLDER, store, cache, config.examples)
-    require_same_voxels(store, pipeline.scene_autoencoder)
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
-    _grow(pipeline.scene_autoencoder, config.decoder_blocks)
-    decoder = copy.deepcopy(pipeline.scene_autoencoder.decoder).float().requires_grad_(True)
+    stage1 = source.scene_autoencoder
+    _grow(stage1, config.decoder_blocks)
+    decoder = copy.deepcopy(stage1.decoder).float().requires_grad_(True)
     if perceptual is not None:
         perceptual.to(accelerator.device)
-    rendering = _latent_rendering(pipeline, accelerator.device) if config.tune_latent_decoder else None
+    rendering = None
+    if latent_autoencoder is not None:
+        rendering = _latent_rendering(latent_autoencoder, stage1, accelerator.device)
     model = DecoderTuning(decoder, config.losses, perceptual, rendering).to(accelerator.device)
-    folder = RunFolder(output_dir, _identity(pipeline, store, config, accelerator), accelerator)
-    _make_examples(examples, pipeline, accelerator, on_progress is not None)
+    folder = RunFolder(output_dir, _identity(source, store, config, accelerator), accelerator)
+    _make_examples(examples, source, accelerator, on_progress is not None)
 
     def make_losses(wrapped: nn.Module) -> DecoderLosses:
         return DecoderLosses(wrapped, examples, config, accelerator)
@@ -345,19 +435,14 @@ def train_decoder(
         on_progress=on_progress,
     )
     ema.copy_to(model.parameters())
-    pipeline.scene_autoencoder.decoder.load_state_dict(decoder.state_dict())
-    if rendering is not None:
-        pipeline.latent_autoencoder.load_state_dict(rendering.latent_autoencoder.state_dict())
-
-    def save(path: Path) -> None:
-        save_without_origin(pipeline, path)
-
-    keep_result(output_dir / PIPELINE_FOLDER, accelerator, save)
-    return pipeline
+    stage1.decoder.load_state_dict(decoder.state_dict())
+    if rendering is not None and latent_autoencoder is not None:
+        latent_autoencoder.load_state_dict(rendering.latent_autoencoder.state_dict())
+    return folder, accelerator
 
 
 class DecoderPictures:
-    """A view of each of the first examples: real, after the round trip, and denoised."""
+    """A view of each of the first examples: real, and of each kind of V."""
 
     def __init__(self, model: DecoderTuning, examples: DecoderExamples, device: torch.device) -> None:
         self.model = model
@@ -368,8 +453,8 @@ class DecoderPictures:
     def __call__(self) -> Pictures:
         """One picture with a row per example."""
         batch, _ = self.model.render(self.batch)
-        shown = {kind.replace("_", " "): self.model.decode(batch, kind).clamp(0, 1) for kind in KINDS}
-        names = [f"t = {share:.2f}" for share in self.batch.share.tolist()]
+        shown = {kind.replace("_", " "): self.model.decode(batch, kind).clamp(0, 1) for kind in batch.features}
+        names = [f"t = {share:.2f}" for share in self.batch.share.tolist()] if "denoised" in shown else []
         return {"decoder": image_grid({"real": self.batch.real.images, **shown}, names)}
 
 
@@ -384,44 +469,45 @@ def _grow(scene_autoencoder: SceneAutoencoder, decoder_blocks: int | None) -> No
         ) from None
 
 
-def _latent_rendering(pipeline: NFLDMPipeline, device: torch.device) -> LatentRendering:
+def _latent_rendering(
+    latent_autoencoder: LatentAutoencoder, scene_autoencoder: SceneAutoencoder, device: torch.device
+) -> LatentRendering:
     """Copies of what is trained and what renders it, in single precision; all but stage 2's decoder is frozen."""
-    latent_autoencoder = copy.deepcopy(pipeline.latent_autoencoder).float().requires_grad_(True)
+    latent_autoencoder = copy.deepcopy(latent_autoencoder).float().requires_grad_(True)
     latent_autoencoder.freeze_encoding()
-    renderer = copy.deepcopy(pipeline.scene_autoencoder).float().requires_grad_(False)
+    renderer = copy.deepcopy(scene_autoencoder).float().requires_grad_(False)
     return LatentRendering(latent_autoencoder.to(memory_format=torch.channels_last), renderer.to(device))
 
 
-def _make_examples(examples: DecoderExamples, pipeline: NFLDMPipeline, accelerator: Accelerator, silent: bool) -> None:
-    """Each process makes a part of what is missing; afterwards the pipeline leaves the device."""
+def _make_examples(examples: DecoderExamples, source: VoxelSource, accelerator: Accelerator, silent: bool) -> None:
+    """Each process makes a part of what is missing; afterwards the source's models leave the device."""
     if accelerator.is_main_process:
         clear_unfinished(examples.folder)
     accelerator.wait_for_everyone()
-    pipeline.to(accelerator.device)
+    source.to(accelerator.device)
     quiet = silent or not accelerator.is_main_process
     places = range(accelerator.process_index, len(examples), accelerator.num_processes)
-    examples.make(pipeline, places, (lambda share: None) if quiet else None)
-    pipeline.to("cpu")
+    examples.make(source, places, (lambda share: None) if quiet else None)
+    source.to("cpu")
     accelerator.wait_for_everyone()
 
 
 def _identity(
-    pipeline: NFLDMPipeline, store: VoxelStore, config: DecoderTrainingConfig, accelerator: Accelerator
+    source: VoxelSource, store: VoxelStore, config: DecoderTrainingConfig, accelerator: Accelerator
 ) -> dict[str, Any]:
-    components = {name: getattr(pipeline, name) for name in COMPONENTS}
+    """What a run is, without settings that have no say in it: runs that were begun before there were any know none."""
     losses, chosen = asdict(config.losses), asdict(config.examples)
     tuned = {"tune_latent_decoder": True} if config.tune_latent_decoder else {}
+    del chosen["kinds"]  # which are the source's
     if not config.tune_latent_decoder:
-        del losses["depth_mult"]  # which then has no say, and runs that were begun before it know nothing of
+        del losses["depth_mult"]
     if not config.losses.consistency_mult:
         del losses["consistency_mult"], chosen["neighbours"]
+    if "denoised" not in source.kinds:
+        del losses["denoised_lpips_mult"], chosen["max_noise"], chosen["num_inference_steps"]
     return {
-        "kind": "image decoder",
+        **source.identity(),
         **tuned,
-        "pipeline": {name: model_hash(model) for name, model in components.items() if model is not None},
-        "temperatures": pipeline.config.temperatures,
-        **pipeline.own_contrasts(),
-        "scheduler": {"class": type(pipeline.scheduler).__name__, **public_config(pipeline.scheduler)},
         "voxels": {
             "scenes": store.splits["train"],
             "optimised": store.description.get("optimised"),
