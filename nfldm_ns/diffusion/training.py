@@ -25,6 +25,7 @@ from nfldm_ns.diffusion.distillation import (
     Halving,
     distillation_loss,
     few_step_sampler,
+    matched_contrasts,
     randomly_cooled,
     rounds,
     step_indices,
@@ -952,7 +953,8 @@ def save_pipeline(
     Args:
         temperatures: of g, c and f, the pipeline's default for sampling.
         shown_by: a generator of the same latents whose stages 1 and 2 are saved instead of those given, as its decoders
-            may have been tuned since, with its contrasts.
+            may have been tuned since, with its contrasts; where its denoisers were distilled, with those that make the
+            latents of both vary alike (`matched_contrasts`).
 
     Returns:
         the pipeline's folder; None while a denoiser is missing.
@@ -1019,6 +1021,8 @@ def save_pipeline(
         scene_autoencoder, latent_autoencoder = shown_by.scene_autoencoder, shown_by.latent_autoencoder
         components["contrasts"] = tuple(shown_by.config.contrasts)
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
+    if steps is not None and shown_by is not None:
+        pipeline.register_to_config(contrasts=matched_contrasts(pipeline, shown_by))
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)
     return output_dir / "pipeline"
