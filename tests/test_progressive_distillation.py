@@ -36,7 +36,6 @@ from nfldm_ns.diffusion.training import (
     training_scheduler,
 )
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.training.schedule import Schedule
 from tests.small_models import DENOISER_SIZES, small_pipeline, small_scene_autoencoder
 
