@@ -5,9 +5,9 @@
 - Seams: views from free places of some worlds, in random directions. A view crosses a seam if at least a quarter of
   its pixels end where another window has the most weight than at the camera; it crosses none if fewer than a twentieth
   do. KID of both kinds to views of rooms that the same generator samples, and of halves of these rooms to each other.
-- What a view looks at counts, seam or none. So the same kinds are taken in worlds of one window,
-  which have no seam: where its neighbours would have the most weight is beyond theirs. What seams cost is the
-  difference, as a share of the KID of views within a window.
+- Views that cross a seam see farther than others, and what is far looks worse, seam or none. So the same kinds are
+  taken by lines half a stride away from the seams, where nothing begins or ends. What seams cost is how much farther
+  from rooms views across them are than those across these lines.
 - Cost: processor seconds of a tile of the world and of a room of `nfldm-sample`, sampled in the same process.
 
 Worlds and rooms are kept in `--output-dir`, so that a repeated run measures at once. Writes `worlds.json`,
@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,6 +47,7 @@ from shared.running import run, write_tables
 
 CROSSES, CROSSES_NOT = 0.25, 0.05
 KINDS = ("across seams", "within a window")
+CONTROL = ("across lines between seams", "within these lines")
 ROOM = 0.5  # metres from what is solid to where views are taken from
 
 
@@ -70,10 +69,8 @@ class Options:
     """of world and rooms"""
     worlds: int = 1
     """how many, of seeds one after the other"""
-    lone_windows: int = 16
-    """worlds of one window, which have no seams"""
     views: int = 128
-    """of each kind, in all worlds and in all lone windows"""
+    """of each kind, in all worlds"""
     rooms: int = 16
     """that views are compared with"""
     seed: int = 0
@@ -82,15 +79,11 @@ class Options:
     """CPU threads"""
 
 
-Areas: TypeAlias = Callable[[Float[Tensor, "h w 3"]], Int[Tensor, "h w 2"]]
-"""Row and column of the windows that points belong to."""
-
-
 @torch.inference_mode()
-def seam_share(
-    world: World, areas: Areas, position: Float[np.ndarray, " 2"], yaw: float
-) -> tuple[Float[Tensor, "3 height width"], float]:
-    """A view and the share of its pixels that end beyond a seam."""
+def crossing_shares(
+    world: World, position: Float[np.ndarray, " 2"], yaw: float
+) -> tuple[Float[Tensor, "3 height width"], list[float]]:
+    """A view and the shares of its pixels that end beyond a seam, and beyond a line between seams."""
     camera = level_cameras(world, position[None], np.array([yaw]))
     origin = camera.camera_to_worlds[0, :, 3]
     scene = world.scene_near(origin)
@@ -98,10 +91,15 @@ def seam_share(
     height, width = rendered.rgb.shape[-2:]
     _, directions = camera_rays(camera, height, width)
     ends = origin + directions[0] * rendered.depth[0, 0, 0][..., None]
-    return rendered.rgb[0, 0].clamp(0, 1), float((areas(ends) != areas(origin[None, None])).any(-1).float().mean())
+    half = torch.tensor(half_strides(world))
+    shares = []
+    for offset in (torch.zeros(2), half):
+        theirs, own = (strongest_window(world, points[..., :2] + offset) for points in (ends, origin[None, None]))
+        shares.append(float((theirs != own).any(-1).float().mean()))
+    return rendered.rgb[0, 0].clamp(0, 1), shares
 
 
-def strongest_window(world: World, points: Float[Tensor, "h w 3"]) -> Int[Tensor, "h w 2"]:
+def strongest_window(world: World, points: Float[Tensor, "h w 2"]) -> Int[Tensor, "h w 2"]:
     """Row and column among windows of the one with the most weight."""
     windows, described = world.description.windows, world.description
     found = []
@@ -111,26 +109,29 @@ def strongest_window(world: World, points: Float[Tensor, "h w 3"]) -> Int[Tensor
     return torch.stack(found, dim=-1)
 
 
-def seam_of_one_window(world: World, overlap: float, points: Float[Tensor, "h w 3"]) -> Int[Tensor, "h w 2"]:
-    """In a world of one window where others would have more weight, if so many metres of it were theirs, too."""
-    low, high = world.aabb[:, :2]
-    flat = points[..., :2]
-    return (flat > high - overlap / 2).long() - (flat < low + overlap / 2).long()
+def half_strides(world: World) -> tuple[float, float]:
+    """Half of how far windows are apart along x and y, in metres; `UserInputError` if there is one window alone."""
+    windows, cell = world.description.windows, world.description.cell
+    if len(windows.windows) == 1:
+        raise UserInputError("The world is one window, which has no seam: make it larger.")
+    apart = [(s[1] - s[0]) / 2 if len(s) > 1 else 0.0 for s in (windows.x_starts, windows.y_starts)]
+    return apart[0] * cell[0], apart[1] * cell[1]
 
 
-def views_by_seam(world: World, areas: Areas, count: int, seed: int) -> dict[str, Float[Tensor, "views 3 h w"]]:
+def views_by_seam(world: World, count: int, seed: int) -> dict[str, Float[Tensor, "views 3 h w"]]:
     """So many views of each kind, from random free places."""
     generator, space = np.random.default_rng(seed), free_space(world)
     free = np.argwhere(space.clearance >= ROOM)
     if len(free) == 0:
         raise UserInputError("The world has no free places to look from: make another.")
-    views: dict[str, list[Tensor]] = {kind: [] for kind in KINDS}
+    views: dict[str, list[Tensor]] = {kind: [] for kind in (*KINDS, *CONTROL)}
     for _ in range(40 * count):
         place = space.points(free[generator.integers(len(free))][None].astype(np.float64))[0]
-        picture, share = seam_share(world, areas, place, generator.uniform(0, 2 * np.pi))
-        kind = KINDS[0] if share >= CROSSES else KINDS[1] if share < CROSSES_NOT else None
-        if kind is not None and len(views[kind]) < count:
-            views[kind].append(picture)
+        picture, shares = crossing_shares(world, place, generator.uniform(0, 2 * np.pi))
+        for kinds, share in zip((KINDS, CONTROL), shares, strict=True):
+            kind = kinds[0] if share >= CROSSES else kinds[1] if share < CROSSES_NOT else None
+            if kind is not None and len(views[kind]) < count:
+                views[kind].append(picture)
         if all(len(found) == count for found in views.values()):
             return {kind: torch.stack(found) for kind, found in views.items()}
     raise UserInputError(f"The world has too few views of a kind ({ {k: len(v) for k, v in views.items()} }).")
@@ -174,18 +175,6 @@ def joined(several: list[dict[str, Tensor]]) -> dict[str, Float[Tensor, "views 3
     return {kind: torch.cat([views[kind] for views in several]) for kind in several[0]}
 
 
-def window_overlap(world: World) -> float:
-    """Metres that neighbouring windows share."""
-    windows, cell = world.description.windows, world.description.cell
-    for starts, size, metres in (
-        (windows.x_starts, windows.size[1], cell[0]),
-        (windows.y_starts, windows.size[0], cell[1]),
-    ):
-        if len(starts) > 1:
-            return (size - (starts[1] - starts[0])) * metres
-    raise UserInputError("The world is one window, which has no seam: make it larger.")
-
-
 def area(world: World) -> float:
     """Of the ground, in square metres."""
     return float((world.aabb[1] - world.aabb[0])[:2].prod())
@@ -202,14 +191,8 @@ def main(options: Options) -> None:
     spent = measured_cost(options.output_dir / "seconds.json", name, [])
     sides = (worlds[0].base_renderer.aabb[1] - worlds[0].base_renderer.aabb[0])[:2].tolist()
     boxes = area(worlds[0]) / (sides[0] * sides[1])
-    count, overlap = options.views // options.worlds, window_overlap(worlds[0])
-    shown = [views_by_seam(w, partial(strongest_window, w), count, seed) for w, seed in zip(worlds, seeds, strict=True)]
-    alone, count = [], options.views // options.lone_windows
-    for seed in range(2001, 2001 + options.lone_windows):
-        window = made_world(pipeline, options, "window", (sides[0], sides[1]), seed)
-        alone.append(views_by_seam(window, partial(seam_of_one_window, window, overlap), count, seed))
-    views = joined(shown)
-    views |= {f"{kind}, one window": found for kind, found in joined(alone).items()}
+    count = options.views // options.worlds
+    views = joined([views_by_seam(world, count, seed) for world, seed in zip(worlds, seeds, strict=True)])
     found = measured(rooms, views)
     found |= {"boxes": boxes, "cpu_seconds": {"room": float(np.median(seconds)), "tile": float(np.mean(spent)) / boxes}}
     found["cost_ratio"] = found["cpu_seconds"]["tile"] / found["cpu_seconds"]["room"]
@@ -232,8 +215,7 @@ def measured(rooms: Float[Tensor, "views 3 h w"], views: dict[str, Float[Tensor,
     kids = {name: kernel_distance(features["rooms"], found).mean for name, found in features.items() if name != "rooms"}
     kids["other rooms"] = kernel_distance(features["rooms"][:half], features["rooms"][half:]).mean
     across, within = (kids[kind] for kind in KINDS)
-    by_distance = kids[f"{KINDS[0]}, one window"] - kids[f"{KINDS[1]}, one window"]
-    return {"kid": kids, "kid_ratio": across / within, "kid_ratio_of_seams": (across - by_distance) / within}
+    return {"kid": kids, "kid_ratio": across / within, "kid_ratio_of_seams": across / kids[CONTROL[0]]}
 
 
 if __name__ == "__main__":

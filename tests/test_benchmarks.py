@@ -24,6 +24,7 @@ from nfldm_ns.autoencoder.grid_optimisation import GridOptimiserConfig
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_frustums
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_scheduler
+from nfldm_ns.diffusion.windows import WindowGrid
 from nfldm_ns.editing.region import box_region
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along, surround_cameras
@@ -1016,21 +1017,30 @@ def test_a_walk_through_a_maze_is_a_capture_in_scannet_s_layout(tmp_path):
     assert long_capture.record(tmp_path / "capture", options) == count, "once recorded, it is kept"
 
 
-def test_views_of_a_lone_window_end_beyond_it_where_neighbours_would_begin():
+def test_lines_between_seams_are_half_a_stride_away_from_them():
     benchmark = script("worlds")
-    world = SimpleNamespace(aabb=torch.tensor([[-6.0, -4.0, 0.0], [6.0, 4.0, 3.0]]))
-    points = torch.tensor([[[0.0, 0.0, 1.0], [4.9, 0.0, 1.0], [5.1, 0.0, 1.0], [-5.1, 3.1, 1.0], [-20.0, 0.0, 1.0]]])
-    areas = benchmark.seam_of_one_window(world, 2.0, points)
-    assert areas.tolist() == [[[0, 0], [0, 0], [1, 0], [-1, 1], [-1, 0]]]
+    windows = WindowGrid([0], [0, 9, 18], (12, 12))
+    described = SimpleNamespace(windows=windows, corner=(-5.0, 1.0), cell=(0.5, 2.0))
+    world = SimpleNamespace(description=described)
+    half = benchmark.half_strides(world)
+    assert half == (2.25, 0.0), "half of nine cells of half a metre"
+    x = torch.tensor([10.4, 10.6, 19.4, 19.6])  # cells; windows meet in the middle of their overlaps
+    points = torch.stack([x * 0.5 - 5.0, torch.full_like(x, 3.0)], dim=-1)[None]
+    assert benchmark.strongest_window(world, points)[0, :, 1].tolist() == [0, 1, 1, 2]
+    between = points - torch.tensor(half)  # where the lines of the control are
+    assert benchmark.strongest_window(world, between)[0, :, 1].tolist() == [0, 0, 1, 1]
+    described.windows = WindowGrid([0], [0], (12, 12))
+    with pytest.raises(UserInputError, match="has no seam"):
+        benchmark.half_strides(world)
 
 
-def test_seams_cost_what_lone_windows_do_not_explain(monkeypatch):
+def test_seams_cost_what_lines_between_them_do_not_explain(monkeypatch):
     benchmark = script("worlds")
     monkeypatch.setattr(benchmark, "load_inception", lambda: None)
     monkeypatch.setattr(benchmark, "extract_features", lambda network, sets: sets[0].flatten(1).double())
     torch.manual_seed(0)
     rooms, near, far = (shift + torch.rand(48, 3, 2, 2) for shift in (0.0, 0.2, 0.4))
-    names = [f"{kind}{where}" for where in ("", ", one window") for kind in benchmark.KINDS]
+    names = (*benchmark.KINDS, *benchmark.CONTROL)
     found = benchmark.measured(rooms, dict(zip(names, (far, near, far, near), strict=True)))
     assert found["kid_ratio"] > 1.5
     assert found["kid_ratio_of_seams"] == pytest.approx(1)

@@ -196,6 +196,23 @@ def test_training_tells_the_clean_latent_of_a_share_of_scenes(stage, memory, lat
 
 
 @pytest.mark.parametrize("stage", ["coarse", "fine"])
+def test_what_is_known_is_not_learned_again(stage, memory, latent_autoencoder):
+    denoiser = new_denoiser(stage, {**DENOISER_SIZES[stage], "known_share": 0.75}, memory, latent_autoencoder)
+
+    def loss(wrong: str) -> float:
+        def predict(noisy, timestep, known_cells, **conditions):
+            cells = {"known": known_cells, "unknown": ~known_cells, "none": torch.zeros_like(known_cells)}[wrong]
+            return torch.where(cells[:, None], 100.0, 0.0).expand_as(noisy)
+
+        losses = DiffusionLosses(stage, predict, denoiser, memory, TRAINING, torch.device("cpu"))
+        return float(losses.loss([0] * 8, torch.full((8,), 500), ItemDraws(3, range(8))))
+
+    assert loss("known") == loss("none")
+    assert loss("unknown") > 1000 * loss("none")
+    assert loss("none") == pytest.approx(1, rel=0.5), "a mean over the cells that count: v has variance 1"
+
+
+@pytest.mark.parametrize("stage", ["coarse", "fine"])
 def test_resumed_training_is_equal_to_the_bit(stage, memory, latent_autoencoder, tmp_path):
     whole = train(stage, memory, latent_autoencoder, tmp_path / "whole")
     with pytest.raises(Interrupted):

@@ -16,6 +16,7 @@ from nfldm_ns.diffusion.distillation import (
     ddim_step,
     distillation_loss,
     few_step_sampler,
+    matched_contrasts,
     randomly_cooled,
     require_same_latents,
     rounds,
@@ -35,7 +36,6 @@ from nfldm_ns.diffusion.training import (
     training_scheduler,
 )
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.training.schedule import Schedule
 from tests.small_models import DENOISER_SIZES, small_pipeline, small_scene_autoencoder
 
@@ -194,10 +194,8 @@ def sampled(denoiser: nn.Module, noise: Tensor, steps: int) -> Tensor:
     return noise
 
 
-def shown_by_tuned_decoders(latent_autoencoder: LatentAutoencoder) -> NFLDMPipeline:
-    """A generator whose denoisers do not matter here, as stored in half precision, with decoders of its own."""
-    pipeline = small_pipeline()
-    pipeline.latent_autoencoder.load_state_dict(latent_autoencoder.state_dict())
+def with_tuned_decoders(pipeline: NFLDMPipeline) -> NFLDMPipeline:
+    """A generator whose decoders are others than in its trainings, as stored in half precision."""
     for model in (pipeline.latent_autoencoder, pipeline.scene_autoencoder):
         for parameter in model.decoder.parameters():
             parameter.data.add_(0.5)
@@ -207,12 +205,23 @@ def shown_by_tuned_decoders(latent_autoencoder: LatentAutoencoder) -> NFLDMPipel
 
 
 def test_the_teacher_is_of_the_same_latents(latent_autoencoder):
-    tuned = shown_by_tuned_decoders(latent_autoencoder).latent_autoencoder
+    pipeline = small_pipeline()
+    pipeline.latent_autoencoder.load_state_dict(latent_autoencoder.state_dict())
+    tuned = with_tuned_decoders(pipeline).latent_autoencoder
     assert not tuned.state_dict().keys() ^ latent_autoencoder.state_dict().keys()
     require_same_latents("mine", tuned, latent_autoencoder)
     next(tuned.coarse_encoder.parameters()).data.add_(0.01)
     with pytest.raises(UserInputError, match="mine samples latents of another stage 2"):
         require_same_latents("mine", tuned, latent_autoencoder)
+
+
+def test_contrasts_make_up_for_what_distillation_levels():
+    student, teacher = small_pipeline(), small_pipeline()
+    teacher.register_to_config(contrasts=(1.25, 0.8, 1.5))
+    found = matched_contrasts(student, teacher, num_scenes=4)
+    assert found == pytest.approx((1.25, 0.8, 1.5), abs=2e-3)
+    student.register_to_config(contrasts=(3.0, 3.0, 3.0))
+    assert matched_contrasts(student, teacher, num_scenes=4) == found, "whatever it had before"
 
 
 def test_a_distilled_pipeline_takes_few_steps(memory, latent_autoencoder, tmp_path):
@@ -233,7 +242,9 @@ def test_a_distilled_pipeline_takes_few_steps(memory, latent_autoencoder, tmp_pa
     assert {f"{stage}{steps}" for stage in ("global", "coarse", "fine") for steps in ("", "-16", "-8")} == {
         path.name for path in out.iterdir()
     }
-    tuned = shown_by_tuned_decoders(latent_autoencoder)
+    teachers = save_pipeline(tmp_path / "teachers", small_scene_autoencoder(), latent_autoencoder)
+    assert teachers is not None
+    tuned = with_tuned_decoders(load_pipeline(teachers))
     saved = save_pipeline(out, small_scene_autoencoder(), latent_autoencoder, shown_by=tuned)
     assert saved is not None
     pipeline = load_pipeline(saved)
@@ -242,6 +253,7 @@ def test_a_distilled_pipeline_takes_few_steps(memory, latent_autoencoder, tmp_pa
         assert all(value.equal(state[key]) for key, value in getattr(pipeline, name).state_dict().items()), name
     assert isinstance(pipeline.scheduler, DDIMScheduler)
     assert pipeline.default_steps == 4
+    assert pipeline.config.contrasts == pytest.approx(matched_contrasts(pipeline, tuned), rel=0.01)
     calls: list[str] = []
     pipeline.set_progress_bar_config(disable=True)
     pipeline(1, torch.Generator().manual_seed(0), callback_on_step_end=lambda p, *_: calls.append(p.stage) or {})

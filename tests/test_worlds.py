@@ -200,6 +200,20 @@ def test_noise_and_codes_belong_to_places(pipeline):
     assert not torch.equal(codes[0], codes[1])
 
 
+def test_told_windows_leave_their_rims_to_their_neighbours(pipeline):
+    windows = WindowGrid([0, 9, 18], [0, 9], (12, 12))
+    sampler = WorldSampler(pipeline, windows, WorldSettings(method="outpaint"), None)
+    corner, middle = sampler._kept((0, 0)), sampler._kept((9, 9))
+    assert corner[:11, :11].all() and not corner[11].any() and not corner[:, 11].any()
+    assert middle[1:11, 1:].all() and not middle[[0, 11]].any() and not middle[:, 0].any()
+    covered = torch.zeros(windows.shape, dtype=torch.int)
+    for window in windows.windows:
+        covered[windows.place(window)] += sampler._kept(window)
+    assert (covered > 0).all(), "all cells are some window's own"
+    lone = WorldSampler(pipeline, WindowGrid([0], [0], (12, 12)), WorldSettings(method="outpaint"), None)
+    assert lone._kept((0, 0)).all()
+
+
 # The folder
 
 

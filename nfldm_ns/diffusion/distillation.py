@@ -11,8 +11,9 @@ which for i = 1 is the clean sample: the "trailing" timesteps of diffusers' DDIM
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +23,14 @@ from torch import Tensor, nn
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.training.identity import public_config
 
+if TYPE_CHECKING:
+    from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+
 FIRST_TEACHER_STEPS = 32  # at least, of DDIM with the denoiser that is distilled
+CONTRAST_SCENES = 32  # of each of both generators, whose latents' standard deviations are compared
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,41 @@ def few_step_sampler(trained: Any) -> DDIMScheduler:
         trained: configuration of the scheduler that the teacher was saved with.
     """
     return DDIMScheduler.from_config(trained, clip_sample=False, set_alpha_to_one=True)
+
+
+@torch.no_grad()
+def matched_contrasts(
+    student: NFLDMPipeline, teacher: NFLDMPipeline, num_scenes: int = CONTRAST_SCENES, seed: int = 0
+) -> tuple[float, float, float]:
+    """Contrasts of g, c and f with which the student's latents vary from scene to scene as its teacher's do.
+
+    Each round of distillation learns means over what its teacher does, so that a student's scenes are nearer to each
+    other. g comes first, as c is sampled by it, and f last. Scenes are sampled without a map.
+
+    Args:
+        student, teacher: on one device, the teacher with contrasts of its own.
+        num_scenes: of each, by the noise of the seeds from `seed` on.
+    """
+    wanted = _deviations(teacher, teacher.config.contrasts, num_scenes, seed)
+    contrasts = [1.0, 1.0, 1.0]
+    for i, deviation in enumerate(wanted):
+        found = _deviations(student, contrasts, num_scenes, seed)[i]
+        if found > 0 and deviation > 0:  # stages 2 without g have it all the same, of zeros
+            contrasts[i] = round(deviation / found, 3)
+    return contrasts[0], contrasts[1], contrasts[2]
+
+
+def _deviations(pipeline: NFLDMPipeline, contrasts: Sequence[float], num_scenes: int, seed: int) -> list[float]:
+    """Standard deviations of g, c and f over scenes, root mean squares over their values; without f where none is."""
+    pipeline.set_progress_bar_config(disable=True)
+    device = pipeline._execution_device
+    scenes = [
+        pipeline(1, torch.Generator(device).manual_seed(seed + i), contrasts=contrasts, output_type="latent").latents
+        for i in range(num_scenes)
+    ]
+    parts = SceneLatents.cat(scenes).state_dict().values()
+    sampled = list(parts)[: 2 if pipeline.fine_denoiser is None else 3]
+    return [float(part.float().var(0).mean().sqrt()) for part in sampled]
 
 
 def step_indices(shares: Float[Tensor, " count"], steps: int) -> Int[Tensor, " count"]:

@@ -2,8 +2,8 @@
 
 An outpainter sees the known part of its latent, free of noise, and which cells it has, as further channels beside the
 noisy sample (as Palette does for images, Saharia et al. 2022). A share of its training scenes has no known part, so
-that one model samples whole scenes, too. The loss is that of all cells: what is known has to be repeated, what is not
-has to fit it.
+that one model samples whole scenes, too. The loss is that of the other cells: sampling puts what is known in its place,
+and repeating it would be most of what is learned.
 
 The parts are those that are asked for: windows of a world have neighbours on a side, on two adjacent ones, or at a
 corner (`sampling/worlds.py`), and edits keep everything but a box (`editing/resampling.py`). They are whole cells of

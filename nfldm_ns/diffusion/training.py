@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, SchedulerMixin
 from diffusers.models.attention_processor import AttnProcessor
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_exactly, read_safetensors
@@ -25,6 +25,7 @@ from nfldm_ns.diffusion.distillation import (
     Halving,
     distillation_loss,
     few_step_sampler,
+    matched_contrasts,
     randomly_cooled,
     rounds,
     step_indices,
@@ -249,6 +250,24 @@ def _spread_shares(count: int, seed: int | None) -> Float[Tensor, " count"]:
     return (torch.randperm(count, generator=generator) + start) / count
 
 
+class DenoisingPass(NamedTuple):
+    """What a denoiser makes of some scenes with noise.
+
+    Attributes:
+        clean: samples in normalised units.
+        noise: standard normal.
+        noisy: both together.
+        predicted: by the denoiser.
+        known_cells: what an outpainter is told of each; None where nothing is told.
+    """
+
+    clean: Float[Tensor, " batch *shape"]
+    noise: Float[Tensor, " batch *shape"]
+    noisy: Float[Tensor, " batch *shape"]
+    predicted: Float[Tensor, " batch *shape"]
+    known_cells: Bool[Tensor, "batch y x"] | None
+
+
 class DiffusionLosses:
     """Losses of one pass of one denoiser.
 
@@ -294,12 +313,12 @@ class DiffusionLosses:
         """The loss of the prediction, and that of what the estimate looks like, of one prediction."""
         assert self.rendering is not None
         turns = draws.integers(self.memory.num_turns)
-        clean, noise, noisy, predicted = self.predict(indices, timestep, draws, turns=turns)
+        pass_ = self.predict(indices, timestep, draws, turns=turns)
         signal, sigma = signal_and_noise(self.scheduler, timestep)
-        estimate = estimated_clean(self.scheduler, predicted, noisy, timestep)
+        estimate = estimated_clean(self.scheduler, pass_.predicted, pass_.noisy, timestep)
         rendered = self.rendering(estimate, signal_share(signal, sigma), indices, turns, draws)
         return {
-            "loss": self._error(clean, noise, predicted, timestep),
+            "loss": self._error(pass_, timestep),
             "rendering_loss": self.config.rendering_mult * rendered,
         }
 
@@ -314,22 +333,26 @@ class DiffusionLosses:
     ) -> Float[Tensor, ""]:
         """Weighted mean squared error of the prediction for some scenes."""
         timestep = timestep.to(self.device)
-        clean, noise, _, predicted = self.predict(indices, timestep, draws, augment)
-        return self._error(clean, noise, predicted, timestep)
+        return self._error(self.predict(indices, timestep, draws, augment), timestep)
 
-    def _error(self, clean: Tensor, noise: Tensor, predicted: Tensor, timestep: Tensor) -> Float[Tensor, ""]:
-        error = F.mse_loss(predicted, diffusion_target(self.scheduler, clean, noise, timestep), reduction="none")
+    def _error(self, pass_: DenoisingPass, timestep: Tensor) -> Float[Tensor, ""]:
+        """Weighted mean squared error, of cells that an outpainter is not told: told ones only have to be repeated."""
+        target = diffusion_target(self.scheduler, pass_.clean, pass_.noise, timestep)
+        error = F.mse_loss(pass_.predicted, target, reduction="none")
         weights = loss_weights(self.scheduler, timestep, self.config.loss_weighting, self.config.min_snr_gamma)
-        return (weights * error.flatten(1).mean(1)).mean()
+        if pass_.known_cells is None:
+            return (weights * error.flatten(1).mean(1)).mean()
+        unknown = (~pass_.known_cells).to(error.dtype)
+        return (weights * (error.mean(1) * unknown).flatten(1).sum(1) / unknown.flatten(1).sum(1)).mean()
 
     def velocity_error(
         self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws
     ) -> Float[Tensor, " batch"]:
         """Squared error of v for some scenes, without weights, whatever a diffusion predicts; of a flow see below."""
         timestep = timestep.to(self.device)
-        clean, noise, noisy, predicted = self.predict(indices, timestep, draws, augment=False)
-        velocity = predicted_velocity(self.scheduler, predicted, noisy, timestep)
-        return (velocity - self.scheduler.get_velocity(clean, noise, timestep)).square().flatten(1).mean(1)
+        pass_ = self.predict(indices, timestep, draws, augment=False)
+        velocity = predicted_velocity(self.scheduler, pass_.predicted, pass_.noisy, timestep)
+        return (velocity - self.scheduler.get_velocity(pass_.clean, pass_.noise, timestep)).square().flatten(1).mean(1)
 
     def predict(
         self,
@@ -338,8 +361,8 @@ class DiffusionLosses:
         draws: ItemDraws,
         augment: bool = True,
         turns: Int[Tensor, " batch"] | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Clean samples in normalised units, noise, both together, and what the denoiser makes of that.
+    ) -> DenoisingPass:
+        """What the denoiser makes of some scenes with noise.
 
         Args:
             turns: of the scenes, where they were drawn already.
@@ -347,7 +370,8 @@ class DiffusionLosses:
         clean, conditions = self.sample_and_conditions(indices, draws, augment, turns)
         noise = draws.normal(clean)
         noisy = self.scheduler.add_noise(clean, noise, timestep)
-        return clean, noise, noisy, self.wrapped(noisy, timestep, **conditions).float()
+        predicted = self.wrapped(noisy, timestep, **conditions).float()
+        return DenoisingPass(clean, noise, noisy, predicted, conditions.get("known_cells"))
 
     def sample_and_conditions(
         self, indices: list[int], draws: ItemDraws, augment: bool = True, turns: Int[Tensor, " batch"] | None = None
@@ -408,13 +432,13 @@ class JointLosses(DiffusionLosses):
         """The loss of the prediction; what the views of the moved codes lost before is logged."""
         assert self.rendering is not None
         turns = draws.integers(self.memory.num_turns)
-        clean, noise, noisy, predicted = self.predict(indices, timestep, draws, turns=turns)
+        pass_ = self.predict(indices, timestep, draws, turns=turns)
         rows = self.codes.rows(indices, turns)
         first = [list(zip(indices, turns.tolist(), strict=True)).index(row) for row in rows]
         with torch.no_grad():
-            estimate = estimated_clean(self.scheduler, predicted, noisy, timestep)[first]
+            estimate = estimated_clean(self.scheduler, pass_.predicted, pass_.noisy, timestep)[first]
             levels = (part[first] for part in signal_and_noise(self.scheduler, timestep))
-            prior = prior_gradient(clean[first], estimate, *levels)
+            prior = prior_gradient(pass_.clean[first], estimate, *levels)
         chosen, turned = [index for index, _ in rows], torch.tensor([turn for _, turn in rows])
         alike = torch.ones(len(rows), device=self.device)
 
@@ -424,9 +448,9 @@ class JointLosses(DiffusionLosses):
 
         with torch.autocast(self.device.type, enabled=False):
             began = self.codes(rows, prior, lost)
-        moved = self.codes.codes.values[torch.tensor(chosen), turned] - clean[first]
+        moved = self.codes.codes.values[torch.tensor(chosen), turned] - pass_.clean[first]
         return {
-            "loss": self._error(clean, noise, predicted, timestep),
+            "loss": self._error(pass_, timestep),
             "_code_rendering_loss": began,
             "_code_move": moved.square().mean().sqrt(),
         }
@@ -603,6 +627,8 @@ def train_denoiser(
         "zero_terminal_snr": config.zero_terminal_snr,
         "loss_weighting": config.loss_weighting,
     }
+    if config.known_share and stage != "global":
+        identity["loss_of"] = "unknown cells"
     if config.prediction_type == FLOW:
         identity["flow_shift"] = config.flow_shift
     if config.rendering_mult and stage != "global":
@@ -927,7 +953,8 @@ def save_pipeline(
     Args:
         temperatures: of g, c and f, the pipeline's default for sampling.
         shown_by: a generator of the same latents whose stages 1 and 2 are saved instead of those given, as its decoders
-            may have been tuned since, with its contrasts.
+            may have been tuned since, with its contrasts; where its denoisers were distilled, with those that make the
+            latents of both vary alike (`matched_contrasts`).
 
     Returns:
         the pipeline's folder; None while a denoiser is missing.
@@ -994,6 +1021,8 @@ def save_pipeline(
         scene_autoencoder, latent_autoencoder = shown_by.scene_autoencoder, shown_by.latent_autoencoder
         components["contrasts"] = tuple(shown_by.config.contrasts)
     pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
+    if steps is not None and shown_by is not None:
+        pipeline.register_to_config(contrasts=matched_contrasts(pipeline, shown_by))
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)
     return output_dir / "pipeline"

@@ -38,6 +38,7 @@ from nfldm_ns.scenes.writing import atomic_path
 Method = Literal["joint", "outpaint"]
 EMPTY_DENSITY = 0.05  # 1/m: how much the features of an empty voxel count where windows are blended
 RESAMPLINGS = 2
+RIM_SHARE = 3  # an overlap by the rim of a window that its neighbour samples anew, where windows are told what is known
 STAGE_NUMBERS = {"coarse": 1, "fine": 2}
 Window = tuple[int, int]
 Save = Callable[[], None]
@@ -320,7 +321,8 @@ class WorldSampler:
         scales = (1, self.pipeline.latent_autoencoder.downsampling)
         for window in windows:
             y, x = self.windows.place(window)
-            if bool(latents.fine_done[y, x].all()):
+            kept = self._kept(window)
+            if bool(latents.fine_done[y, x][kept].all()):
                 continue
             fy, fx = self.windows.place(window, scales[1])
             crops = [part[..., rows, columns] for part, (rows, columns) in zip(noise, ((y, x), (fy, fx)), strict=False)]
@@ -340,8 +342,23 @@ class WorldSampler:
             ).latents.to("cpu")
             latents.coarse[..., y, x] = output.coarse
             latents.fine[..., fy, fx] = output.fine
-            latents.coarse_done[y, x] = latents.fine_done[y, x] = True
+            latents.coarse_done[y, x] |= kept
+            latents.fine_done[y, x] |= kept
             save()
+
+    def _kept(self, window: Window) -> Bool[Tensor, "yc xc"]:
+        """What of a window its neighbours keep: all but its rim, of which no camera saw much, where theirs is not."""
+        kept = torch.ones(self.windows.size, dtype=torch.bool)
+        for axis, (start, starts) in enumerate(
+            zip(window, (self.windows.y_starts, self.windows.x_starts), strict=True)
+        ):
+            place, size = starts.index(start), self.windows.size[axis]
+            along = kept.movedim(axis, 0)
+            if place > 0:
+                along[: (starts[place - 1] + size - start) // RIM_SHARE] = False
+            if place + 1 < len(starts):
+                along[size - (start + size - starts[place + 1]) // RIM_SHARE :] = False
+        return kept
 
     def _report(self, *_: Any) -> dict[str, Any]:
         if self.on_step is not None:
