@@ -180,6 +180,29 @@ def test_latents_of_examples_decode_to_what_was_rendered(store, tmp_path):
         torch.testing.assert_close(maps.features[0], example.features[kind], atol=2e-2, rtol=2e-2)
 
 
+def test_f_is_sampled_given_the_true_rest_and_everything_else_stays(store, tmp_path):
+    pipeline = small_pipeline()
+    plain = make_examples(store, tmp_path / "plain", pipeline)
+    sampled = make_examples(store, tmp_path / "sampled", pipeline, sampled_fine=1.0)
+    some = make_examples(store, tmp_path / "some", pipeline, sampled_fine=0.5, num_scenes=12)
+    for place in range(len(plain)):
+        ours, theirs = sampled.load(place), plain.load(place)
+        assert torch.equal(ours.features["denoised"], theirs.features["denoised"])
+        found, true = ours.latents["round_trip"], theirs.latents["round_trip"]
+        assert torch.equal(found.global_latent, true.global_latent) and torch.equal(found.coarse, true.coarse)
+        assert not torch.isclose(found.fine, true.fine).any(dim=1).all(), "f is another"
+        assert not torch.equal(ours.features["round_trip"], theirs.features["round_trip"])
+    again = make_examples(store, tmp_path / "whole", pipeline, num_scenes=12)
+    same = [
+        torch.equal(some.load(place).latents["round_trip"].fine, again.load(place).latents["round_trip"].fine)
+        for place in range(12)
+    ]
+    assert 0 < sum(same) < 12, "a share of them"
+    with pytest.raises(UserInputError, match="has not: leave it"):
+        config = replace(PLAIN, examples=replace(EXAMPLES, sampled_fine=0.5))
+        train_decoder(small_pipeline(use_fine=False), store, tmp_path / "run", config, on_progress=silent)
+
+
 def test_neighbours_are_a_step_beside_and_see_the_denoised_voxels(store, tmp_path):
     pipeline = small_pipeline()
     plain = make_examples(store, tmp_path / "plain", pipeline)
@@ -693,6 +716,7 @@ def test_command(store, pipeline_folder, perceptual, tmp_path, monkeypatch, caps
     ("changes", "sentence"),
     [
         (["--max-noise", "2"], "--max-noise is 2.0"),
+        (["--sampled-fine", "-1"], "--sampled-fine is -1.0"),
         (["--num-views", "0"], "--num-views is 0"),
         (["--batch-size", "0"], "--batch-size"),
     ],
@@ -728,6 +752,7 @@ def test_command_tunes_stage_1_and_again_from_the_result(store, perceptual, tmp_
     [
         (["--pipeline", "vizdoom-rooms"], "--pipeline does not go with --of-stage1"),
         (["--max-noise", "0.4"], "--max-noise does not go with --of-stage1"),
+        (["--sampled-fine", "0.4"], "--sampled-fine does not go with --of-stage1"),
         (["--num-inference-steps", "20"], "--num-inference-steps does not go with --of-stage1"),
         (["--tune-latent-decoder"], "--tune-latent-decoder does not go with --of-stage1"),
         (["--no-of-stage1", "--initial-weights", "vizdoom-stage1"], "with --of-stage1: add that"),

@@ -50,6 +50,9 @@ class TrainDecoder:
     """Largest share of the noise schedule that c and f are noised to, above 0 and at most 1 (0.4 by default)."""
     num_inference_steps: int | None = None
     """Denoising steps of the whole schedule, of which an example walks its share."""
+    sampled_fine: float | None = None
+    """Share of scenes that are compared with their real views not after their own latents, but with f sampled given
+    their true g and c: what the fine denoiser leaves out has to be made up for."""
     adversarial_mult: float | None = None
     """Weight of the loss by the discriminator; 0 for none."""
     consistency_mult: float | None = None
@@ -79,7 +82,7 @@ class TrainDecoder:
                     "--initial-weights is a stage 1 to begin from with --of-stage1: add that, or give a --pipeline."
                 )
             return
-        names = ("pipeline", "max_noise", "num_inference_steps")
+        names = ("pipeline", "max_noise", "num_inference_steps", "sampled_fine")
         given = [name for name in names if getattr(self, name) is not None]
         given += ["tune_latent_decoder"] if self.tune_latent_decoder else []
         if given:
@@ -93,7 +96,7 @@ class TrainDecoder:
         from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS
 
         config = DECODER_PRESETS[self.preset]
-        names = ("num_scenes", "num_views", "max_noise", "num_inference_steps")
+        names = ("num_scenes", "num_views", "max_noise", "num_inference_steps", "sampled_fine")
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         examples = replace(config.examples, **given, seed=self.schedule.seed)
         examples.check()

@@ -51,6 +51,8 @@ class ExampleConfig:
         num_views: views of each, or all that a scene has.
         max_noise: largest share of the schedule that latents are noised to, in (0, 1].
         num_inference_steps: of the whole schedule; an example walks its share of them.
+        sampled_fine: share of examples whose V after its own latents has its true g and c, but f as the denoiser
+            samples it given those. Things are where they are in the real views, so that these can be asked for.
         seed: of scenes, views and noise.
         neighbours: whether each view of the last kind has one beside it, which a loss of consistency looks at.
         kinds: of V, as the source of the examples makes them; the first looks like the real views.
@@ -60,6 +62,7 @@ class ExampleConfig:
     num_views: int = 4
     max_noise: float = 0.4
     num_inference_steps: int = 20
+    sampled_fine: float = 0.0
     seed: int = 0
     neighbours: bool = False
     kinds: tuple[str, ...] = GENERATED
@@ -70,6 +73,8 @@ class ExampleConfig:
             raise UserInputError(
                 f"--max-noise is {self.max_noise}, but must be above 0 and at most 1: it is a share of the schedule."
             )
+        if not 0 <= self.sampled_fine <= 1:
+            raise UserInputError(f"--sampled-fine is {self.sampled_fine}, but is a share of the examples: 0 to 1.")
         for name in ("num_scenes", "num_views", "num_inference_steps"):
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")
@@ -330,6 +335,10 @@ class GeneratedVoxels:
         grids = dict.fromkeys(self.kinds, self.pipeline.latent_autoencoder.decode(encoded))
         if share > 0:
             latents["denoised"], grids["denoised"] = self._denoise(examples, place, code, encoded, share, draws)
+        wanted = examples.config.sampled_fine
+        if wanted and float(draws.uniform()) < wanted:
+            again = self._denoise(examples, place, code, encoded, 1.0, draws, keep_coarse=True)
+            latents["round_trip"], grids["round_trip"] = again
         return grids, latents
 
     def _encode(
@@ -357,9 +366,11 @@ class GeneratedVoxels:
         latents: SceneLatents,
         share: float,
         draws: ItemDraws,
+        keep_coarse: bool = False,
     ) -> tuple[SceneLatents, VoxelGrid]:
-        """c and f noised to a share of the schedule and denoised (SDEdit, Meng et al. 2022), and V of them."""
-        coarse, fine = (torch.ones(part.shape[-2:], dtype=torch.bool) for part in (latents.coarse, latents.fine))
+        """c and f, or f alone, noised to a share of the schedule and denoised (SDEdit, Meng et al. 2022), and V."""
+        coarse = torch.full(latents.coarse.shape[-2:], not keep_coarse)
+        fine = torch.ones(latents.fine.shape[-2:], dtype=torch.bool)
         steps = examples.config.num_inference_steps
         groups = pipeline_steps(self.pipeline, steps)
         everywhere = Inpainting(latents, coarse, fine, strength=share, resamplings=1, jump_length=groups)

@@ -323,6 +323,8 @@ def train_decoder(
     Raises:
         UserInputError: if the settings, the pipeline and the store do not fit together.
     """
+    if config.examples.sampled_fine and pipeline.fine_denoiser is None:
+        raise UserInputError("--sampled-fine is of generators that have f, which this one has not: leave it.")
     tuned_too = pipeline.latent_autoencoder if config.tune_latent_decoder else None
     require_same_voxels(store, pipeline.scene_autoencoder)
     source = GeneratedVoxels(pipeline)
@@ -499,6 +501,8 @@ def _identity(
     losses, chosen = asdict(config.losses), asdict(config.examples)
     tuned = {"tune_latent_decoder": True} if config.tune_latent_decoder else {}
     del chosen["kinds"]  # which are the source's
+    if not config.examples.sampled_fine:
+        del chosen["sampled_fine"]
     if not config.tune_latent_decoder:
         del losses["depth_mult"]
     if not config.losses.consistency_mult:
