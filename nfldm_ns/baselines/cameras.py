@@ -16,7 +16,8 @@ from nfldm_ns.diffusion.trajectory import CAMERA_DIM, Intrinsics, trajectory_to_
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.scenes.collection import SceneCollection, read_transforms
-from nfldm_ns.scenes.views import make_cameras, turn_about
+from nfldm_ns.scenes.rotations import turn_about
+from nfldm_ns.scenes.views import make_cameras
 
 LEVEL_SPREAD = 0.05  # standard deviation of the positions of a prior without data, in lengths of the box
 FURTHEST = 0.25  # residuals of positions are below this share of the box's sides,

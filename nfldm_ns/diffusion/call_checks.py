@@ -71,22 +71,25 @@ def check_generator(generator: Any, num_scenes: int) -> None:
         raise ValueError(f"{len(generator)} generators were given for {num_scenes} scenes")
 
 
-def check_temperatures(temperatures: Any, name: str = "temperatures") -> tuple[float, ...]:
-    """Those of g, c and f, or other factors of theirs.
+def check_factors(name: str, factors: Any) -> tuple[float, ...]:
+    """Factors of g, c and f.
+
+    Args:
+        name: of the argument.
 
     Raises:
         TypeError: if they are no numbers.
         ValueError: if they are not three, or negative or not finite.
     """
-    if not isinstance(temperatures, Sequence) or isinstance(temperatures, str):
-        raise TypeError(f"{name} are {temperatures!r}, but must be three numbers, of {', '.join(LATENTS)}")
-    if len(temperatures) != len(LATENTS):
-        raise ValueError(f"{name} must be three, of {', '.join(LATENTS)}, not {len(temperatures)}")
-    if not all(isinstance(value, Real) for value in temperatures):
-        raise TypeError(f"{name} are {list(temperatures)}, but must be numbers")
-    if not all(math.isfinite(value) and value >= 0 for value in temperatures):
-        raise ValueError(f"{name} are {list(temperatures)}, but must be finite and at least 0")
-    return tuple(float(value) for value in temperatures)
+    if not isinstance(factors, Sequence) or isinstance(factors, str):
+        raise TypeError(f"{name} are {factors!r}, but must be three numbers, of {', '.join(LATENTS)}")
+    if len(factors) != len(LATENTS):
+        raise ValueError(f"{name} must be three, of {', '.join(LATENTS)}, not {len(factors)}")
+    if not all(isinstance(value, Real) for value in factors):
+        raise TypeError(f"{name} are {list(factors)}, but must be numbers")
+    if not all(math.isfinite(value) and value >= 0 for value in factors):
+        raise ValueError(f"{name} are {list(factors)}, but must be finite and at least 0")
+    return tuple(float(value) for value in factors)
 
 
 def check_scheduler(scheduler: Any, flow: bool = False) -> None:

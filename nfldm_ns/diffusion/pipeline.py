@@ -27,12 +27,12 @@ from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.diffusion.bev import to_grid_order
 from nfldm_ns.diffusion.call_checks import (
     check_count,
+    check_factors,
     check_generator,
     check_sampled,
     check_scheduler,
     check_start,
     check_steps,
-    check_temperatures,
 )
 from nfldm_ns.diffusion.denoisers import CoarseDenoiser, FineDenoiser, GlobalDenoiser
 from nfldm_ns.diffusion.flow import initial_scale, model_input, samples_flows
@@ -117,10 +117,10 @@ class NFLDMPipeline(DiffusionPipeline):
         super().__init__()
         classes = [{**entry, "color": list(entry["color"])} for entry in bev_classes]
         self.register_to_config(
-            temperatures=check_temperatures(temperatures),
+            temperatures=check_factors("temperatures", temperatures),
             bev_classes=classes,
             default_steps=check_count("default_steps", default_steps),
-            contrasts=check_temperatures(contrasts, "contrasts"),
+            contrasts=check_factors("contrasts", contrasts),
         )
         self.register_modules(
             scene_autoencoder=scene_autoencoder,
@@ -264,7 +264,7 @@ class NFLDMPipeline(DiffusionPipeline):
         maps = {} if bev is None else {"bev": self.prepare_maps(bev, num_scenes)}
         if inpainting is not None and scene_code is None:
             raise ValueError("inpainting needs the scene_code of the scene whose latents it keeps")
-        chosen = self.config.temperatures if temperatures is None else check_temperatures(temperatures)
+        chosen = self.config.temperatures if temperatures is None else check_factors("temperatures", temperatures)
         warmth = dict(zip(STAGES, chosen, strict=True))
         begun = guide is not None or (inpainting is not None and inpainting.strength < 1)
         contrast = dict(zip(STAGES, self._contrasts(chosen, contrasts, begun), strict=True))
@@ -368,7 +368,7 @@ class NFLDMPipeline(DiffusionPipeline):
         self, temperatures: Sequence[float], contrasts: Sequence[float] | None, begun: bool
     ) -> Sequence[float]:
         if contrasts is not None:
-            contrasts = check_temperatures(contrasts, "contrasts")
+            contrasts = check_factors("contrasts", contrasts)
         elif tuple(temperatures) == tuple(self.config.temperatures):
             contrasts = self.config.contrasts
         return (1.0, 1.0, 1.0) if begun or contrasts is None else contrasts

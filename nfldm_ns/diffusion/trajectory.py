@@ -7,6 +7,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
+from nfldm_ns.scenes.rotations import quarter_turn
 from nfldm_ns.scenes.views import make_cameras
 
 CAMERA_DIM = 5  # x, y, z in metres, cos and sin of yaw
@@ -30,8 +31,7 @@ def turn_trajectory(
     trajectory: Float[Tensor, "*batch views_times_5"], quarter_turns: int
 ) -> Float[Tensor, "*batch views_times_5"]:
     """The trajectory turned with the scene, counter-clockwise (see `VoxelGrid.rotate90`)."""
-    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
-    turn = trajectory.new_tensor([[cos, -sin], [sin, cos]])
+    turn = quarter_turn(quarter_turns)[:2, :2].to(trajectory)
     x = trajectory.unflatten(-1, (-1, CAMERA_DIM))
     return torch.cat([x[..., :2] @ turn.T, x[..., 2:3], x[..., 3:] @ turn.T], dim=-1).flatten(-2)
 

@@ -26,6 +26,7 @@ from nfldm_ns.reconstruction.reconstruction import frozen
 from nfldm_ns.reconstruction.rendering_guide import RenderingLoss
 from nfldm_ns.reconstruction.scene_code import scene_code_of_views
 from nfldm_ns.reconstruction.visibility import Visibility, seen_voxels
+from nfldm_ns.scenes.rotations import quarter_turn
 from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
@@ -115,8 +116,7 @@ def pose_error(
     """
     errors = []
     for quarter in range(4 if any_quarter else 1):
-        cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter]
-        turned = estimated.new_tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ estimated
+        turned = quarter_turn(quarter).to(estimated) @ estimated
         relative = turned[:, :3].double().T @ true[:, :3].double()
         cosine = ((relative.trace() - 1) / 2).clamp(-1, 1)
         metres = float((turned[:, 3] - true[:, 3]).norm())

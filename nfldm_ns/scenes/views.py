@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
+from nfldm_ns.scenes.rotations import quarter_turn, turn_about
+
 MIN_DEPTH = 1e-6  # in metres, by which points are divided that lie behind a camera
 
 
@@ -211,9 +213,7 @@ def resize_cameras(cameras: Cameras, height: int, width: int) -> Cameras:
 
 def rotate_cameras90(cameras: Cameras, quarter_turns: int) -> Cameras:
     """Cameras turned with the scene, counter-clockwise about the z axis (see `VoxelGrid.rotate90`)."""
-    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
-    turn = cameras.camera_to_worlds.new_tensor([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]])
-    return with_poses(cameras, turn @ cameras.camera_to_worlds)
+    return with_poses(cameras, quarter_turn(quarter_turns).to(cameras.camera_to_worlds) @ cameras.camera_to_worlds)
 
 
 def with_poses(cameras: Cameras, camera_to_worlds: Float[Tensor, "*batch 3 4"]) -> Cameras:
@@ -221,14 +221,6 @@ def with_poses(cameras: Cameras, camera_to_worlds: Float[Tensor, "*batch 3 4"]) 
     return _rebuild(
         cameras, {**{name: getattr(cameras, name) for name in _FIELDS}, "camera_to_worlds": camera_to_worlds}
     )
-
-
-def turn_about(angle: Float[Tensor, "*batch"], axis: int) -> Float[Tensor, "*batch 3 3"]:
-    """Rotations about an axis, in radians."""
-    cos, sin, zero, one = angle.cos(), angle.sin(), torch.zeros_like(angle), torch.ones_like(angle)
-    rows = [[cos, -sin, zero], [sin, cos, zero], [zero, zero, one]]
-    order = [(i - axis - 1) % 3 for i in range(3)]
-    return torch.stack([torch.stack([rows[i][j] for j in order], dim=-1) for i in order], dim=-2)
 
 
 def step_aside(cameras: Cameras, yaw: Float[Tensor, "*batch"], offset: Float[Tensor, "*batch 3"]) -> Cameras:

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from nfldm_ns.scenes.rotations import quarter_turn
+
 
 @dataclass
 class VoxelGrid:
@@ -124,9 +126,7 @@ class VoxelGrid:
 
 def _turn_background(code: Float[Tensor, "batch codes 4"], quarter_turns: int) -> Float[Tensor, "batch codes 4"]:
     """The functions on the sphere turned counter-clockwise about the z axis."""
-    cos, sin = [(1, 0), (0, 1), (-1, 0), (0, -1)][quarter_turns % 4]
-    a, x, y, z = code.unbind(-1)
-    return torch.stack([a, cos * x - sin * y, sin * x + cos * y, z], dim=-1)
+    return torch.cat([code[..., :1], code[..., 1:] @ quarter_turn(quarter_turns).to(code).T], dim=-1)
 
 
 def normalise_points(points: Float[Tensor, "*batch 3"], aabb: Float[Tensor, "2 3"]) -> Float[Tensor, "*batch 3"]:
