@@ -264,7 +264,7 @@ def test_only_outpainters_of_both_latents_become_a_pipeline(memory, latent_autoe
 
 def test_an_outpainter_learns_to_continue_what_it_is_told(memory, latent_autoencoder, tmp_path):
     """With pure noise as the sample, only what is told says which scene it is."""
-    schedule = replace(SCHEDULE, max_steps=100, batch_size=8, learning_rate=5e-3, checkpoint_every=1000)
+    schedule = replace(SCHEDULE, max_steps=200, batch_size=8, learning_rate=5e-3, checkpoint_every=1000)
     config = replace(TRAINING, schedule=schedule, known_share=1.0, code_noise=0.0)
     hidden = replace(memory, scene_code=torch.zeros_like(memory.scene_code))
     denoiser = train("coarse", hidden, latent_autoencoder, tmp_path / "run", config)
