@@ -61,8 +61,8 @@ class Options:
     """a trained generator"""
     size: tuple[float, float] = (60.0, 60.0)
     """of the world in metres"""
-    method: Method | None = None
-    """of the world; by default the generator's own"""
+    method: Method = "joint"
+    """of the world"""
     stride: float = 0.75
     """largest distance of windows, as a share of a window"""
     num_inference_steps: int = 30
@@ -186,8 +186,7 @@ def main(options: Options) -> None:
     pipeline = load_pipeline(options.pipeline)
     rooms, seconds = room_views(pipeline, options)
     seconds = measured_cost(options.output_dir / "seconds.json", "room", seconds)
-    method = WorldSettings(method=options.method).of(pipeline).method
-    name, seeds = f"world_{method}_{options.stride:g}", range(options.seed, options.seed + options.worlds)
+    name, seeds = f"world_{options.method}_{options.stride:g}", range(options.seed, options.seed + options.worlds)
     worlds = [made_world(pipeline, options, name, options.size, seed) for seed in seeds]
     spent = measured_cost(options.output_dir / "seconds.json", name, [])
     sides = (worlds[0].base_renderer.aabb[1] - worlds[0].base_renderer.aabb[0])[:2].tolist()

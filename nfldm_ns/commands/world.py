@@ -37,10 +37,9 @@ class WorldCommand:
     bev: Path | None = None
     """A map of the whole from above (with --extend of the new part), north up, in the colours of the maps that the
     generator was trained with, and with as many pixels per box as these have."""
-    method: Literal["joint", "outpaint"] | None = None
+    method: Literal["joint", "outpaint"] = "joint"
     """joint: all overlapping windows together, their predictions averaged at each step. outpaint: one window after the
-    other, each given what its neighbours have; the default of generators trained with --outpainting, as others join
-    windows worse that way."""
+    other, each given what its neighbours have."""
     variety: float = 0.0
     """Distance, in boxes, of places with a g of their own, between which it changes slowly; 0: one g everywhere."""
     stride: float = 0.75

@@ -51,7 +51,7 @@ class WorldSettings:
     Attributes:
         seed: of all noise. The first box has the noise of `nfldm-sample`'s scene of this seed.
         num_inference_steps: of each of the three latents; None for the pipeline's own.
-        method: "joint", or "outpaint" window by window; None for the latter where the pipeline is an outpainter.
+        method: "joint", or "outpaint" window by window.
         stride: largest distance of windows, as a share of a window.
         variety: distance in boxes of places with a scene code of their own, between which it changes slowly; 0 for one
             code everywhere.
@@ -63,7 +63,7 @@ class WorldSettings:
 
     seed: int = 0
     num_inference_steps: int | None = None
-    method: Method | None = None
+    method: Method = "joint"
     stride: float = 0.75
     variety: float = 0.0
     resamplings: int | None = None
@@ -74,8 +74,7 @@ class WorldSettings:
         """The same without `None`."""
         steps = pipeline.default_steps if self.num_inference_steps is None else self.num_inference_steps
         walks = pipeline.default_resamplings(RESAMPLINGS) if self.resamplings is None else self.resamplings
-        method = self.method or ("outpaint" if pipeline.outpaints else "joint")
-        return replace(self, num_inference_steps=steps, resamplings=walks, method=method)
+        return replace(self, num_inference_steps=steps, resamplings=walks)
 
     def record(self) -> dict[str, Any]:
         """As JSON."""
