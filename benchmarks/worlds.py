@@ -193,13 +193,16 @@ def main(options: Options) -> None:
     boxes = area(worlds[0]) / (sides[0] * sides[1])
     count = options.views // options.worlds
     views = joined([views_by_seam(world, count, seed) for world, seed in zip(worlds, seeds, strict=True)])
-    found = measured(rooms, views)
+    found = measured(rooms, views, options.worlds)
     found |= {"boxes": boxes, "cpu_seconds": {"room": float(np.median(seconds)), "tile": float(np.mean(spent)) / boxes}}
     found["cost_ratio"] = found["cpu_seconds"]["tile"] / found["cpu_seconds"]["room"]
     caption = (
         f"KID of views to {len(rooms)} views of {options.rooms} rooms. A tile takes "
-        f"{found['cpu_seconds']['tile']:.1f} s of a processor, a room {found['cpu_seconds']['room']:.1f} s."
+        f"{found['cpu_seconds']['tile']:.1f} s of a processor, a room {found['cpu_seconds']['room']:.1f} s. Views "
+        f"across seams have {found['kid_ratio_of_seams']:.2f} times the KID of those across lines between seams"
     )
+    error = found["kid_ratio_of_seams_error"]
+    caption += "." if error is None else f" (standard error {error:.2f}, of {options.worlds} worlds)."
     rows = [[name, len(views.get(name, rooms)), value] for name, value in found["kid"].items()]
     table = Table(("", "views", "KID"), rows, caption, digits=(0, 0, 4))
     write_json(options.output_dir / "worlds.json", found)
@@ -207,15 +210,36 @@ def main(options: Options) -> None:
     write_tables(options.output_dir / "worlds.md", [table])
 
 
-def measured(rooms: Float[Tensor, "views 3 h w"], views: dict[str, Float[Tensor, "views 3 h w"]]) -> dict[str, Any]:
-    """KIDs of all views to those of rooms, and what they say of seams."""
+def measured(
+    rooms: Float[Tensor, "views 3 h w"], views: dict[str, Float[Tensor, "views 3 h w"]], worlds: int = 1
+) -> dict[str, Any]:
+    """KIDs of all views to those of rooms, and what they say of seams.
+
+    Args:
+        views: of each kind, of one world after the other.
+        worlds: how many. Of three and more the cost of seams has a standard error, by leaving out one after the other.
+    """
     network = load_inception()
     features = {name: extract_features(network, [pictures]) for name, pictures in {"rooms": rooms, **views}.items()}
     half = len(rooms) // 2
     kids = {name: kernel_distance(features["rooms"], found).mean for name, found in features.items() if name != "rooms"}
     kids["other rooms"] = kernel_distance(features["rooms"][:half], features["rooms"][half:]).mean
-    across, within = (kids[kind] for kind in KINDS)
-    return {"kid": kids, "kid_ratio": across / within, "kid_ratio_of_seams": across / kids[CONTROL[0]]}
+    return {
+        "kid": kids,
+        "kid_ratio": kids[KINDS[0]] / kids[KINDS[1]],
+        "kid_ratio_of_seams": kids[KINDS[0]] / kids[CONTROL[0]],
+        "kid_ratio_of_seams_error": None if worlds < 3 else _error_of_seam_cost(features, worlds),
+    }
+
+
+def _error_of_seam_cost(features: dict[str, Tensor], worlds: int) -> float:
+    world_of = torch.arange(len(features[KINDS[0]])) * worlds // len(features[KINDS[0]])
+    parts = []
+    for left_out in range(worlds):
+        kept = world_of != left_out
+        kids = [kernel_distance(features["rooms"], features[kind][kept]).mean for kind in (KINDS[0], CONTROL[0])]
+        parts.append(kids[0] / kids[1])
+    return float(np.sqrt((worlds - 1) * np.var(parts)))
 
 
 if __name__ == "__main__":

@@ -1046,3 +1046,8 @@ def test_seams_cost_what_lines_between_them_do_not_explain(monkeypatch):
     assert found["kid_ratio_of_seams"] == pytest.approx(1)
     found = benchmark.measured(rooms, dict(zip(names, (far, near, near, near), strict=True)))
     assert found["kid_ratio_of_seams"] == pytest.approx(found["kid_ratio"])
+    assert found["kid_ratio_of_seams_error"] is None, "of one world"
+    views = dict(zip(names, (far, near, near, near), strict=True))
+    alike = {kind: pictures[:12].repeat(4, 1, 1, 1) for kind, pictures in views.items()}
+    assert benchmark.measured(rooms, alike, 4)["kid_ratio_of_seams_error"] == pytest.approx(0, abs=1e-6)
+    assert benchmark.measured(rooms, views, 4)["kid_ratio_of_seams_error"] > 0
