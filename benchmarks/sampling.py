@@ -4,8 +4,9 @@
 
 - `cost`: seconds of one scene by level (g, c, f, decoding V, rendering a view), medians over `--repeats`.
 - `samplers`: FID and KID of the scenes of `--samplers`, of the same noise as those of `--reference`, to real test
-  views. The relative difference in KID stands beside its standard error (a jackknife over ten groups of scenes) and
-  the mean absolute difference of the pictures themselves.
+  views: `unipc:12`, or `unipc:12,4,4` for other steps of each of g, c and f. The relative difference in KID stands
+  beside its standard error (a jackknife over ten groups of scenes) and the mean absolute difference of the pictures
+  themselves.
 - `temperatures`: FID and KID by the temperatures of g, c and f, with the pipeline's own scheduler.
 
 Each leaves a JSON in `--output-dir`. Pictures and features are kept there too, so that an interrupted run continues and
@@ -71,7 +72,7 @@ class Options(SampleOptions):
     what: tuple[Part, ...] = ("cost", "samplers", "temperatures")
     """what to measure"""
     samplers: tuple[str, ...] = ("dpm++:20",)
-    """samplers with their steps per level: dpm++, ddim, unipc or euler"""
+    """samplers with their steps per level, as in unipc:12 or unipc:12,4,4 (g, c, f): dpm++, ddim, unipc or euler"""
     reference: str = "ddim:250"
     """the sampler that they are compared with"""
     temperatures: tuple[Temperatures, ...] = ((1.0, 1.0, 1.0), (1.0, 0.8, 0.5))
@@ -84,26 +85,31 @@ class Options(SampleOptions):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler of diffusers, by its name here, and its steps per level."""
+    """A scheduler of diffusers, by its name here, and its steps of each level, or those of g, c and f."""
 
     name: str
-    steps: int
+    steps: int | tuple[int, int, int]
 
     @classmethod
     def parse(cls, text: str) -> Sampler:
-        """From `name:steps`; raises `UserInputError` for anything else."""
-        name, _, steps = text.partition(":")
-        if not steps.isdecimal() or int(steps) < 1:
-            raise UserInputError(f"{text} is no sampler with a number of steps: write, for example, dpm++:20.")
+        """From `name:steps` or `name:steps,steps,steps`; raises `UserInputError` for anything else."""
+        name, _, given = text.partition(":")
+        numbers = given.split(",")
+        if len(numbers) not in (1, 3) or not all(n.isdecimal() and int(n) >= 1 for n in numbers):
+            raise UserInputError(f"{text} is no sampler with its steps: write, for example, dpm++:20 or unipc:12,4,4.")
         require_choice("sampler", name, SCHEDULERS)
-        return cls(name, int(steps))
+        if len(numbers) == 1:
+            return cls(name, int(numbers[0]))
+        g, c, f = map(int, numbers)
+        return cls(name, (g, c, f))
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.steps}"
+        steps = (self.steps,) if isinstance(self.steps, int) else self.steps
+        return f"{self.name}:{','.join(map(str, steps))}"
 
     @property
     def folder(self) -> str:
-        return f"{self.name.replace('+', 'p')}-{self.steps}"
+        return str(self).replace("+", "p").replace(":", "-").replace(",", "-")
 
     def scheduler(self, trained: SchedulerMixin) -> SchedulerMixin:
         """The same noise and prediction type as in the scheduler that a pipeline was saved with.

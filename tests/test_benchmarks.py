@@ -457,7 +457,7 @@ def test_sampling_is_timed_and_compared(
         threads=torch.get_num_threads(),
     )
     for change, said in (
-        ({"samplers": ("ddim",)}, "ddim is no sampler with a number of steps"),
+        ({"samplers": ("ddim",)}, "ddim is no sampler with its steps"),
         ({"reference": "magic:3"}, "no sampler magic: choose one of dpm"),
         ({"data": None}, "give --data, or only --what cost"),
         ({"temperatures": ((1.0, -1.0, 1.0),)}, "negative number"),
@@ -488,6 +488,16 @@ def test_sampling_is_timed_and_compared(
     small_pipeline(seed=1).save_pretrained(tmp_path / "pipeline")
     with pytest.raises(UserInputError, match="something else .*: choose another --output-dir"):
         sampling.main(options)
+
+
+def test_samplers_have_steps_of_all_levels_or_of_each() -> None:
+    sampling = script("sampling")
+    for text, steps, folder in (("dpm++:20", 20, "dpmpp-20"), ("unipc:12,4,5", (12, 4, 5), "unipc-12-4-5")):
+        sampler = sampling.Sampler.parse(text)
+        assert (sampler.steps, str(sampler), sampler.folder) == (steps, text, folder)
+    for text in ("unipc:", "unipc:0", "unipc:12,4", "unipc:12,0,4", "unipc:a"):
+        with pytest.raises(UserInputError, match="is no sampler with its steps"):
+            sampling.Sampler.parse(text)
 
 
 def test_samplers_have_the_noise_of_the_training_and_do_not_clip(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from nfldm_ns.diffusion.call_checks import check_sampled
 from nfldm_ns.diffusion.flow import FlowNoise, make_flow_scheduler, prediction_type_of
 from nfldm_ns.diffusion.inpainting import Inpainting, NoiseLevels
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
+from nfldm_ns.diffusion.solver import sample_latents
 from nfldm_ns.diffusion.training import (
     STAGES,
     DiffusionLosses,
@@ -29,7 +30,7 @@ from nfldm_ns.diffusion.training import (
     training_noise,
     velocity_errors,
 )
-from nfldm_ns.diffusion.validation import DenoiserPictures, sample_latents
+from nfldm_ns.diffusion.validation import DenoiserPictures
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.training.draws import ItemDraws
 from nfldm_ns.training.identity import own_config

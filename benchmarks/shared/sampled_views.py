@@ -154,7 +154,9 @@ class SampleJudge:
         """`fid` and `kid` of real views of training scenes, as `train`: about the best there can be."""
         return set_distances(self.real)
 
-    def samples(self, pipeline: NFLDMPipeline, folder: Path, num_inference_steps: int | None = None) -> Features:
+    def samples(
+        self, pipeline: NFLDMPipeline, folder: Path, num_inference_steps: int | tuple[int, int, int] | None = None
+    ) -> Features:
         """Features of sampled views, in the order of the scenes' seeds; the pipeline is moved to the device.
 
         Args:

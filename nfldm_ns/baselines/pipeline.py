@@ -25,6 +25,7 @@ from nfldm_ns.baselines.scene_generator import SceneGenerator
 from nfldm_ns.diffusion.call_checks import check_count, check_generator
 from nfldm_ns.diffusion.denoisers import GlobalDenoiser
 from nfldm_ns.diffusion.pipeline import NUM_STEPS, Generators
+from nfldm_ns.diffusion.solver import sample_latents
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import BevClass, read_json
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -134,8 +135,6 @@ class BaselinePipeline(DiffusionPipeline):
         several = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)
         latents = randn_tensor((num_scenes, sum(self.latent_dims)), generator=several, device=self._execution_device)
         if self.prior is not None:
-            from nfldm_ns.diffusion.validation import sample_latents  # with all that trains, which GANs do without
-
             latents = self.prior.code.inverse(sample_latents(self.prior, self.scheduler, latents, steps))
         scene, pose = latents.split(self.latent_dims, dim=1)
         grids = self.generator(scene)

@@ -18,6 +18,19 @@ if TYPE_CHECKING:
 HELD_OUT_SCENES = 64
 KNOWN_SHARE = 0.75
 VIEWS_GIB = 2.0  # of memory for the views that estimates are compared with
+_OF_THE_TEACHER = {  # of a distillation, with what they are where they are not given
+    "prediction_type": "v_prediction",
+    "flow_shift": None,
+    "zero_terminal_snr": True,
+    "loss_weighting": None,
+    "min_snr_gamma": None,
+    "rendering_mult": None,
+    "joint": False,
+    "condition_dropout": None,
+    "condition": "none",
+    "bev_dropout": None,
+    "outpainting": False,
+}
 
 
 @dataclass
@@ -34,7 +47,7 @@ class TrainDiffusion:
     voxels: Path
     """Encoded scenes, from nfldm-encode."""
     latent_autoencoder: Path
-    """The run of nfldm-train-latent-ae."""
+    """The run of nfldm-train-latent-ae, or a generator that has it inside."""
     output_dir: Path
     """One run folder per denoiser, and pipeline/ when all are trained."""
     preset: Literal["tiny", "rooms", "rooms128", "base", "paper", "streets-tiny", "streets", "streets-paper"] = "tiny"
@@ -78,11 +91,12 @@ class TrainDiffusion:
     """What to begin from, of the same preset and options (but `--outpainting`, which may be new): the output folder of
     an earlier training, a pipeline folder, or the name of a model that comes with this package."""
     distil: Path | None = None
-    """A trained generator of the same preset and options, whose denoisers are distilled to few steps, by rounds that
-    each halve them (Salimans & Ho 2022); every round is a training of `--max-steps`. nfldm-sample then takes so few.
-    Scenes are decoded and shown as by that generator, also where its decoders were tuned later."""
+    """A trained generator, or the name of one that comes with this package, whose denoisers learn to sample in few
+    steps what they sample in its default steps now. What they know and predict is the generator's, and of the preset
+    the trainings count. Denoisers that are not distilled stay as they are, so that `global`, which needs it most, may
+    be enough."""
     distil_steps: int = 4
-    """Steps per latent that are left; they must divide 1000."""
+    """Steps per latent that are left."""
     quarter_turns: bool | None = None
     """Also learn from the scenes turned by multiples of 90 degrees."""
     ema_profiles: tuple[float, ...] = ()
@@ -95,13 +109,12 @@ class TrainDiffusion:
 
     def run(self) -> None:
         from nfldm_ns.autoencoder.scene_sampler import SceneCache
-        from nfldm_ns.diffusion.distillation import require_same_latents
+        from nfldm_ns.diffusion.distillation import Shortening, require_same_latents
         from nfldm_ns.diffusion.joint_training import with_codes_of_run
         from nfldm_ns.diffusion.latent_memory import encode_latents
         from nfldm_ns.diffusion.training import (
-            STAGES,
-            distil_denoiser,
             held_out_errors,
+            kind_of_sampler,
             save_pipeline,
             stages_of,
             train_denoiser,
@@ -109,12 +122,13 @@ class TrainDiffusion:
         from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
         from nfldm_ns.latents.voxel_store import VoxelStore
         from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS
+        from nfldm_ns.models import resolve_model
         from nfldm_ns.scenes.writing import write_json
 
         self._known_share(), self._joint_config()  # bad input is found before anything is read
         teachers = self._teachers()
         store = VoxelStore.open(self.voxels)
-        latent_autoencoder = load_latent_autoencoder(self.latent_autoencoder)
+        latent_autoencoder = load_latent_autoencoder(resolve_model(self.latent_autoencoder))
         self._require_its_voxels(store)
         if teachers is not None:
             require_same_latents(str(self.distil), teachers.latent_autoencoder, latent_autoencoder)
@@ -122,6 +136,8 @@ class TrainDiffusion:
         preset = DIFFUSION_PRESETS[self.preset]
         turns = preset.quarter_turns if self.quarter_turns is None else self.quarter_turns
         with_maps = looks_at_maps(self.condition, self.bev_dropout)
+        if teachers is not None:
+            with_maps = teachers.bev_size is not None
         memory = encode_latents(store, latent_autoencoder, store.splits["train"], turns, with_maps=with_maps)
         held_out = None
         if with_maps and store.splits["test"] and teachers is None:  # a student's v is of longer steps
@@ -139,6 +155,8 @@ class TrainDiffusion:
         )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         changes |= {"known_share": self._known_share(), "joint": self._joint_config()}
+        if teachers is not None:
+            changes |= kind_of_sampler(teachers.scheduler)
         for stage in stages_of(latent_autoencoder) if self.stage == "all" else (self.stage,):
             training = preset.training[stage]
             training = replace(training, schedule=replace(training.schedule, **given), **changes)
@@ -146,23 +164,14 @@ class TrainDiffusion:
             if self.joint and stage == "fine":
                 known = with_codes_of_run(memory, self.output_dir / "coarse", latent_autoencoder)
                 given_to_all = (known, *given_to_all[1:])
-            if teachers is None:
-                denoiser = train_denoiser(
-                    stage,
-                    *given_to_all,
-                    scene_autoencoder=scene_autoencoder,
-                    initial=self._initial(stage),
-                    views=views,
-                )
-            else:
-                denoiser = distil_denoiser(
-                    stage,
-                    getattr(teachers, f"{stage}_denoiser"),
-                    *given_to_all,
-                    self.distil_steps,
-                    temperature=min(1.0, teachers.config.temperatures[STAGES.index(stage)]),
-                    scene_autoencoder=scene_autoencoder,
-                )
+            denoiser = train_denoiser(
+                stage,
+                *given_to_all,
+                scene_autoencoder=scene_autoencoder,
+                initial=self._initial(stage),
+                shortening=None if teachers is None else Shortening.of(teachers, stage, self.distil_steps),
+                views=views,
+            )
             if held_out is not None and is_first_process():
                 errors = held_out_errors(stage, denoiser, held_out, training)
                 write_json(self.output_dir / stage / "held_out.json", errors)
@@ -171,8 +180,9 @@ class TrainDiffusion:
                 print(f"Mean squared error of {what} on {errors['scenes']} held-out scenes, {stage}: {told}")
         if not is_first_process():
             return
-        temperatures = preset.temperatures if teachers is None else tuple(teachers.config.temperatures)
-        saved = save_pipeline(self.output_dir, scene_autoencoder, latent_autoencoder, temperatures, shown_by=teachers)
+        saved = save_pipeline(
+            self.output_dir, scene_autoencoder, latent_autoencoder, preset.temperatures, teacher=teachers
+        )
         print(f"The pipeline is in {saved}" if saved else f"Still to train: the other denoisers in {self.output_dir}")
 
     def _known_share(self) -> float:
@@ -207,20 +217,19 @@ class TrainDiffusion:
         """
         if self.distil is None:
             return None
-        from nfldm_ns.diffusion.distillation import check_teacher, rounds
+        from nfldm_ns.diffusion.distillation import check_distillable
         from nfldm_ns.diffusion.pipeline import load_pipeline
 
-        rounds(self.distil_steps)
         if self.initial_weights is not None:
             raise UserInputError("--distil begins with the weights of its teacher: leave out --initial-weights.")
-        if self.rendering_mult:
-            raise UserInputError("--distil learns what its teacher does, not views: leave out --rendering-mult.")
-        if self.prediction_type != "v_prediction" or not self.zero_terminal_snr:
+        given = [name for name, plain in _OF_THE_TEACHER.items() if getattr(self, name) != plain]
+        if given:
             raise UserInputError(
-                "--distil trains denoisers that predict v, with zero terminal SNR: leave these options."
+                f"--distil takes what denoisers know and predict from its generator: leave out "
+                f"{', '.join('--' + name.replace('_', '-') for name in given)}."
             )
         pipeline = load_pipeline(self.distil)
-        check_teacher(str(self.distil), pipeline.scheduler.config)
+        check_distillable(str(self.distil), pipeline, self.distil_steps)
         return pipeline
 
     def _initial(self, stage: "Stage") -> "Denoiser | None":

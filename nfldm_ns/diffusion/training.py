@@ -21,16 +21,8 @@ from nfldm_ns.autoencoder.model_configs import build_model
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.diffusion.denoisers import KNOWN_WEIGHTS, CoarseDenoiser, FineDenoiser, GlobalDenoiser
-from nfldm_ns.diffusion.distillation import (
-    Halving,
-    distillation_loss,
-    few_step_sampler,
-    matched_contrasts,
-    randomly_cooled,
-    rounds,
-    step_indices,
-)
-from nfldm_ns.diffusion.flow import FLOW, FlowNoise, make_flow_scheduler
+from nfldm_ns.diffusion.distillation import Shortening, matched_contrasts, randomly_cooled
+from nfldm_ns.diffusion.flow import FLOW, FlowNoise, make_flow_scheduler, prediction_type_of
 from nfldm_ns.diffusion.joint_training import (
     CODES,
     CodeOptimiser,
@@ -119,6 +111,12 @@ def make_sampler(prediction_type: PredictionType, zero_terminal_snr: bool, flow_
     if prediction_type == FLOW:
         return make_flow_scheduler(flow_shift)
     return make_scheduler(prediction_type, zero_terminal_snr)
+
+
+def kind_of_sampler(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """Settings of the training whose denoisers a pipeline's scheduler samples, by their names in the configuration."""
+    kind = prediction_type_of(scheduler)
+    return {"prediction_type": kind, "zero_terminal_snr": scheduler.config.get("rescale_betas_zero_snr", kind == FLOW)}
 
 
 def make_scheduler(
@@ -250,6 +248,16 @@ def _spread_shares(count: int, seed: int | None) -> Float[Tensor, " count"]:
     return (torch.randperm(count, generator=generator) + start) / count
 
 
+def mean_by_scene(
+    error: Float[Tensor, "batch channels *cells"], known_cells: Bool[Tensor, "batch y x"] | None = None
+) -> Float[Tensor, " batch"]:
+    """The mean error of each scene, over the cells that an outpainter is not told."""
+    if known_cells is None:
+        return error.flatten(1).mean(1)
+    unknown = (~known_cells).to(error.dtype)
+    return (error.mean(1) * unknown).flatten(1).sum(1) / unknown.flatten(1).sum(1)
+
+
 class DenoisingPass(NamedTuple):
     """What a denoiser makes of some scenes with noise.
 
@@ -340,10 +348,7 @@ class DiffusionLosses:
         target = diffusion_target(self.scheduler, pass_.clean, pass_.noise, timestep)
         error = F.mse_loss(pass_.predicted, target, reduction="none")
         weights = loss_weights(self.scheduler, timestep, self.config.loss_weighting, self.config.min_snr_gamma)
-        if pass_.known_cells is None:
-            return (weights * error.flatten(1).mean(1)).mean()
-        unknown = (~pass_.known_cells).to(error.dtype)
-        return (weights * (error.mean(1) * unknown).flatten(1).sum(1) / unknown.flatten(1).sum(1)).mean()
+        return (weights * mean_by_scene(error, pass_.known_cells)).mean()
 
     def velocity_error(
         self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws
@@ -460,27 +465,22 @@ class DistillationLosses(DiffusionLosses):
     """Losses of a student, see `distillation.py`; scenes, their order and their noise are drawn as in any training.
 
     Args:
-        halving: its teacher and steps.
+        shortening: its teacher and steps.
         others: of `DiffusionLosses`.
     """
 
-    def __init__(self, halving: Halving, *others: Any) -> None:
+    def __init__(self, shortening: Shortening, *others: Any) -> None:
         super().__init__(*others)
-        self.halving = halving
-
-    def timesteps(self, count: int, seed: int) -> Shaped[Tensor, " count"]:
-        """Numbers of steps, whose timesteps the loss knows."""
-        return step_indices(_spread_shares(count, seed), self.halving.steps)
+        self.shortening = shortening
 
     def loss(
         self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws, augment: bool = True
     ) -> Float[Tensor, ""]:
-        """Mean squared error of the v that two steps of the teacher ask for; `timestep` is of `timesteps`."""
+        """Mean squared difference of the student's samples from its teacher's; timesteps are the solver's."""
         clean, conditions = self.sample_and_conditions(indices, draws, augment)
-        noise = randomly_cooled(draws.normal(clean), self.halving.temperature, draws.uniform())
-        assert isinstance(self.scheduler, DDPMScheduler)
-        step = timestep.to(self.device)
-        return distillation_loss(self.wrapped, self.halving, self.scheduler, clean, noise, step, conditions).mean()
+        noise = randomly_cooled(draws.normal(clean), self.shortening.temperature, draws.uniform())
+        error = self.shortening.error(self.wrapped, noise, conditions)
+        return mean_by_scene(error, conditions.get("known_cells")).mean()
 
 
 def training_scheduler(config: DiffusionTrainingConfig) -> DDPMScheduler:
@@ -574,7 +574,7 @@ def train_denoiser(
     *,
     scene_autoencoder: SceneAutoencoder | None = None,
     initial: Denoiser | None = None,
-    halving: Halving | None = None,
+    shortening: Shortening | None = None,
     views: tuple[SceneCache, Sequence[str]] | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Denoiser:
@@ -588,7 +588,8 @@ def train_denoiser(
             none.
         initial: a denoiser of the same configuration to begin from, for a longer training; an outpainter may begin from
             one that is none.
-        halving: the round of a distillation; None for a training on the latents themselves.
+        shortening: makes it a distillation, whose student begins as a copy of its teacher, whatever `model_config`;
+            None for a training on the latents themselves.
         views: of the memory's scenes, and their ids in its order, for `rendering_mult` and `joint`.
 
     Returns:
@@ -602,19 +603,17 @@ def train_denoiser(
     _require_renderings(config, scene_autoencoder, views)
     _require_share("--known-share", config.known_share)
     joint = config.joint if stage != "global" else None
-    _require_joint(config, scene_autoencoder, views, halving)
+    _require_joint(config, scene_autoencoder, views, shortening)
     accelerator = new_accelerator(config.schedule, output_dir)
     if joint is not None and accelerator.num_processes > 1:
         raise UserInputError("Joint training moves codes in one process: start it without 'accelerate launch'.")
     torch.manual_seed(config.schedule.seed)
-    if stage != "global":
-        model_config = {**model_config, "condition_dropout": config.condition_dropout}
-        model_config = {**model_config, "known_share": config.known_share}
-    if config.condition == "bev":
-        model_config = {**model_config, **_map_config(memory, config)}
-    if config.prediction_type == FLOW:
-        model_config = {**model_config, "flow": True}
-    denoiser = new_denoiser(stage, model_config, memory, latent_autoencoder).to(accelerator.device)
+    if shortening is None:
+        denoiser = _untrained(stage, model_config, memory, latent_autoencoder, config)
+    else:
+        _require_shortening(shortening, initial)
+        denoiser = copy.deepcopy(shortening.teacher).train().requires_grad_(True)  # type: ignore[assignment]
+    denoiser = denoiser.to(accelerator.device)
     if accelerator.device.type == "cpu" and stage != "global":
         denoiser.unet.set_attn_processor(AttnProcessor())  # torch's fused attention is slow there, backward above all
     identity = {
@@ -642,10 +641,9 @@ def train_denoiser(
     if initial is not None:
         _begin_from(initial, denoiser)
         identity["initial_weights"] = model_hash(initial)
-    if halving is not None:
-        halving.teacher.to(accelerator.device).eval().requires_grad_(False)
-        identity |= {"distilled_from": model_hash(halving.teacher), "distil_steps": halving.steps}
-        identity["distil_temperature"] = halving.temperature
+    if shortening is not None:
+        shortening.teacher.to(accelerator.device).eval().requires_grad_(False)
+        identity |= _shortening_identity(shortening)
     folder = RunFolder(output_dir, identity, accelerator)
     ema = moving_averages(denoiser, config.ema_decay)
     trained: nn.Module = denoiser
@@ -657,8 +655,8 @@ def train_denoiser(
     def make_losses(wrapped: nn.Module) -> DiffusionLosses:
         share = batch_share(config.schedule, accelerator)
         given = (stage, wrapped, denoiser, memory, config, accelerator.device, share)
-        if halving is not None:
-            return DistillationLosses(halving, *given)
+        if shortening is not None:
+            return DistillationLosses(shortening, *given)
         rendering = None
         if (config.rendering_mult or joint) and not isinstance(denoiser, GlobalDenoiser):
             assert scene_autoencoder is not None and views is not None
@@ -676,11 +674,11 @@ def train_denoiser(
     if scene_autoencoder is not None and config.schedule.validation_steps:
         scheduler = make_sampler(config.prediction_type, config.zero_terminal_snr, config.flow_shift)
         pictures = (memory, latent_autoencoder, scene_autoencoder)
-        if halving is None:
+        if shortening is None:
             render = DenoiserPictures(stage, denoiser, scheduler, *pictures)
         else:
-            few = few_step_sampler(scheduler.config)
-            render = DenoiserPictures(stage, denoiser, few, *pictures, steps=halving.steps)
+            few = copy.deepcopy(shortening.scheduler)
+            render = DenoiserPictures(stage, denoiser, few, *pictures, steps=shortening.steps)
 
     train(
         folder,
@@ -704,53 +702,39 @@ def train_denoiser(
     return denoiser.eval()
 
 
-def distil_denoiser(
+def _untrained(
     stage: Stage,
-    teacher: Denoiser,
+    model_config: dict[str, Any],
     memory: LatentMemory,
     latent_autoencoder: LatentAutoencoder,
-    output_dir: Path | str,
-    model_config: dict[str, Any],
     config: DiffusionTrainingConfig,
-    steps: int,
-    *,
-    temperature: float = 1.0,
-    scene_autoencoder: SceneAutoencoder | None = None,
-    on_progress: ProgressCallback | None = None,
 ) -> Denoiser:
-    """A denoiser that needs `steps` steps of DDIM, by rounds that halve them; an interrupted run goes on.
-
-    Args:
-        teacher: predicts v, of the same configuration.
-        output_dir: becomes the run folder of the last round; those of the others lie beside it, as `<name>-<steps>`.
-        config: of every round, whose schedule begins anew.
-        steps: a divisor of the number of timesteps.
-        temperature: see `Halving`.
-        others: of `train_denoiser`.
-
-    Raises:
-        UserInputError: as `train_denoiser`, and for a number of steps that cannot be.
-    """
-    counts = rounds(steps)
-    for number, count in enumerate(counts):
-        output = Path(output_dir)
-        teacher = train_denoiser(
-            stage,
-            memory,
-            latent_autoencoder,
-            output if count == steps else output.with_name(f"{output.name}-{count}"),
-            model_config,
-            config,
-            scene_autoencoder=scene_autoencoder,
-            initial=teacher,
-            halving=Halving(copy.deepcopy(teacher), count, temperature),
-            on_progress=None if on_progress is None else partial(_of_rounds, on_progress, number, len(counts)),
-        )
-    return teacher
+    """A new denoiser that knows the conditions of its training."""
+    if stage != "global":
+        model_config = {**model_config, "condition_dropout": config.condition_dropout}
+        model_config = {**model_config, "known_share": config.known_share}
+    if config.condition == "bev":
+        model_config = {**model_config, **_map_config(memory, config)}
+    if config.prediction_type == FLOW:
+        model_config = {**model_config, "flow": True}
+    return new_denoiser(stage, model_config, memory, latent_autoencoder)
 
 
-def _of_rounds(report: ProgressCallback, number: int, count: int, share: float, losses: dict[str, float]) -> None:
-    report((number + share) / count, losses)
+def _require_shortening(shortening: Shortening, initial: Denoiser | None) -> None:
+    if initial is not None:
+        raise ValueError("a student begins with the weights of its teacher: give no initial denoiser")
+    if not 1 <= shortening.steps < shortening.teacher_steps:
+        raise ValueError(f"{shortening.steps} steps are not fewer than the teacher's {shortening.teacher_steps}")
+
+
+def _shortening_identity(shortening: Shortening) -> dict[str, Any]:
+    return {
+        "distilled_from": model_hash(shortening.teacher),
+        "distil_steps": shortening.steps,
+        "distil_teacher_steps": shortening.teacher_steps,
+        "distil_temperature": shortening.temperature,
+        "distil_scheduler": type(shortening.scheduler).__name__,
+    }
 
 
 def load_average(denoiser: Denoiser, run_folder: Path | str, length: float) -> None:
@@ -783,12 +767,12 @@ def _require_renderings(config: DiffusionTrainingConfig, renderer: SceneAutoenco
 
 
 def _require_joint(
-    config: DiffusionTrainingConfig, renderer: SceneAutoencoder | None, views: object, halving: Halving | None
+    config: DiffusionTrainingConfig, renderer: SceneAutoencoder | None, views: object, shortening: Shortening | None
 ) -> None:
     if config.joint is None:
         return
     config.joint.check()
-    if config.rendering_mult or halving is not None or config.schedule.ema_profiles:
+    if config.rendering_mult or shortening is not None or config.schedule.ema_profiles:
         raise UserInputError(
             "Joint training goes without --rendering-mult, --distil and --ema-profiles: leave them out."
         )
@@ -946,14 +930,14 @@ def save_pipeline(
     scene_autoencoder: SceneAutoencoder,
     latent_autoencoder: LatentAutoencoder,
     temperatures: tuple[float, float, float] = (1.0, 1.0, 1.0),
-    shown_by: NFLDMPipeline | None = None,
+    teacher: NFLDMPipeline | None = None,
 ) -> Path | None:
     """Saves `<output_dir>/pipeline` once all denoisers in `<output_dir>/{global,coarse,fine}` are trained.
 
     Args:
         temperatures: of g, c and f, the pipeline's default for sampling.
-        shown_by: a generator of the same latents whose stages 1 and 2 are saved instead of those given, as its decoders
-            may have been tuned since, with its contrasts; where its denoisers were distilled, with those that make the
+        teacher: the generator that denoisers were distilled from. Its own denoisers stand in for those that were not,
+            and its stages 1 and 2 for those given, as its decoders may have been tuned since; contrasts make the
             latents of both vary alike (`matched_contrasts`).
 
     Returns:
@@ -965,9 +949,12 @@ def save_pipeline(
     output_dir = Path(output_dir)
     stages = stages_of(latent_autoencoder)
     denoisers = {stage: load_denoiser(output_dir / stage) for stage in stages}
-    if any(denoiser is None for denoiser in denoisers.values()):
+    trained = [stage for stage in stages if denoisers[stage] is not None]
+    if not trained or (teacher is None and len(trained) < len(stages)):
         return None
-    runs = {stage: read_json(output_dir / stage / "run.json") for stage in stages}
+    runs = {stage: read_json(output_dir / stage / "run.json") for stage in trained}
+    if teacher is not None:
+        return _save_student(output_dir, teacher, denoisers, runs)
     expected = model_hash(latent_autoencoder, latent_autoencoder.encoding)
     for stage, run in runs.items():
         if run.get("latent_autoencoder") != expected:
@@ -1005,24 +992,44 @@ def save_pipeline(
             "with --outpainting, or none."
         )
     components: dict[str, Any] = {f"{stage}_denoiser": denoisers.get(stage) for stage in STAGES}
-    few = {run.get("distil_steps") for run in runs.values()}
-    if len(few) > 1:
+    if any("distil_steps" in run for run in runs.values()):
         raise UserInputError(
-            f"Some denoisers in {output_dir} were distilled to other numbers of steps than others, or not at all: "
-            "distil all with one --distil-steps."
+            f"{output_dir} holds denoisers that were distilled: repeat the command that distilled them, with --distil."
         )
-    scheduler = make_sampler(types.pop(), zero_snr.pop(), shifts.pop())
-    steps = few.pop()
-    if steps is not None:
-        scheduler, components["default_steps"] = few_step_sampler(scheduler.config), steps
-    components["scheduler"] = scheduler
+    components["scheduler"] = make_sampler(types.pop(), zero_snr.pop(), shifts.pop())
     components["bev_classes"] = [bev_class(entry) for entry in classes[0]]
-    if shown_by is not None:
-        scene_autoencoder, latent_autoencoder = shown_by.scene_autoencoder, shown_by.latent_autoencoder
-        components["contrasts"] = tuple(shown_by.config.contrasts)
-    pipeline = assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
-    if steps is not None and shown_by is not None:
-        pipeline.register_to_config(contrasts=matched_contrasts(pipeline, shown_by))
+    return _save(
+        output_dir, assemble_pipeline(scene_autoencoder, latent_autoencoder, **components, temperatures=temperatures)
+    )
+
+
+def _save(output_dir: Path, pipeline: NFLDMPipeline) -> Path:
     with atomic_path(output_dir / "pipeline") as temporary:
         pipeline.save_pretrained(temporary)
     return output_dir / "pipeline"
+
+
+def _save_student(
+    output_dir: Path,
+    teacher: NFLDMPipeline,
+    denoisers: dict[Stage, Denoiser | None],
+    runs: dict[Stage, dict[str, Any]],
+) -> Path:
+    """The teacher's pipeline with the denoisers that were distilled from its own, and as few steps as those take."""
+    few = {run.get("distil_steps") for run in runs.values()}
+    if len(few) > 1 or None in few:
+        raise UserInputError(
+            f"Some denoisers in {output_dir} were distilled to other numbers of steps than others, or not at all: "
+            "distil all with one --distil-steps, in a folder of their own."
+        )
+    for stage, run in runs.items():
+        if run["distilled_from"] != model_hash(getattr(teacher, f"{stage}_denoiser")):
+            raise UserInputError(
+                f"The denoiser in {output_dir / stage} was distilled from another generator: give --distil that one, "
+                "or choose another --output-dir."
+            )
+    teacher.to("cpu")
+    distilled = {f"{stage}_denoiser": found.eval() for stage, found in denoisers.items() if found is not None}
+    pipeline = NFLDMPipeline(**{**teacher.components, **distilled, "default_steps": few.pop()})
+    pipeline.register_to_config(contrasts=matched_contrasts(pipeline, teacher))
+    return _save(output_dir, pipeline)

@@ -11,13 +11,13 @@ from diffusers import SchedulerMixin
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
+from torch import Tensor
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.bev import to_grid_order
-from nfldm_ns.diffusion.flow import initial_scale, model_input
 from nfldm_ns.diffusion.latent_memory import LatentMemory
+from nfldm_ns.diffusion.solver import sample_latents
 from nfldm_ns.diffusion.trajectory import CAMERA_DIM, trajectory_to_cameras
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
 from nfldm_ns.latents.scene_latents import SceneLatents
@@ -31,23 +31,6 @@ NUM_SCENES = 4
 STEPS = 20
 MAP_SCALE = 4  # pixels per column of voxels
 ARROW_M = 0.8
-
-
-def sample_latents(
-    denoiser: nn.Module,
-    scheduler: SchedulerMixin,
-    noise: Float[Tensor, " batch *shape"],
-    steps: int,
-    **conditions: Tensor,
-) -> Float[Tensor, " batch *shape"]:
-    """Denoises from noise to a sample, in normalised units, with a scheduler that draws nothing."""
-    scheduler.set_timesteps(steps, device=noise.device)
-    sample = noise * initial_scale(scheduler)
-    for timestep in scheduler.timesteps:
-        scaled = model_input(scheduler, sample, timestep)
-        predicted = denoiser(scaled, timestep.to(noise.device).expand(len(noise)), **conditions)
-        sample = scheduler.step(predicted.float(), timestep, sample, return_dict=False)[0]
-    return sample
 
 
 class DenoiserPictures:

@@ -28,7 +28,7 @@ class EvaluationSettings:
         num_images: in each set for FID, KID and the measures of neighbours.
         views_per_scene: images of each generated scene.
         seed: of the first generated scene; further ones count up.
-        num_inference_steps: denoising steps of each latent.
+        num_inference_steps: denoising steps of each latent, one number for all or one each of g, c and f.
         batch_size: scenes sampled together; sampled numbers depend on it up to rounding.
         with_source_views: whether real images may also be views that the encoder sees; by default only target views.
         num_train_scenes: training scenes that are searched for copies (those of the images besides); None takes all.
@@ -40,7 +40,7 @@ class EvaluationSettings:
     num_images: int = 5000
     views_per_scene: int = 4
     seed: int = 0
-    num_inference_steps: int = 30
+    num_inference_steps: int | tuple[int, int, int] = 30
     batch_size: int = 1
     with_source_views: bool = False
     num_train_scenes: int | None = None
@@ -51,9 +51,10 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         counts = ("num_images", "views_per_scene", "num_inference_steps", "batch_size", "precision_k", "density_k")
         for name in counts:
-            if getattr(self, name) < 1:
+            given = getattr(self, name)
+            if min(given if isinstance(given, tuple) else (given,)) < 1:
                 option = name.replace("_", "-")
-                raise UserInputError(f"--{option} is {getattr(self, name)}: give at least 1.")
+                raise UserInputError(f"--{option} is {given}: give at least 1.")
         if self.num_train_scenes is not None and self.num_train_scenes < 2:
             raise UserInputError(f"--num-train-scenes is {self.num_train_scenes}: give at least 2, or none for all.")
         fewest = max(self.precision_k, self.density_k) + 1

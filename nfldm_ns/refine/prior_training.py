@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.choice import evenly
+from nfldm_ns.diffusion.solver import sample_latents
 from nfldm_ns.diffusion.training import (
     DiffusionTrainingConfig,
     diffusion_target,
@@ -22,7 +23,6 @@ from nfldm_ns.diffusion.training import (
     spread_timesteps,
     training_scheduler,
 )
-from nfldm_ns.diffusion.validation import sample_latents
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.refine.domain_prior import (
     CLEAN,
