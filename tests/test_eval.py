@@ -458,11 +458,12 @@ def test_command_makes_a_report_and_refuses_bad_options(
     require_weights("fid-inception")
     small_pipeline().save_pretrained(tmp_path / "pipeline")
     options = [str(tmp_path / "pipeline"), "--data", str(rooms.root), "--output-dir", str(tmp_path / "out")]
-    options += ["--views-per-scene", "2", "--num-inference-steps", "1", "--device", "cpu", "--fvd", "no"]
+    options += ["--views-per-scene", "2", "--num-inference-steps", "1", "2", "1", "--device", "cpu", "--fvd", "no"]
     command.main([*options, "--num-images", "6", "--num-train-scenes", "2"])
     assert "index.html" in capfd.readouterr().out
     numbers = json.loads((tmp_path / "out" / "eval.json").read_text())
-    assert numbers["num_images"] == 6
+    assert numbers["num_images"] == 6 and numbers["num_inference_steps"] == [1, 2, 1]
+    assert "1, 2 and 1 denoising steps of g, c and f" in (tmp_path / "out" / "index.html").read_text()
     assert numbers["distances"]["fid"]["samples"] > numbers["distances"]["fid"]["train"]
     for more in (["--num-images", "8"], ["--num-images", "6", "--seed", "3"], ["--num-images", "5000"]):
         with pytest.raises(SystemExit) as exit_info:

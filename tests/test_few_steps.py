@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -16,6 +17,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from nfldm_ns.commands import sample
 from nfldm_ns.commands.train_diffusion import TrainDiffusion
 from nfldm_ns.diffusion.distillation import (
     Shortening,
@@ -150,6 +152,17 @@ def test_a_training_is_of_the_kind_that_a_scheduler_samples():
         ("epsilon", False),
         ("flow", True),
     ]
+
+
+def test_scenes_are_sampled_with_other_steps_of_each_latent(tmp_path, capsys):
+    small_pipeline().save_pretrained(tmp_path / "mine")
+    options = [str(tmp_path / "mine"), "--num-scenes", "1", "--output-dir", str(tmp_path / "out"), "--device", "cpu"]
+    sample.main([*options, "--num-inference-steps", "3", "1", "2"])
+    scene = json.loads((tmp_path / "out" / "scene_000000" / "scene.json").read_text())
+    assert [3, 1, 2] in scene["provenance"].values()
+    with pytest.raises(SystemExit):
+        sample.main([*options, "--num-inference-steps", "3", "0", "2"])
+    assert "--num-inference-steps is 0, but must be at least 1" in capsys.readouterr().err
 
 
 # Trainings

@@ -216,6 +216,7 @@ def test_single_rays_are_refused_where_a_network_makes_images_of_whole_ones(trai
 def test_what_a_baseline_cannot_do_is_said(trained, box_room_collection, tmp_path, capsys):
     run, out = str(trained["gsn"]), ["--output-dir", str(tmp_path / "out")]
     wrong = {
+        "a baseline diffuses one latent: give one number": [run, "--num-inference-steps", "1", "2", "1", *out],
         "a GAN makes scenes in one step": [run, "--num-inference-steps", "4", *out],
         "--guidance-scale cannot be other than 1": [run, "--guidance-scale", "2", *out],
         "was trained without BEV maps": [run, "--bev", str(tmp_path / "map.png"), *out],

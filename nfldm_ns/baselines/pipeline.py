@@ -24,7 +24,7 @@ from nfldm_ns.baselines.registry import COMPONENT_CLASSES
 from nfldm_ns.baselines.scene_generator import SceneGenerator
 from nfldm_ns.diffusion.call_checks import check_count, check_generator
 from nfldm_ns.diffusion.denoisers import GlobalDenoiser
-from nfldm_ns.diffusion.pipeline import NUM_STEPS, Generators
+from nfldm_ns.diffusion.pipeline import NUM_STEPS, Generators, Steps
 from nfldm_ns.diffusion.solver import sample_latents
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import BevClass, read_json
@@ -113,14 +113,14 @@ class BaselinePipeline(DiffusionPipeline):
         self,
         num_scenes: int = 1,
         generator: Generators = None,
-        num_inference_steps: int | None = None,
+        num_inference_steps: Steps | None = None,
         return_dict: bool = True,
     ) -> BaselinePipelineOutput:
         """Samples `num_scenes` scenes.
 
         Args:
             generator: one for all, or one per scene; with one per scene a scene does not depend on the others.
-            num_inference_steps: of the diffusion model; None for `default_steps`.
+            num_inference_steps: of the diffusion model, one number; None for `default_steps`.
             return_dict: False gives a tuple of the output's attributes.
 
         Raises:
@@ -128,8 +128,10 @@ class BaselinePipeline(DiffusionPipeline):
         """
         check_count("num_scenes", num_scenes)
         check_generator(generator, num_scenes)
-        steps = self.default_steps if num_inference_steps is None else num_inference_steps
-        check_count("num_inference_steps", steps)
+        given = self.default_steps if num_inference_steps is None else num_inference_steps
+        if isinstance(given, Sequence):
+            raise ValueError(f"num_inference_steps are {given}, but a baseline diffuses one latent: give one number")
+        steps = check_count("num_inference_steps", given)
         if self.prior is None and steps != 1:
             raise ValueError(f"num_inference_steps is {steps}, but a GAN makes scenes in one step")
         several = generator if generator is None or isinstance(generator, torch.Generator) else list(generator)

@@ -33,8 +33,8 @@ class Eval:
     """Images of each generated scene, by cameras of its own sampled trajectory."""
     seed: int = 0
     """Scene i has the seed `--seed` + i."""
-    num_inference_steps: int | None = None
-    """Denoising steps of each of the three latents; by default 30, or as many as a distilled generator was made for."""
+    num_inference_steps: int | tuple[int, int, int] | None = None
+    """Denoising steps of each of the three latents, or of g, c and f: three numbers; by default the generator's own."""
     batch_size: int = 1
     """Scenes sampled together: faster on a GPU, but their numbers then agree only up to rounding."""
     with_source_views: bool = False

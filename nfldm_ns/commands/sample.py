@@ -32,8 +32,8 @@ class Sample:
     seed: int = 0
     output_dir: Path = Path("outputs/generated")
     """Scenes go to scene_<seed>/ in here, and pictures of all of them to contact_sheet.png."""
-    num_inference_steps: int | None = None
-    """Denoising steps of each of the three latents; by default 30, or as many as a distilled generator was made for."""
+    num_inference_steps: int | tuple[int, int, int] | None = None
+    """Denoising steps of each of the three latents, or of g, c and f: three numbers; by default the generator's own."""
     bev: tuple[Path, ...] = ()
     """A map of the scene from above, north up, or one per scene: images of the size and in the colours of the maps that
     the generator was trained with (bev.png in its collection's scenes). Without, scenes are sampled without a map."""
@@ -97,12 +97,13 @@ class Sample:
 
     def _check(self) -> None:
         """What the pipeline would refuse, by its own checks, and what it cannot know."""
-        from nfldm_ns.diffusion.call_checks import check_count, check_seed
+        from nfldm_ns.diffusion.call_checks import check_count, check_seed, check_steps
 
         try:
-            for name in ("num_scenes", "batch_size", "num_inference_steps"):
-                if getattr(self, name) is not None:
-                    check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+            for name in ("num_scenes", "batch_size"):
+                check_count(f"--{name.replace('_', '-')}", getattr(self, name))
+            if self.num_inference_steps is not None:
+                check_steps(self.num_inference_steps, "--num-inference-steps")
             check_seed("--seed", self.seed, self.num_scenes)
         except ValueError as error:
             raise UserInputError(f"{error}: give another number.") from None

@@ -40,16 +40,15 @@ def check_seed(name: str, seed: int, count: int = 1) -> None:
         raise ValueError(f"{name} is {seed}, but must be at least 0 and below 2**64")
 
 
-def check_steps(num_inference_steps: Any) -> list[int]:
+def check_steps(num_inference_steps: Any, name: str = "num_inference_steps") -> list[int]:
     """Denoising steps of g, c and f, given as one number or as three; errors as of `check_count`."""
     if isinstance(num_inference_steps, Sequence) and not isinstance(num_inference_steps, str):
         if len(num_inference_steps) != len(LATENTS):
             raise ValueError(
-                f"num_inference_steps must be one number for all or one each of {', '.join(LATENTS)}, not "
-                f"{len(num_inference_steps)}"
+                f"{name} must be one number for all or one each of {', '.join(LATENTS)}, not {len(num_inference_steps)}"
             )
-        return [check_count("num_inference_steps", value) for value in num_inference_steps]
-    return [check_count("num_inference_steps", num_inference_steps)] * len(LATENTS)
+        return [check_count(name, value) for value in num_inference_steps]
+    return [check_count(name, num_inference_steps)] * len(LATENTS)
 
 
 def check_generator(generator: Any, num_scenes: int) -> None:

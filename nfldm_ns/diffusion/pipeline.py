@@ -54,6 +54,8 @@ PIPELINE_INDEX = "model_index.json"
 """File of diffusers that a saved pipeline has."""
 NUM_STEPS = 30
 Generators = torch.Generator | Sequence[torch.Generator] | None
+Steps = int | tuple[int, int, int]
+"""Of each latent, or of g, c and f."""
 StepCallback = Callable[["NFLDMPipeline", int, int, dict[str, Any]], dict[str, Any]]
 
 

@@ -63,6 +63,12 @@ def write_page(
     Report(title, introduction(numbers, collection), sections, footer(numbers)).write(path)
 
 
+def _steps(steps: int | Sequence[int]) -> str:
+    if isinstance(steps, int):
+        return f"{steps} denoising steps per latent"
+    return "{}, {} and {} denoising steps of g, c and f".format(*steps)
+
+
 def introduction(numbers: Mapping[str, Any], collection: SceneCollection) -> str:
     """The protocol in words."""
     count, scenes = numbers["num_images"], numbers["copies"]["num_scenes"]
@@ -71,7 +77,7 @@ def introduction(numbers: Mapping[str, Any], collection: SceneCollection) -> str
     kind = "target and source" if numbers["with_source_views"] else "target"
     return (
         f"{scenes['generated']} scenes were sampled with the seeds {numbers['seed']}, {numbers['seed'] + 1}, ... and "
-        f"{numbers['num_inference_steps']} denoising steps per latent, and seen by {numbers['views_per_scene']} evenly "
+        f"{_steps(numbers['num_inference_steps'])}, and seen by {numbers['views_per_scene']} evenly "
         f"chosen cameras of their own sampled trajectories, at {width} x {height} pixels. Every set of images has "
         f"{count} images. The reference are real images of the test split of `{collection.name}`, {views['test']} "
         f"{kind} views of each scene, of places that no stage was trained on.\n\n"

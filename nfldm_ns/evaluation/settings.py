@@ -10,7 +10,7 @@ from typing import Any
 
 from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.flow import prediction_type_of
-from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline
+from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, Steps
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.collection import SceneCollection, read_json, read_transforms
 from nfldm_ns.scenes.writing import clear_unfinished, require_writable, write_json
@@ -40,7 +40,7 @@ class EvaluationSettings:
     num_images: int = 5000
     views_per_scene: int = 4
     seed: int = 0
-    num_inference_steps: int | tuple[int, int, int] = 30
+    num_inference_steps: Steps = 30
     batch_size: int = 1
     with_source_views: bool = False
     num_train_scenes: int | None = None

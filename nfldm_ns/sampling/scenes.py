@@ -13,7 +13,7 @@ import torch
 from jaxtyping import UInt8
 
 from nfldm_ns.baselines.folder import baseline_folder
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, load_pipeline, scene_generators
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, Steps, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, renderer_of
 from nfldm_ns.plugin.generated_run import write_generated_scene
@@ -45,7 +45,7 @@ def load_generator(folder: Path | str) -> ScenePipeline:
     return load_baseline(baseline)
 
 
-def sampling_record(pipeline: ScenePipeline, num_inference_steps: int | None, source: str = "") -> dict[str, Any]:
+def sampling_record(pipeline: ScenePipeline, num_inference_steps: Steps | None, source: str = "") -> dict[str, Any]:
     """What makes scenes besides seeds, for their provenance; `source`: where the pipeline is from."""
     if num_inference_steps is None:
         num_inference_steps = pipeline.default_steps
@@ -63,7 +63,7 @@ def sample_scenes(
     num_scenes: int,
     seed: int = 0,
     *,
-    num_inference_steps: int | None = None,
+    num_inference_steps: Steps | None = None,
     batch_size: int = 1,
     source: str = "",
     guidance_scale: float = 1.0,
@@ -142,7 +142,7 @@ def draw_scenes(
     num_scenes: int,
     seed: int = 0,
     *,
-    num_inference_steps: int | None = None,
+    num_inference_steps: Steps | None = None,
     source: str = "",
     guidance_scale: float = 1.0,
     temperatures: Sequence[float] | None = None,
@@ -154,7 +154,7 @@ def draw_scenes(
 
     Args:
         source: where the pipeline is from, for the record.
-        num_inference_steps: by default 30, or as many as a distilled generator was made for.
+        num_inference_steps: of each latent, or of g, c and f; None for the pipeline's own number.
         guidance_scale, temperatures, callback_on_step_end: of the pipeline's call.
         maps: semantic maps, north up: none, or one per scene.
         command: what samples them, for the record.
