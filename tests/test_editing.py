@@ -14,7 +14,7 @@ from PIL import Image
 
 from nfldm_ns.commands import edit, sample
 from nfldm_ns.diffusion.inpainting import Inpainting, NoiseLevels, stretches
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, Steps, scene_generators
 from nfldm_ns.diffusion.windows import slerp
 from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.editing.combining import combine_scenes, harmonise_seams
@@ -76,13 +76,17 @@ def pipeline() -> NFLDMPipeline:
     return lively_pipeline()
 
 
-def sampled_scene(pipeline: NFLDMPipeline, seed: int) -> GeneratedScene:
-    output = pipeline(1, scene_generators(seed, 1), num_inference_steps=STEPS)
+def sampled_scene(pipeline: NFLDMPipeline, seed: int, steps: Steps = STEPS) -> GeneratedScene:
+    output = pipeline(1, scene_generators(seed, 1), num_inference_steps=steps)
     scene = GeneratedScene(
         half_precision(output.grids),
         renderer_of(pipeline.scene_autoencoder),
         index_cameras(output.cameras, 0),
-        provenance={"seed": seed, "command": "nfldm-sample"},
+        provenance={
+            "seed": seed,
+            "command": "nfldm-sample",
+            "num_inference_steps": list(steps) if isinstance(steps, tuple) else steps,
+        },
     )
     return with_latents(scene, output.latents)
 
@@ -444,6 +448,16 @@ def test_interpolation_begins_and_ends_with_the_scenes(pipeline, scenes):
     ]
     whole = float((way[-1].latents["global_latent"] - way[0].latents["global_latent"]).norm())
     assert max(steps) < 0.8 * whole, "no jump"
+
+
+def test_interpolation_takes_the_steps_that_scenes_were_sampled_with(pipeline):
+    steps = (3, 2, 1)
+    first, second = (sampled_scene(pipeline, seed, steps) for seed in range(2))
+    way = list(interpolate_scenes(pipeline, first, second, 3))
+    assert way[1].provenance["num_inference_steps"] == steps
+    damaged = replace(first, provenance={**first.provenance, "num_inference_steps": [3, 0, 1]})
+    with pytest.raises(UserInputError, match="must be at least 1.*give --num-inference-steps"):
+        next(interpolate_scenes(pipeline, damaged, second, 3))
 
 
 def test_interpolation_needs_the_noise(pipeline, scenes):

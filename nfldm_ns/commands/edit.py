@@ -94,8 +94,8 @@ class Resample:
     """Width in metres of the soft seam around the region; beyond, the voxels stay as they are."""
     pipeline: Path | None = None
     """A trained generator; by default the one that made the scene."""
-    num_inference_steps: int | None = None
-    """Denoising steps of c and of f; by default the generator's own: 30, or fewer if it was distilled."""
+    num_inference_steps: int | tuple[int, int, int] | None = None
+    """Denoising steps of c and of f, or of g, c and f; by default the generator's own."""
     strength: float = 1.0
     """Share of the steps that the region walks: 1 begins with noise alone, less keeps something of what was there."""
     resamplings: int | None = None
@@ -176,7 +176,7 @@ class Combine:
     """Of that denoising."""
     pipeline: Path | None = None
     """A trained generator for it; by default the one that made the first scene."""
-    num_inference_steps: int | None = None
+    num_inference_steps: int | tuple[int, int, int] | None = None
     """Its denoising steps, of which --harmonise is a share; by default the generator's own."""
     output_dir: Path = OUTPUT_DIR
     """The scene goes to <first>_with_<second>.../ in here."""
@@ -235,8 +235,8 @@ class Interpolate:
     """Also write each scene of the way as a folder."""
     pipeline: Path | None = None
     """The trained generator that made both; by default the one that the first scene names."""
-    num_inference_steps: int | None = None
-    """As they were sampled with; by default the generator's own."""
+    num_inference_steps: int | tuple[int, int, int] | None = None
+    """As they were sampled with; by default what the first scene's record says."""
     output_dir: Path = OUTPUT_DIR
     """video.mp4 goes to <first>_to_<second>/ in here, and the scenes to frame_0000/ ... beside it."""
     device: str | None = None
@@ -290,13 +290,14 @@ def _load_pipeline(folder: Path | None, scene: GeneratedScene | None, device: st
 
 
 def _check_numbers(
-    num_inference_steps: int | None,
+    num_inference_steps: int | tuple[int, int, int] | None,
     seam: float = 0.0,
     strength: float = 1.0,
     resamplings: int | None = None,
     jump_length: int = 1,
 ) -> None:
-    if any(number is not None and number < 1 for number in (num_inference_steps, resamplings, jump_length)):
+    steps = num_inference_steps if isinstance(num_inference_steps, tuple) else (num_inference_steps,)
+    if any(number is not None and number < 1 for number in (*steps, resamplings, jump_length)):
         raise UserInputError(
             "--num-inference-steps, --resamplings and --jump-length must be at least 1: give larger numbers."
         )

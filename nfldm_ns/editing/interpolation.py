@@ -10,7 +10,8 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
+from nfldm_ns.diffusion.call_checks import check_steps
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, Steps, scene_generators
 from nfldm_ns.diffusion.windows import slerp
 from nfldm_ns.editing.scenes import latents_of, require_pipeline_of, with_latents
 from nfldm_ns.errors import UserInputError
@@ -30,7 +31,7 @@ def interpolate_scenes(
     second: GeneratedScene,
     num_frames: int,
     *,
-    num_inference_steps: int | None = None,
+    num_inference_steps: Steps | None = None,
     source: str = "",
 ) -> Iterator[GeneratedScene]:
     """Scenes from `first` to `second`, whose noise of g, c and f lies between theirs on a great circle.
@@ -40,7 +41,8 @@ def interpolate_scenes(
     Args:
         first, second: sampled by this pipeline, whose seeds are in their provenance.
         num_frames: at least 2, with both ends.
-        num_inference_steps: that they were sampled with; None for the pipeline's own.
+        num_inference_steps: that they were sampled with; None for what the first one's record says, or the pipeline's
+            own.
         source: where the pipeline is from, for the record.
 
     Raises:
@@ -48,7 +50,7 @@ def interpolate_scenes(
     """
     if num_frames < 2:
         raise UserInputError(f"{num_frames} frames do not reach from one scene to the other: give at least 2.")
-    steps = pipeline.default_steps if num_inference_steps is None else num_inference_steps
+    steps = _steps_of(first, pipeline) if num_inference_steps is None else num_inference_steps
     ends = [_noise_of(pipeline, scene, steps) for scene in (first, second)]
     record = {
         "command": "nfldm-edit interpolate",
@@ -72,7 +74,18 @@ def interpolate_scenes(
     yield second
 
 
-def _noise_of(pipeline: NFLDMPipeline, scene: GeneratedScene, num_inference_steps: int) -> list[Tensor]:
+def _steps_of(scene: GeneratedScene, pipeline: NFLDMPipeline) -> Steps:
+    """What its record says, which is a list for other steps of each latent."""
+    found = scene.provenance.get("num_inference_steps", pipeline.default_steps)
+    try:
+        check_steps(found)
+    except (TypeError, ValueError) as error:
+        name = scene.provenance.get("folder", "a scene")
+        raise UserInputError(f"The record of {name} is damaged ({error}): give --num-inference-steps.") from None
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _noise_of(pipeline: NFLDMPipeline, scene: GeneratedScene, num_inference_steps: Steps) -> list[Tensor]:
     """The noise that a scene was sampled from, made sure of by sampling its latents again."""
     require_pipeline_of(pipeline, scene)
     latents, seed = latents_of(pipeline, scene), scene.provenance.get("seed")

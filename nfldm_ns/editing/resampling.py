@@ -10,7 +10,7 @@ import torch
 from jaxtyping import UInt8
 
 from nfldm_ns.diffusion.inpainting import Inpainting
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, scene_generators
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, StepCallback, Steps, scene_generators
 from nfldm_ns.editing.blending import blend_voxels
 from nfldm_ns.editing.region import Region
 from nfldm_ns.editing.scenes import latents_of, require_pipeline_of, scene_code_of, with_latents
@@ -29,7 +29,7 @@ def resample_region(
     seed: int = 0,
     *,
     seam_m: float = SEAM_M,
-    num_inference_steps: int | None = None,
+    num_inference_steps: Steps | None = None,
     strength: float = 1.0,
     resamplings: int | None = None,
     jump_length: int = 3,
