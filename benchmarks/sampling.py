@@ -34,7 +34,7 @@ from diffusers import (
 )
 from torch import Tensor
 
-from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, load_pipeline, scene_generators
+from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline, Steps, load_pipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.scenes import PictureFolder, render_sampled_views
 from nfldm_ns.metrics.image_sets import REFERENCE, read_picture
@@ -88,7 +88,7 @@ class Sampler:
     """A scheduler of diffusers, by its name here, and its steps of each level, or those of g, c and f."""
 
     name: str
-    steps: int | tuple[int, int, int]
+    steps: Steps
 
     @classmethod
     def parse(cls, text: str) -> Sampler:

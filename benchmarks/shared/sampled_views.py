@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nfldm_ns.choice import evenly
-from nfldm_ns.diffusion.pipeline import NFLDMPipeline
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, Steps
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation.evaluation import check_fit, picture_paths, progress_bars
 from nfldm_ns.evaluation.numbers import FEATURES, RESIZING
@@ -154,9 +154,7 @@ class SampleJudge:
         """`fid` and `kid` of real views of training scenes, as `train`: about the best there can be."""
         return set_distances(self.real)
 
-    def samples(
-        self, pipeline: NFLDMPipeline, folder: Path, num_inference_steps: int | tuple[int, int, int] | None = None
-    ) -> Features:
+    def samples(self, pipeline: NFLDMPipeline, folder: Path, num_inference_steps: Steps | None = None) -> Features:
         """Features of sampled views, in the order of the scenes' seeds; the pipeline is moved to the device.
 
         Args:
