@@ -34,8 +34,10 @@ setup: $(STAMP)
 demo: $(STAMP)
 	nfldm-demo $(ARGS)
 
+# Files of tests are shared between processes of one thread each: 'make test WORKERS=0' runs all in one.
+WORKERS ?= 2
 test: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest $(ARGS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # All that wants a GPU, within eight minutes (docs/gpu.md): 'make gpu-check ARGS="--only rendering"' for some of it. Without
 # a GPU it says that it is skipped.

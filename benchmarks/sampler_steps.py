@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 import tyro
+from sampling import Generators, Part, Sampler, check, compare_samplers, fingerprints
 from sampling import Options as SamplingOptions
-from sampling import Part, Sampler, check, compare_samplers, fingerprints
 
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, load_pipeline, scene_generators
 from nfldm_ns.reports.report import Table
@@ -47,14 +47,14 @@ class Options(SamplingOptions):
 @torch.inference_mode()
 def seconds_of_rooms(pipeline: NFLDMPipeline, samplers: list[Sampler], repeats: int) -> dict[str, float]:
     """Median seconds of a room by sampler; all take turns, as other work slows down all alike."""
-    trained = pipeline.scheduler
+    trained, generators = pipeline.scheduler, Generators(pipeline, samplers)
     times: dict[str, list[float]] = {str(sampler): [] for sampler in samplers}
     for seed in range(repeats + 1):
         for sampler in samplers:
-            pipeline.scheduler = sampler.scheduler(trained)
+            one = generators.with_sampler(sampler)
             begun = time.perf_counter()
-            pipeline(1, scene_generators(seed, 1), sampler.steps)
-            if pipeline.coarse_denoiser.device.type == "cuda":
+            one(1, scene_generators(seed, 1), sampler.steps)
+            if one.coarse_denoiser.device.type == "cuda":
                 torch.cuda.synchronize()
             if seed:
                 times[str(sampler)].append(time.perf_counter() - begun)

@@ -4,7 +4,8 @@
 
 - `cost`: seconds of one scene by level (g, c, f, decoding V, rendering a view), medians over `--repeats`.
 - `samplers`: FID and KID of the scenes of `--samplers`, of the same noise as those of `--reference`, to real test
-  views: `unipc:12`, or `unipc:12,4,4` for other steps of each of g, c and f. The relative difference in KID stands
+  views: `unipc:12`, or `unipc:12,4,4` for other steps of each of g, c and f, or `unipc:4@OTHER` for those of another
+  pipeline, as of a distilled one. The relative difference in KID stands
   beside its standard error (a jackknife over ten groups of scenes) and the mean absolute difference of the pictures
   themselves.
 - `temperatures`: FID and KID by the temperatures of g, c and f, with the pipeline's own scheduler.
@@ -16,9 +17,10 @@ fid-inception`).
 
 from __future__ import annotations
 
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -72,7 +74,8 @@ class Options(SampleOptions):
     what: tuple[Part, ...] = ("cost", "samplers", "temperatures")
     """what to measure"""
     samplers: tuple[str, ...] = ("dpm++:20",)
-    """samplers with their steps per level, as in unipc:12 or unipc:12,4,4 (g, c, f): dpm++, ddim, unipc or euler"""
+    """samplers with their steps per level, as in unipc:12 or unipc:12,4,4 (g, c, f): dpm++, ddim, unipc or euler;
+    @PIPELINE after them is another generator than the first"""
     reference: str = "ddim:250"
     """the sampler that they are compared with"""
     temperatures: tuple[Temperatures, ...] = ((1.0, 1.0, 1.0), (1.0, 0.8, 0.5))
@@ -85,31 +88,37 @@ class Options(SampleOptions):
 
 @dataclass(frozen=True)
 class Sampler:
-    """A scheduler of diffusers, by its name here, and its steps of each level, or those of g, c and f."""
+    """A scheduler of diffusers, by its name here, and its steps of each level, or those of g, c and f.
+
+    Attributes:
+        pipeline: whose scenes it samples; empty for the one that the benchmark is about.
+    """
 
     name: str
     steps: Steps
+    pipeline: str = ""
 
     @classmethod
     def parse(cls, text: str) -> Sampler:
-        """From `name:steps` or `name:steps,steps,steps`; raises `UserInputError` for anything else."""
-        name, _, given = text.partition(":")
+        """From `name:steps` or `name:steps,steps,steps`, and `@pipeline`; raises `UserInputError` for anything else."""
+        sampler, _, pipeline = text.partition("@")
+        name, _, given = sampler.partition(":")
         numbers = given.split(",")
         if len(numbers) not in (1, 3) or not all(n.isdecimal() and int(n) >= 1 for n in numbers):
             raise UserInputError(f"{text} is no sampler with its steps: write, for example, dpm++:20 or unipc:12,4,4.")
         require_choice("sampler", name, SCHEDULERS)
         if len(numbers) == 1:
-            return cls(name, int(numbers[0]))
+            return cls(name, int(numbers[0]), pipeline)
         g, c, f = map(int, numbers)
-        return cls(name, (g, c, f))
+        return cls(name, (g, c, f), pipeline)
 
     def __str__(self) -> str:
         steps = (self.steps,) if isinstance(self.steps, int) else self.steps
-        return f"{self.name}:{','.join(map(str, steps))}"
+        return f"{self.name}:{','.join(map(str, steps))}{'@' * bool(self.pipeline)}{self.pipeline}"
 
     @property
     def folder(self) -> str:
-        return str(self).replace("+", "p").replace(":", "-").replace(",", "-")
+        return re.sub(r"[^\w.-]+", "-", str(self).replace("+", "p"))
 
     def scheduler(self, trained: SchedulerMixin) -> SchedulerMixin:
         """The same noise and prediction type as in the scheduler that a pipeline was saved with.
@@ -117,6 +126,28 @@ class Sampler:
         DDIM must not clip, as it does unless told otherwise: latents are no images in [-1, 1].
         """
         return SCHEDULERS[self.name].from_config(trained.config, clip_sample=False)
+
+
+class Generators:
+    """The pipelines of some samplers, each loaded once.
+
+    Args:
+        pipeline: of those that name none.
+    """
+
+    def __init__(self, pipeline: NFLDMPipeline, samplers: Sequence[Sampler]) -> None:
+        self.pipelines = {"": pipeline}
+        for name in {sampler.pipeline for sampler in samplers} - {""}:
+            self.pipelines[name] = load_pipeline(name).to(pipeline.scene_autoencoder.device)
+        self._trained = {name: one.scheduler for name, one in self.pipelines.items()}
+        for one in self.pipelines.values():
+            one.set_progress_bar_config(disable=True)
+
+    def with_sampler(self, sampler: Sampler) -> NFLDMPipeline:
+        """A sampler's pipeline, which samples by it until another is asked for."""
+        pipeline = self.pipelines[sampler.pipeline]
+        pipeline.scheduler = sampler.scheduler(self._trained[sampler.pipeline])
+        return pipeline
 
 
 # Cost
@@ -226,12 +257,11 @@ def picture_difference(folder: Path, other: Path) -> float:
 def compare_samplers(pipeline: NFLDMPipeline, judge: SampleJudge, folder: Path, options: Options) -> dict[str, Any]:
     """Distances of each sampler's scenes, and their differences from the reference's."""
     samplers = [Sampler.parse(text) for text in dict.fromkeys([options.reference, *options.samplers])]
-    reference, trained = samplers[0], pipeline.scheduler
+    reference, generators = samplers[0], Generators(pipeline, samplers)
     features: dict[Sampler, Features] = {}
     results: dict[str, Any] = {}
     for sampler in samplers:
-        pipeline.scheduler = sampler.scheduler(trained)
-        features[sampler] = judge.samples(pipeline, folder / sampler.folder, sampler.steps)
+        features[sampler] = judge.samples(generators.with_sampler(sampler), folder / sampler.folder, sampler.steps)
         distances = judge.distances(samples=features[sampler])
         found = results[str(sampler)] = {metric: values["samples"] for metric, values in distances.items()}
         if sampler != reference:
@@ -241,8 +271,12 @@ def compare_samplers(pipeline: NFLDMPipeline, judge: SampleJudge, folder: Path, 
             found["kid_difference"], found["kid_difference_error"] = difference, error
             found["picture_difference"] = picture_difference(*pictures)
         print(f"{sampler}: FID {found['fid']:.1f}, KID {found['kid']:.4f}", flush=True)
-    temperatures = list(pipeline.config.temperatures)
-    return {"reference": str(reference), "temperatures": temperatures, "samplers": results}
+    return {
+        "reference": str(reference),
+        "temperatures": list(pipeline.config.temperatures),
+        "others": {name: fingerprints(one) for name, one in generators.pipelines.items() if name},
+        "samplers": results,
+    }
 
 
 def sampler_table(found: dict[str, Any], caption: str) -> Table:

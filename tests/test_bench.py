@@ -80,16 +80,17 @@ def test_the_clock_around_the_denoisers(monkeypatch):
 
 
 def test_processes_take_turns(monkeypatch):
-    order: list[bool] = []
+    order: list[tuple[int, bool]] = []
 
-    def encode(folder: Path, name: str, launcher: list[str]) -> float:
-        order.append(bool(launcher))
-        return 2.0 if launcher else 3.0
+    def encode(folder: Path, names: list[str], launcher: tuple[str, ...] = ("-m",)) -> list[float]:
+        order.append((len(names), launcher != ("-m",)))
+        return [3.5, 4.5] if len(names) == 2 else [2.5 if launcher != ("-m",) else 3.0]
 
     monkeypatch.setattr(two_processes, "_make_places", lambda *_: None)
     monkeypatch.setattr(two_processes, "_encode", encode)
-    assert two_processes.measure(repeats=2)["speedup"] == 1.5
-    assert order == [False, True, False, True]
+    measured = two_processes.measure(repeats=2)
+    assert (measured["speedup"], measured["machine"], measured["of_limit"]) == (1.2, 1.5, 0.8)
+    assert order == [(1, False), (1, True), (2, False)] * 2
 
 
 def test_samplers_take_turns_against_the_clock():

@@ -485,6 +485,13 @@ def test_sampling_is_timed_and_compared(
     assert before == {path: path.stat().st_mtime_ns for path in before}
     again = results(options.output_dir)["samplers"]["samplers"]
     assert again["dpm++:2"] == found["samplers"]["samplers"]["dpm++:2"] and "euler:2" in again
+    small_pipeline(seed=1).save_pretrained(tmp_path / "other")
+    same, other = f"dpm++:2@{options.pipeline}", f"dpm++:2@{tmp_path / 'other'}"
+    sampling.main(replace(options, what=("samplers",), reference="dpm++:2", samplers=(same, other)))
+    both = results(options.output_dir)["samplers"]
+    assert both["samplers"][same]["picture_difference"] == 0 < both["samplers"][other]["picture_difference"]
+    assert both["samplers"]["dpm++:2"]["kid"] == both["samplers"][same]["kid"] == again["dpm++:2"]["kid"]
+    assert both["others"][str(options.pipeline)] == both["components"] != both["others"][str(tmp_path / "other")]
     small_pipeline(seed=1).save_pretrained(tmp_path / "pipeline")
     with pytest.raises(UserInputError, match="something else .*: choose another --output-dir"):
         sampling.main(options)
@@ -492,9 +499,14 @@ def test_sampling_is_timed_and_compared(
 
 def test_samplers_have_steps_of_all_levels_or_of_each() -> None:
     sampling = script("sampling")
-    for text, steps, folder in (("dpm++:20", 20, "dpmpp-20"), ("unipc:12,4,5", (12, 4, 5), "unipc-12-4-5")):
+    for text, steps, pipeline, folder in (
+        ("dpm++:20", 20, "", "dpmpp-20"),
+        ("unipc:12,4,5", (12, 4, 5), "", "unipc-12-4-5"),
+        ("unipc:4@out/pipe_1", 4, "out/pipe_1", "unipc-4-out-pipe_1"),
+    ):
         sampler = sampling.Sampler.parse(text)
-        assert (sampler.steps, str(sampler), sampler.folder) == (steps, text, folder)
+        found = (sampler.steps, sampler.pipeline, str(sampler), sampler.folder)
+        assert found == (steps, pipeline, text, folder)
     for text in ("unipc:", "unipc:0", "unipc:12,4", "unipc:12,0,4", "unipc:a"):
         with pytest.raises(UserInputError, match="is no sampler with its steps"):
             sampling.Sampler.parse(text)

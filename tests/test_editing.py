@@ -482,7 +482,7 @@ def test_an_edited_scene_is_a_generated_scene(pipeline, scenes, tmp_path):
     assert equal_voxels(again.grid, scenes[0].grid, region.weights(1.0) == 0), "also after storage in half precision"
     assert all(torch.equal(value, again.latents[key]) for key, value in edited.latents.items())
     assert again.provenance["region"]["box"] == [0, 0, 3, 3] and again.provenance["seed"] == 2
-    assert again.provenance["sources"] == [{"seed": 0, "command": "nfldm-sample"}]
+    assert again.provenance["sources"] == [scenes[0].provenance]
     assert torch.equal(mask_region(again.grid, tmp_path / "edited" / "region.png").columns, region.columns)
     assert (tmp_path / "edited" / "config.yml").is_file()
 

@@ -192,7 +192,8 @@ def test_training_goes_straight_from_data_to_noise(stage, memory, latent_autoenc
     watcher = _Watcher()
     losses = DiffusionLosses(stage, watcher, denoiser, memory, FLOW, torch.device("cpu"))
     timestep = torch.tensor([250.0, 800.0])
-    clean, noise, noisy, _ = losses.predict([0, 1], timestep, ItemDraws(0, range(2)), augment=False)
+    pass_ = losses.predict([0, 1], timestep, ItemDraws(0, range(2)), augment=False)
+    clean, noise, noisy = pass_.clean, pass_.noise, pass_.noisy
     time = torch.tensor([0.25, 0.8]).view(-1, *[1] * (clean.ndim - 1))
     torch.testing.assert_close(noisy, (1 - time) * clean + time * noise)
     assert torch.equal(watcher.sample, noisy) and torch.equal(watcher.timestep, timestep)

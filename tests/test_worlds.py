@@ -19,8 +19,11 @@ from nfldm_ns.diffusion.joint import JointSampler
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
 from nfldm_ns.diffusion.windows import WindowGrid, axis_weights, seed_of_place, window_starts
 from nfldm_ns.errors import UserInputError
+from nfldm_ns.exports.splat_fitting import splat_psnr
+from nfldm_ns.exports.splats import read_splats
+from nfldm_ns.exports.surface_views import SurfacePoints
 from nfldm_ns.exports.voxels import read_voxels
-from nfldm_ns.exports.worlds import world_mesh, world_points
+from nfldm_ns.exports.worlds import tile_views, without_inner_borders, world_mesh, world_points, world_splats
 from nfldm_ns.generated.floors import fill_floor
 from nfldm_ns.generated.scene_files import half_precision
 from nfldm_ns.generated.tensor_coding import read_coded
@@ -588,8 +591,30 @@ def test_exports_of_a_world(folder, tmp_path):
     assert (points.positions[:, 0].max() - points.positions[:, 0].min()) > 7
     export.main(["voxels", str(folder), "--output", str(tmp_path / "w.npz")])
     assert torch.equal(read_voxels(tmp_path / "w.npz").density, made.whole().density)
-    with pytest.raises(SystemExit):
-        export.main(["splats", str(folder), "--output", str(tmp_path / "w.ply")])
+
+
+def test_splats_of_a_world(folder, tmp_path):
+    made = load_world(folder)
+    first = world_splats(made, spacing=0.3)
+    assert (first.positions[:, 0].max() - first.positions[:, 0].min()) > 7, "they reach over more than one box"
+    assert bool(((first.positions > made.aabb[0] - 1e-3) & (first.positions < made.aabb[1] + 1e-3)).all())
+    views = [part for _, part in tile_views(made)]
+    export.main(["splats", str(folder), "--output", str(tmp_path / "w.ply"), "--spacing", "0.3", "--fit-steps", "60"])
+    fitted = read_splats(tmp_path / "w.ply")
+    assert torch.equal(fitted.positions, first.positions)
+    before, after = (
+        sum(splat_psnr(each, part.cameras, part.images) for part in views) / len(views) for each in (first, fitted)
+    )
+    assert after > before + 1
+
+
+def test_what_ends_within_a_world_has_no_splats():
+    whole = torch.tensor([[0.0, 0, 0], [40, 20, 4]])
+    near = torch.tensor([[10.0, 0, 0], [30, 20, 4]])
+    positions = torch.tensor([[10.0, 5, 2], [30, 5, 2], [20, 0, 2], [20, 20, 2], [20, 5, 0], [20, 5, 2]])
+    points = SurfacePoints(positions, torch.rand(6, 3), torch.rand(6, 3), torch.rand(6))
+    kept = without_inner_borders(points, near, whole)
+    assert torch.equal(kept.positions, positions[2:]) and torch.equal(kept.colors, points.colors[2:])
 
 
 # The command

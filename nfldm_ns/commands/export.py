@@ -119,7 +119,7 @@ class SplatFile:
     """
 
     scene: tyro.conf.Positional[Path]
-    """The folder of a generated, edited or refined scene."""
+    """The folder of a generated, edited or refined scene, or of a world."""
     output: Path
     """A .ply; replaced if it is there."""
     spacing: float = 0.1
@@ -127,7 +127,7 @@ class SplatFile:
     fit_steps: int = 0
     """Steps that fit colours, sizes and opacities to the renderings: some hundred sharpen them."""
     ring_places: int = 2
-    """Places around the scene's cameras from where 12 further views each give splats, too."""
+    """Places around the scene's cameras from where 12 further views each give splats, too; a world has one per tile."""
     seed: int = 0
     """Of the order in which fitting takes the views."""
     device: Literal["cpu", "cuda"] | None = None
@@ -139,29 +139,29 @@ class SplatFile:
         from nfldm_ns.exports.splat_fitting import scene_splats
         from nfldm_ns.exports.splat_renderer import gsplat_works
         from nfldm_ns.exports.splats import write_splats
+        from nfldm_ns.exports.worlds import world_splats
         from nfldm_ns.generated.scene_files import load_generated_scene
-        from nfldm_ns.generated.world_files import is_world
+        from nfldm_ns.generated.world_files import is_world, load_world
 
         _check_output(self.output, ("ply",))
-        if is_world(self.scene):
-            raise UserInputError(f"{self.scene} is a world, which has no splats yet: export its mesh or points.")
         _check_at_least("--spacing", self.spacing, 0)
         _check_at_least("--fit-steps", self.fit_steps, 0)
         if self.device == "cuda" and not gsplat_works():
             raise UserInputError("--device cuda needs a CUDA device, gsplat and nvcc, and one is missing: give cpu.")
         _check_at_least("--ring-places", self.ring_places, 0)
-        scene = load_generated_scene(self.scene)
         with Progress(disable=self.fit_steps == 0) as bar:
             task = bar.add_task("Fitting splats", total=self.fit_steps)
-            splats = scene_splats(
-                scene,
-                spacing=self.spacing,
-                fit_steps=self.fit_steps,
-                ring_places=self.ring_places,
-                seed=self.seed,
-                device=self.device,
-                progress=lambda done: bar.update(task, completed=done),
-            )
+            settings: dict[str, Any] = {
+                "spacing": self.spacing,
+                "fit_steps": self.fit_steps,
+                "seed": self.seed,
+                "device": self.device,
+                "progress": lambda done: bar.update(task, completed=done),
+            }
+            if is_world(self.scene):
+                splats = world_splats(load_world(self.scene), **settings)
+            else:
+                splats = scene_splats(load_generated_scene(self.scene), ring_places=self.ring_places, **settings)
         write_splats(self.output, splats)
         print(f"{self.output}: {len(splats.positions)} splats")
 

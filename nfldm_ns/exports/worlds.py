@@ -1,16 +1,21 @@
-"""Meshes and points of worlds: surfaces of the whole, seen from a place in every tile."""
+"""Meshes, points and splats of worlds: surfaces of the whole, seen from a place in every tile."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.exports.mesh import ColoredMesh, Method, check_method, mesh_of_views
+from nfldm_ns.exports.splat_fitting import fit_splats
+from nfldm_ns.exports.splats import Splats, splats_from_points
 from nfldm_ns.exports.surface_views import (
     RING_PITCHES,
     RING_YAWS,
@@ -29,6 +34,8 @@ from nfldm_ns.scenes.views import index_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 CAMERAS_AT_ONCE = 4
+BORDER_M = 1e-3
+NOTHING_SEEN = "The world has no surfaces that its cameras see: make another."
 
 
 def world_mesh(world: World, *, method: Method = "density", **settings: Any) -> ColoredMesh:
@@ -56,8 +63,40 @@ def world_points(world: World, spacing: float = 0.05) -> SurfacePoints:
     parts = [thin(unproject(views, grid), spacing) for grid, views in tile_views(world)]
     points = thin(join_points(parts), spacing)
     if len(points.positions) == 0:
-        raise UserInputError("The world has no surfaces that its cameras see: make another.")
+        raise UserInputError(NOTHING_SEEN)
     return points
+
+
+def world_splats(world: World, *, spacing: float = 0.1, fit_steps: int = 0, **settings: Any) -> Splats:
+    """Splats on the surfaces of a whole world, and on its own border where the background shows there.
+
+    Where a ray meets nothing within the reach of a view, a box, there is no splat.
+
+    Args:
+        spacing: edge in metres of cells that get one splat each; 0 makes one of every pixel.
+        fit_steps: of `fit_splats`, on the views of all tiles.
+        settings: further ones of `fit_splats`.
+
+    Raises:
+        UserInputError: if no view sees a surface.
+    """
+    points, views = [], []
+    for grid, part in tile_views(world):
+        found = unproject(part, grid, beyond=True)
+        points.append(thin(without_inner_borders(found, grid.aabb, world.aabb), spacing))
+        views.append(part)
+    if not any(bool(part.seen.any()) for part in views):
+        raise UserInputError(NOTHING_SEEN)
+    return fit_splats(splats_from_points(thin(join_points(points), spacing), spacing), views, fit_steps, **settings)
+
+
+def without_inner_borders(
+    points: SurfacePoints, near: Float[Tensor, "2 3"], whole: Float[Tensor, "2 3"]
+) -> SurfacePoints:
+    """The points but those on the border of what was near a view, unless the world ends there, too."""
+    faces = points.positions[:, None] - near
+    inner = ((faces.abs() < BORDER_M) & ((near - whole).abs() > BORDER_M)).flatten(1).any(-1)
+    return SurfacePoints(*(getattr(points, field.name)[~inner] for field in fields(SurfacePoints)))
 
 
 def tile_views(world: World) -> Iterator[tuple[VoxelGrid, SurfaceViews]]:

@@ -20,6 +20,7 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
 from nerfstudio.models.base_model import ModelConfig
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
+from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.model_configs import check_state
@@ -77,7 +78,7 @@ class GeneratedSceneModelConfig(ModelConfig):
     enable_collider: bool = False
     """scenes are bounded by their box"""
     scene: Path | None = None
-    """folder of the generated scene to start from; the data folder if not given"""
+    """folder of the generated scene to start from; the data folder if not given or no longer there"""
 
 
 class GeneratedSceneModel(VoxelModel):
@@ -178,7 +179,7 @@ class GeneratedScenePipeline(VanillaPipeline):
         grad_scaler: Any = None,
     ) -> None:
         config.datamanager.data = present_folder(config.datamanager.data)
-        config.model.scene = present_folder(config.model.scene or config.datamanager.data)
+        config.model.scene = _scene_folder(config.model.scene, config.datamanager.data)
         if not (config.model.scene / DESCRIPTION).is_file():
             raise UserInputError(f"{config.model.scene} is no generated scene: make some with 'nfldm-sample'.")
         if config.datamanager.data == config.model.scene:
@@ -230,6 +231,14 @@ class GeneratedScenePipeline(VanillaPipeline):
         state = {key.removeprefix(prefix): value for key, value in loaded_state.items() if key.startswith(prefix)}
         check_state(self.model, state, f"The checkpoint of step {step}")
         super().load_pipeline(loaded_state, step)
+
+
+def _scene_folder(scene: Path | None, data: Path) -> Path:
+    """The scene of a pipeline: its data are of it, too, so that --data finds the scene of a run that was moved."""
+    if scene is None or scene.is_dir():
+        return scene or data
+    CONSOLE.print(f"There is no folder {scene} any more: the scene is that of the data, {data}.")
+    return data
 
 
 def present_folder(folder: Path | None) -> Path:
