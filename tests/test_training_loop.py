@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -308,6 +309,7 @@ def test_sample_renders_of_stage_2_are_logged_once_also_after_a_stop(trainings, 
         patch.setattr(loop, "take_step", lambda *args: stop() if next(calls) == 3 else step(*args))
         with pytest.raises(Interrupted):
             trainings.stage2(tmp_path / "watched", replace(schedule, checkpoint_every=2), quantize=True)
+    time.sleep(1)  # TensorBoard orders files by the second in which they were begun
     trainings.stage2(tmp_path / "watched", schedule, quantize=True)
     weights = [checkpoint(tmp_path / name) for name in ("alone", "watched")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
