@@ -10,6 +10,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Idle threads sleep instead of spinning, which would slow down whatever else runs here.
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# What is imported is compiled once: without that each start of a command takes twice as long.
+export PYTHONDONTWRITEBYTECODE :=
 
 # viser asks for this reader of Record3D's depth, which only recordings that were not exported need (docs/data.md), and
 # which alone would need a C compiler.

@@ -1,9 +1,10 @@
-"""Imports of diffusers that take only what is used.
+"""Imports of diffusers, and of what it needs, that take only what is used.
 
 A few packages of diffusers import all of their modules at once, among them dozens of transformers of other models, and
 `diffusers.utils.torch_utils` imports torch's compiler for one decorator: ten seconds of CPU time before a scene is
 sampled. Here these packages import their modules when they are asked for them, as diffusers' own outer packages do, and
-the compiler is imported when something is compiled. All names stay where they are and what they are; packages whose
+the compiler is imported when something is compiled. To save a model, all of torch.distributed.tensor and sympy would
+be imported, to see that none of its weights is sharded. All names stay where they are and what they are; packages whose
 `__init__.py` does more than to import, and other versions of diffusers that do it otherwise, are left as they are.
 """
 
@@ -27,6 +28,7 @@ LAZY_PACKAGES = (
     "diffusers.models.unets",
 )
 COMPILER = "torch._dynamo"
+SHARDED, ASK_FOR_SHARDS = "torch.distributed.tensor", ("_get_unique_id", "get_torch_storage_size")
 SCHEDULERS = "diffusers.schedulers.scheduling_"
 OF_SCIPY = ("scipy.integrate", "scipy.stats")
 TRANSFORMERS = "transformers"
@@ -173,6 +175,31 @@ def _allow_now(loader: Loader, module: ModuleType) -> None:
         module.allow_in_graph(_allowed.pop(0))  # type: ignore[attr-defined]
 
 
+# torch's sharded tensors
+
+
+def _without_sharded_tensors(loader: Loader, module: ModuleType) -> None:
+    """Runs a module that asks of every tensor it saves whether it is sharded: none is before there are such tensors."""
+    loader.exec_module(module)
+    for name in ASK_FOR_SHARDS:
+        if name in vars(module):
+            setattr(module, name, _not_asking(vars(module)[name]))
+
+
+def _not_asking(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(function)
+    def run(tensor: Any) -> Any:
+        if SHARDED in sys.modules:
+            return function(tensor)
+        sys.modules[SHARDED] = None  # type: ignore[assignment]  # an import of it fails at once
+        try:
+            return function(tensor)
+        finally:
+            sys.modules.pop(SHARDED, None)
+
+    return run
+
+
 # transformers and scipy
 
 
@@ -224,6 +251,7 @@ AROUND = {
     "diffusers.pipelines.pipeline_loading_utils": _without_transformers,
     "diffusers.pipelines.pipeline_utils": _without_compiler,
     COMPILER: _allow_now,
+    "huggingface_hub.serialization._torch": _without_sharded_tensors,
 }
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder
 from nfldm_ns.light_imports import _disable_later, _LaterModule, _standing_in, import_lightly, lazy_names
 from nfldm_ns.plugin import scene_config
 from nfldm_ns.plugin.scene_config import dumped_config, scene_config_yml
@@ -52,6 +53,24 @@ def test_sampling_imports_what_it_needs(tmp_path):
     assert {"torch", "diffusers", "nfldm_ns.plugin.generated_run"} <= modules
     assert sorted(modules & set(HEAVY)) == []
     assert (tmp_path / "scene_000000" / "config.yml").is_file()
+
+
+def test_saving_a_model_does_not_ask_for_sharded_tensors(tmp_path):
+    code = """
+import sys, torch
+from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder
+from huggingface_hub import get_torch_storage_id, get_torch_storage_size
+load_scene_autoencoder("vizdoom-stage1").save_pretrained({folder!r})
+assert not {{"sympy", "torch.distributed.tensor"}} & set(sys.modules), "neither is there, nor forbidden, afterwards"
+weight = torch.zeros(4)
+light = get_torch_storage_id(weight), get_torch_storage_size(weight[1:])
+import torch.distributed.tensor
+assert light == (get_torch_storage_id(weight), get_torch_storage_size(weight[1:]))
+"""
+    assert "torch.distributed.tensor" in imported(code.format(folder=str(tmp_path)))
+    saved = load_scene_autoencoder(tmp_path).state_dict()
+    shipped = load_scene_autoencoder("vizdoom-stage1").state_dict()
+    assert all(torch.equal(value, saved[name]) for name, value in shipped.items())
 
 
 def test_help_imports_next_to_nothing():
