@@ -44,6 +44,8 @@ from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig
 from nfldm_ns.reconstruction.poses import PoseConfig
 from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig
 from nfldm_ns.refine.settings import RefinementConfig
+from nfldm_ns.sampling.world_folders import make_world
+from nfldm_ns.sampling.worlds import WorldSettings
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
 from nfldm_ns.scenes.views import Views, make_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
@@ -990,6 +992,35 @@ def test_exports_are_measured(tmp_path, capsys):
     assert means[meshes[1]]["met"] == pytest.approx(1.0, abs=0.01)
     assert all(np.isfinite([*row.values()]).all() for row in means.values())
     assert "Means of 1 scenes." in capsys.readouterr().out and (tmp_path / "out" / "exports.png").is_file()
+
+
+def test_splats_are_compared_with_real_views_and_with_a_walk_through_a_world(
+    box_room_collection, tmp_path, monkeypatch, capsys
+):
+    splats = script("splats")
+    save_scene_autoencoder(small_scene_autoencoder(), tmp_path / "stage1", {})
+    make_world(small_pipeline(), tmp_path / "world", (12.0, 9.0), WorldSettings(num_inference_steps=1))
+    monkeypatch.setattr(splats, "WALK_FPS", 1)
+    options = splats.Options(
+        output_dir=tmp_path / "out",
+        data=box_room_collection.root,
+        model=tmp_path / "stage1",
+        num_places=2,
+        worlds=(tmp_path / "world",),
+        fit_steps=(0, 3),
+        threads=torch.get_num_threads(),
+    )
+    for change, said in (({"data": None, "worlds": ()}, "give --data or --worlds"), ({"num_places": 0}, "at least 1")):
+        with pytest.raises(UserInputError, match=said):
+            splats.main(replace(options, **change))
+    splats.main(options)
+    means = json.loads((tmp_path / "out" / "splats.json").read_text())["means"]
+    assert [*means] == ["places, 0 steps", "places, 3 steps", "worlds, 0 steps"]
+    for row in (means["places, 0 steps"], means["places, 3 steps"]):
+        assert row["lost"] == pytest.approx(row["rendered_to_real"] - row["splats_to_real"])
+        assert np.isfinite([*row.values()]).all() and row["count"] > 100
+    assert "real" not in str(means["worlds, 0 steps"].keys()) and means["worlds, 0 steps"]["splats_to_rendered"] > 5
+    assert "2 places and 1 worlds" in capsys.readouterr().out and (tmp_path / "out" / "splats.png").is_file()
 
 
 def test_a_result_says_how_to_repeat_it(tmp_path, monkeypatch, capsys):
