@@ -58,6 +58,7 @@ from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.training.identity import model_hash
+from nfldm_ns.training.options import precision_here
 from nfldm_ns.training.schedule import Schedule
 from shared.comparisons import VariantOptions, find_result, fingerprint, stored
 from shared.running import run
@@ -137,7 +138,7 @@ class Options(VariantOptions, SampleOptions):
         }
 
     def _schedule(self, schedule: Schedule, max_steps: int | None, seconds: float | None, seed: int) -> Schedule:
-        precision = self.mixed_precision or schedule.mixed_precision
+        precision = precision_here(self.mixed_precision) or schedule.mixed_precision
         if seconds is not None and max_steps is None:
             max_steps = UNTIL_TIME_IS_OVER
         return replace(cut(schedule, max_steps, seed), mixed_precision=precision, time_budget_s=seconds)

@@ -31,6 +31,7 @@ from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.method_configs.latent_presets import LATENT_PRESETS, LatentPreset
 from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.report import Table
+from nfldm_ns.training.options import precision_here
 from shared.comparisons import VariantOptions, find_result, stored
 from shared.running import run
 
@@ -151,7 +152,8 @@ def main(options: Options) -> None:
     for name, change in GROUPS[options.group].items():
         model_config = model_arguments(preset, change)
         for seed in options.seeds:
-            schedule = replace(preset.training.schedule, max_steps=options.steps, seed=seed)
+            precision = precision_here(None) or preset.training.schedule.mixed_precision
+            schedule = replace(preset.training.schedule, max_steps=options.steps, seed=seed, mixed_precision=precision)
             training = replace(preset.training, schedule=schedule)
             path = options.result(name, seed)
             made_with = {**judged, "model": model_config, "training": asdict(training)}

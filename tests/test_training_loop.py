@@ -28,6 +28,7 @@ from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.method_configs.latent_presets import DIFFUSION_PRESETS
 from nfldm_ns.training import loop, run, trackers
 from nfldm_ns.training.draws import ItemDraws
+from nfldm_ns.training.options import ScheduleOptions, precision_here
 from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
 from tests.small_models import DENOISER_SIZES, LATENT_SIZES, small_latent_autoencoder, small_scene_autoencoder
@@ -43,6 +44,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> VoxelStore:
     root = tmp_path_factory.mktemp("scenes")
     collection = make_box_room_collection(root / "rooms", num_train=5, num_test=1)
     return encode_collection(collection, small_scene_autoencoder(), root / "voxels")
+
+
+def test_presets_for_gpus_train_in_single_precision_on_a_cpu(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    for with_gpu, expected in ((False, "no"), (True, None)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=with_gpu: there)
+        assert ScheduleOptions().given().get("mixed_precision") == expected
+        assert ScheduleOptions(mixed_precision="bf16").given()["mixed_precision"] == "bf16"
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert precision_here(None) == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert precision_here(None) is None, "what accelerate launch says"
 
 
 @dataclass

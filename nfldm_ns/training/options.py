@@ -1,5 +1,6 @@
 """What the commands that train stages 2 and 3 and priors share."""
 
+import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,8 @@ class ScheduleOptions:
     learning_rate: float | None = None
     """Its peak."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """By default the preset's, else what `accelerate launch` says."""
+    """By default the preset's, else what `accelerate launch` says; on a CPU single precision, as the presets' bf16 is for
+    GPUs, and many times slower there."""
     compile: bool = False
     """Compile the network's passes with torch.compile: the first step takes a minute or more, and later ones less; it
     needs Triton on a GPU, a C++ compiler on a CPU."""
@@ -41,7 +43,18 @@ class ScheduleOptions:
         """Fields of `nfldm_ns.training.schedule.Schedule` that the user gave; the preset has the others."""
         values = asdict(self)
         values["compile_with"] = "inductor" if values.pop("compile") else None
+        values["mixed_precision"] = precision_here(self.mixed_precision)
         return {name: value for name, value in values.items() if value is not None}
+
+
+def precision_here(asked_for: str | None) -> str | None:
+    """What was asked for here or of `accelerate launch`; else "no" on a CPU, and None, the preset's, on a GPU."""
+    if asked_for is not None or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
+        return asked_for
+    import torch
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") or not torch.cuda.is_available()
+    return "no" if on_cpu else None
 
 
 def looks_at_maps(condition: str, bev_dropout: float | None) -> bool:
