@@ -27,8 +27,8 @@ class ScheduleOptions:
     learning_rate: float | None = None
     """Its peak."""
     mixed_precision: Literal["no", "bf16", "fp16"] | None = None
-    """By default the preset's, else what `accelerate launch` says; on a CPU single precision, as the presets' bf16 is for
-    GPUs, and many times slower there."""
+    """By default the preset's, else what `accelerate launch` says; on a CPU single precision, as the presets' bf16 is
+    for GPUs, and many times slower there."""
     compile: bool = False
     """Compile the network's passes with torch.compile: the first step takes a minute or more, and later ones less; it
     needs Triton on a GPU, a C++ compiler on a CPU."""
