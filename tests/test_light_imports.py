@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,15 @@ assert light == (get_torch_storage_id(weight), get_torch_storage_size(weight[1:]
     saved = load_scene_autoencoder(tmp_path).state_dict()
     shipped = load_scene_autoencoder("vizdoom-stage1").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in shipped.items())
+
+
+@pytest.mark.parametrize(("given", "policy"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_threads_sleep_unless_told_otherwise(given, policy):
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    code = "import sys, nfldm_ns, os; assert 'torch' not in sys.modules; print(os.environ['OMP_WAIT_POLICY'])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == policy
 
 
 def test_help_imports_next_to_nothing():

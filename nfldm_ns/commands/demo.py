@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.commands.resumable import run_resumable, sleep_idle_threads
+from nfldm_ns.commands.resumable import run_resumable
 from nfldm_ns.errors import UserInputError
 
 if TYPE_CHECKING:
@@ -138,7 +138,6 @@ def _gpu_memory_gib(device: str) -> float:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point."""
-    sleep_idle_threads()
     run_resumable(tyro.cli(Demo, prog="nfldm-demo", args=args).run)
 
 

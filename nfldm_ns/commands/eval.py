@@ -6,7 +6,7 @@ from typing import Literal
 
 import tyro
 
-from nfldm_ns.commands.resumable import run_resumable, sleep_idle_threads
+from nfldm_ns.commands.resumable import run_resumable
 from nfldm_ns.errors import UserInputError
 
 
@@ -109,7 +109,6 @@ class Eval:
 
 def main(args: list[str] | None = None) -> None:
     """Entry point."""
-    sleep_idle_threads()
     run_resumable(tyro.cli(Eval, prog="nfldm-eval", args=args).run)
 
 

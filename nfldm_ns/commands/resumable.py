@@ -1,15 +1,9 @@
 """What long commands share that go on where they were interrupted."""
 
-import os
 import signal
 from collections.abc import Callable
 
 from nfldm_ns.errors import exit_on_bad_input
-
-
-def sleep_idle_threads() -> None:
-    """Idle threads must not spin; to be called before torch starts them."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def run_resumable(run: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nfldm_ns.commands.resumable import run_resumable, sleep_idle_threads
+from nfldm_ns.commands.resumable import run_resumable
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.models import GENERATOR
 
@@ -150,7 +150,6 @@ def _shown(bars) -> "Progress":
 
 def main(args: list[str] | None = None) -> None:
     """Entry point."""
-    sleep_idle_threads()
     command = tyro.cli(WorldCommand, prog="nfldm-world", args=args)
     run_resumable(command.run)
 
