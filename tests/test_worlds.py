@@ -595,17 +595,19 @@ def test_exports_of_a_world(folder, tmp_path):
 
 def test_splats_of_a_world(folder, tmp_path):
     made = load_world(folder)
-    first = world_splats(made, spacing=0.3)
+    first = world_splats(made, spacing=0.3, ring_places=0)
     assert (first.positions[:, 0].max() - first.positions[:, 0].min()) > 7, "they reach over more than one box"
     assert bool(((first.positions > made.aabb[0] - 1e-3) & (first.positions < made.aabb[1] + 1e-3)).all())
     views = [part for _, part in tile_views(made)]
-    export.main(["splats", str(folder), "--output", str(tmp_path / "w.ply"), "--spacing", "0.3", "--fit-steps", "60"])
+    options = ["--spacing", "0.3", "--fit-steps", "60", "--ring-places", "0"]
+    export.main(["splats", str(folder), "--output", str(tmp_path / "w.ply"), *options])
     fitted = read_splats(tmp_path / "w.ply")
     assert torch.equal(fitted.positions, first.positions)
     before, after = (
         sum(splat_psnr(each, part.cameras, part.images) for part in views) / len(views) for each in (first, fitted)
     )
     assert after > before + 1
+    assert len(world_splats(made, spacing=0.3, ring_places=1).positions) > 1.2 * len(first.positions)
 
 
 def test_what_ends_within_a_world_has_no_splats():

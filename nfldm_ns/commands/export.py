@@ -127,7 +127,8 @@ class SplatFile:
     fit_steps: int = 0
     """Steps that fit colours, sizes and opacities to the renderings: some hundred sharpen them."""
     ring_places: int = 2
-    """Places around the scene's cameras from where 12 further views each give splats, too; a world has one per tile."""
+    """Places around the scene's cameras, or around those of each tile of a world, from where 12 further views each give
+    splats, too."""
     seed: int = 0
     """Of the order in which fitting takes the views."""
     device: Literal["cpu", "cuda"] | None = None
@@ -153,6 +154,7 @@ class SplatFile:
             task = bar.add_task("Fitting splats", total=self.fit_steps)
             settings: dict[str, Any] = {
                 "spacing": self.spacing,
+                "ring_places": self.ring_places,
                 "fit_steps": self.fit_steps,
                 "seed": self.seed,
                 "device": self.device,
@@ -161,7 +163,7 @@ class SplatFile:
             if is_world(self.scene):
                 splats = world_splats(load_world(self.scene), **settings)
             else:
-                splats = scene_splats(load_generated_scene(self.scene), ring_places=self.ring_places, **settings)
+                splats = scene_splats(load_generated_scene(self.scene), **settings)
         write_splats(self.output, splats)
         print(f"{self.output}: {len(splats.positions)} splats")
 

@@ -21,6 +21,7 @@ from nfldm_ns.exports.surface_views import (
     RING_YAWS,
     SurfacePoints,
     SurfaceViews,
+    further_cameras,
     join_points,
     surface_views,
     thin,
@@ -67,7 +68,9 @@ def world_points(world: World, spacing: float = 0.05) -> SurfacePoints:
     return points
 
 
-def world_splats(world: World, *, spacing: float = 0.1, fit_steps: int = 0, **settings: Any) -> Splats:
+def world_splats(
+    world: World, *, spacing: float = 0.1, fit_steps: int = 0, ring_places: int = 2, **settings: Any
+) -> Splats:
     """Splats on the surfaces of a whole world, and on its own border where the background shows there.
 
     Where a ray meets nothing within the reach of a view, a box, there is no splat.
@@ -75,13 +78,14 @@ def world_splats(world: World, *, spacing: float = 0.1, fit_steps: int = 0, **se
     Args:
         spacing: edge in metres of cells that get one splat each; 0 makes one of every pixel.
         fit_steps: of `fit_splats`, on the views of all tiles.
+        ring_places: further places around that of each tile (`further_cameras`).
         settings: further ones of `fit_splats`.
 
     Raises:
         UserInputError: if no view sees a surface.
     """
     points, views = [], []
-    for grid, part in tile_views(world):
+    for grid, part in tile_views(world, ring_places):
         found = unproject(part, grid, beyond=True)
         points.append(thin(without_inner_borders(found, grid.aabb, world.aabb), spacing))
         views.append(part)
@@ -99,17 +103,20 @@ def without_inner_borders(
     return SurfacePoints(*(getattr(points, field.name)[~inner] for field in fields(SurfacePoints)))
 
 
-def tile_views(world: World) -> Iterator[tuple[VoxelGrid, SurfaceViews]]:
-    """What is seen to all sides, up and down from where there is most room in each tile, with the voxels around."""
+def tile_views(world: World, ring_places: int = 0) -> Iterator[tuple[VoxelGrid, SurfaceViews]]:
+    """What is seen to all sides, up and down from where there is most room in each tile, with the voxels around.
+
+    Args:
+        ring_places: further places around it (`further_cameras`).
+    """
     space = free_space(world)
     box = world.base_renderer.aabb
     reach = float((box[1] - box[0])[:2].max())
     for place in places(world, space):
         grid, scene = _scene_at(world, space, place, reach)
-        cameras = scene.cameras
-        assert cameras is not None
-        for first in range(0, cameras.shape[0], CAMERAS_AT_ONCE):
-            yield grid, surface_views(scene, index_cameras(cameras, slice(first, first + CAMERAS_AT_ONCE)))
+        for cameras in (scene.cameras, further_cameras(scene, ring_places)):
+            for first in range(0, 0 if cameras is None else cameras.shape[0], CAMERAS_AT_ONCE):
+                yield grid, surface_views(scene, index_cameras(cameras, slice(first, first + CAMERAS_AT_ONCE)))
 
 
 def _scene_at(world: World, space: FreeSpace, place: tuple[int, int], reach: float) -> tuple[VoxelGrid, GeneratedScene]:
