@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nfldm_ns.exports.mesh import ColoredMesh, color_mesh, scene_mesh
 from nfldm_ns.exports.splat_fitting import scene_splats, splat_psnr
-from nfldm_ns.exports.splat_renderer import render_splats
+from nfldm_ns.exports.splat_renderer import splat_images
 from nfldm_ns.exports.splats import Splats
 from nfldm_ns.exports.surface_views import scene_cameras, surface_views, unproject, views_of
 from nfldm_ns.generated.cameras import fly_through
@@ -182,8 +182,7 @@ def main(options: Options) -> None:
             name = f"splats, {steps} steps"
             row, splats = measure_splats(scene, steps, options)
             rows.setdefault(name, []).append(row)
-            with torch.no_grad():
-                shown[name] = torch.stack([render_splats(splats, flight[i]).clamp(0, 1) for i in range(8)])
+            shown[name] = splat_images(splats, flight)
         if number == 0:
             write_png(options.output_dir / "exports.png", image_grid(shown))
     means = {name: {key: float(np.mean([r[key] for r in found])) for key in found[0]} for name, found in rows.items()}

@@ -5,9 +5,8 @@
 - `cost`: seconds of one scene by level (g, c, f, decoding V, rendering a view), medians over `--repeats`.
 - `samplers`: FID and KID of the scenes of `--samplers`, of the same noise as those of `--reference`, to real test
   views: `unipc:12`, or `unipc:12,4,4` for other steps of each of g, c and f, or `unipc:4@OTHER` for those of another
-  pipeline, as of a distilled one. The relative difference in KID stands
-  beside its standard error (a jackknife over ten groups of scenes) and the mean absolute difference of the pictures
-  themselves.
+  pipeline, as of a distilled one. The relative difference in KID stands beside its standard error (a jackknife over
+  ten groups of scenes) and the mean absolute difference of the pictures themselves.
 - `temperatures`: FID and KID by the temperatures of g, c and f, with the pipeline's own scheduler.
 
 Each leaves a JSON in `--output-dir`. Pictures and features are kept there too, so that an interrupted run continues and

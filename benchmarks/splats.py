@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from nerfstudio.cameras.cameras import Cameras
 from rich.progress import track
 from torch import Tensor
 
@@ -25,14 +24,15 @@ from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.exports.splat_fitting import scene_splats
-from nfldm_ns.exports.splat_renderer import render_splats
+from nfldm_ns.exports.splat_renderer import splat_images
 from nfldm_ns.exports.splats import Splats
 from nfldm_ns.exports.worlds import world_splats
 from nfldm_ns.generated.scene_files import GeneratedScene, renderer_of
-from nfldm_ns.generated.world_files import World, load_world
+from nfldm_ns.generated.world_files import load_world
 from nfldm_ns.generated.world_paths import walk
 from nfldm_ns.metrics.images import psnr
 from nfldm_ns.models import resolve_model
+from nfldm_ns.plugin.world_run import world_views
 from nfldm_ns.reports.galleries import image_grid, write_png
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
@@ -95,12 +95,6 @@ def against(images: Tensor, rendered: Tensor, real: Tensor | None = None) -> dic
     return found
 
 
-@torch.no_grad()
-def splat_images(splats: Splats, cameras: Cameras) -> Tensor:
-    """Of cameras of batch shape `[N]`."""
-    return torch.stack([render_splats(splats, cameras[i]).clamp(0, 1) for i in range(cameras.shape[0])])
-
-
 def measure_places(options: Options) -> tuple[dict[str, list[dict[str, float]]], dict[str, list[Tensor]]]:
     """A row for each number of steps and place, and the first target view of each place as pictures."""
     collection = SceneCollection.open(options.data)
@@ -125,26 +119,15 @@ def measure_places(options: Options) -> tuple[dict[str, list[dict[str, float]]],
     return rows, pictures
 
 
-@torch.no_grad()
-def rendered_walk(world: World) -> tuple[Cameras, Tensor]:
-    """Cameras of a walk, and what each sees."""
-    cameras = walk(world, WALK_S, WALK_FPS, WORLD_SIZE)
-    images = []
-    for i in range(cameras.shape[0]):
-        scene = world.scene_near(cameras.camera_to_worlds[i, :, 3])
-        images.append(scene.renderer.render(scene.grid, index_cameras(cameras, (None, slice(i, i + 1)))).rgb[0, 0])
-    return cameras, torch.stack(images).clamp(0, 1)
-
-
 def measure_worlds(options: Options) -> dict[str, list[dict[str, float]]]:
     """A row for each number of steps and world."""
     rows: dict[str, list[dict[str, float]]] = {}
     for folder in options.worlds:
         world = load_world(folder)
-        cameras, rendered = rendered_walk(world)
+        views = world_views(world, walk(world, WALK_S, WALK_FPS, WORLD_SIZE))
         for steps in options.world_fit_steps:
             splats, row = timed(lambda world=world, n=steps: world_splats(world, fit_steps=n, seed=options.seed))
-            row |= against(splat_images(splats, cameras), rendered)
+            row |= against(splat_images(splats, views.cameras), views.images)
             rows.setdefault(f"worlds, {steps} steps", []).append(row)
     return rows
 

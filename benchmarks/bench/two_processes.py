@@ -51,7 +51,13 @@ def _encode(folder: Path, names: list[str], launcher: Sequence[str] = ("-m",)) -
     with contextlib.ExitStack() as stack:
         started = [
             stack.enter_context(
-                subprocess.Popen([*arguments, str(folder / name)], env=environment, stderr=subprocess.PIPE, text=True)
+                subprocess.Popen(
+                    [*arguments, str(folder / name)],
+                    env=environment,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
             )
             for name in names
         ]

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
-from nfldm_ns.exports.splat_renderer import gsplat_works, render_splats, render_with_gsplat
+from nfldm_ns.exports.splat_renderer import gsplat_works, render_splats, render_with_gsplat, splat_images
 from nfldm_ns.exports.splats import Splats, splats_from_points
 from nfldm_ns.exports.surface_views import SurfaceViews, join_points, thin, unproject, views_of
 from nfldm_ns.generated.scene_files import GeneratedScene
@@ -85,9 +85,7 @@ def fit_splats(
     return replace(splats, **{name: value.detach().cpu() for name, value in fitted.items()})
 
 
-@torch.no_grad()
 def splat_psnr(splats: Splats, cameras: Cameras, images: Float[Tensor, "views 3 height width"]) -> float:
     """PSNR in dB of the splats' images on the CPU, over all pixels of cameras of batch shape `[N]`."""
-    rendered = torch.stack([render_splats(splats, cameras[i]) for i in range(cameras.shape[0])])
-    error: Tensor = (rendered.clamp(0, 1) - images).square().mean()
+    error: Tensor = (splat_images(splats, cameras) - images).square().mean()
     return float(-10 * error.log10())

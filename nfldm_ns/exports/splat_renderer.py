@@ -64,6 +64,12 @@ def _tile(
     return ((alpha * before) @ colors).T.reshape(3, *size)
 
 
+@torch.no_grad()
+def splat_images(splats: Splats, cameras: Cameras) -> Float[Tensor, "views 3 height width"]:
+    """Pictures in [0, 1] of cameras of batch shape `[N]`, on the CPU."""
+    return torch.stack([render_splats(splats, cameras[i]) for i in range(cameras.shape[0])]).clamp(0, 1)
+
+
 def _drawn(means: Tensor, radii: Tensor, depth: Tensor, height: int, width: int) -> Tensor:
     """Indices of splats before the camera that touch the image."""
     size = means.new_tensor([width, height])

@@ -150,14 +150,19 @@ def further_cameras(scene: GeneratedScene, places: int) -> Cameras | None:
     return make_cameras(poses, focal, focal, width / 2, height / 2, height, width)
 
 
+def rings_of(scene: GeneratedScene, ring_places: int = 0) -> list[Cameras]:
+    """The scene's own cameras and, if any, a ring of further ones (`further_cameras`); each of batch shape `[N]`."""
+    further = further_cameras(scene, ring_places)
+    return [scene_cameras(scene)] + ([] if further is None else [further])
+
+
 def views_of(scene: GeneratedScene, ring_places: int = 0) -> list[SurfaceViews]:
     """Renderings of the scene's cameras and, if any, of a ring of further ones (`further_cameras`).
 
     Raises:
         UserInputError: if the scene has no cameras, or if none of them sees a surface.
     """
-    rings = [scene_cameras(scene), further_cameras(scene, ring_places)]
-    views = [surface_views(scene, cameras) for cameras in rings if cameras is not None]
+    views = [surface_views(scene, cameras) for cameras in rings_of(scene, ring_places)]
     if not any(bool(view.seen.any()) for view in views):
         raise UserInputError(
             "The scene has no surfaces that its cameras see (accumulation stays below 0.5): sample another."

@@ -21,8 +21,8 @@ from nfldm_ns.exports.surface_views import (
     RING_YAWS,
     SurfacePoints,
     SurfaceViews,
-    further_cameras,
     join_points,
+    rings_of,
     surface_views,
     thin,
     unproject,
@@ -114,8 +114,8 @@ def tile_views(world: World, ring_places: int = 0) -> Iterator[tuple[VoxelGrid, 
     reach = float((box[1] - box[0])[:2].max())
     for place in places(world, space):
         grid, scene = _scene_at(world, space, place, reach)
-        for cameras in (scene.cameras, further_cameras(scene, ring_places)):
-            for first in range(0, 0 if cameras is None else cameras.shape[0], CAMERAS_AT_ONCE):
+        for cameras in rings_of(scene, ring_places):
+            for first in range(0, cameras.shape[0], CAMERAS_AT_ONCE):
                 yield grid, surface_views(scene, index_cameras(cameras, slice(first, first + CAMERAS_AT_ONCE)))
 
 
