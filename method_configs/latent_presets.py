@@ -4,7 +4,7 @@
 |---|---|---|
 | tiny | two CPU cores, minutes | c 12 x 4 x 8 x 8, f 16 x 32 x 32 |
 | rooms | the model that comes with this package: two CPU cores, hours | c 12 x 4 x 12 x 12, f 20 x 48 x 48 |
-| rooms128 | the same latents for images of 128 x 128 pixels; has not been trained | as rooms |
+| rooms128 | the same for images of 128 x 128 pixels: an upsampler behind the image decoder of rooms | as rooms |
 | streets-tiny | streets of 80 x 80 x 16 m on two CPU cores: voxels of 1.7 m | c 12 x 4 x 12 x 12, f 16 x 48 x 48 |
 | streets | streets on one GPU: voxels of 1 m | c 8 x 8 x 20 x 20, f 8 x 80 x 80 |
 | streets-paper | streets at the paper's sizes: voxels of 0.6 m | as paper |
@@ -14,11 +14,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from nfldm_ns.diffusion.decoder_examples import ExampleConfig
-from nfldm_ns.diffusion.decoder_training import DecoderTrainingConfig
+from nfldm_ns.diffusion.decoder_training import DecoderLossConfig, DecoderTrainingConfig
 from nfldm_ns.diffusion.training import DiffusionTrainingConfig, Stage
 from nfldm_ns.latents.training import LatentLossConfig, LatentTrainingConfig
 from nfldm_ns.training.schedule import Schedule
@@ -252,10 +252,15 @@ def _decoder(
 DECODER_PRESETS: dict[str, DecoderTrainingConfig] = {
     "tiny": _decoder(300, 2, 64, 2e-4),
     "rooms": _decoder(1000, 2, 256, 2e-4),
-    "rooms128": _decoder(1000, 2, 256, 2e-4),
     "base": _decoder(10_000, 8, 2000, 1e-4, on_gpu=True),
     "paper": _decoder(20_000, 8, 4000, 1e-4, on_gpu=True),
 }
+DECODER_PRESETS["rooms128"] = replace(
+    DECODER_PRESETS["rooms"],
+    losses=DecoderLossConfig(adversarial_mult=0.4, window=64),
+    num_views=1,
+    upsampling_channels=32,
+)
 
 STREETS = {"streets-tiny": "tiny", "streets": "base", "streets-paper": "paper"}
 """Presets of streets, and those whose stages 2 and 3 they share; their stage 1 tells their background from others'."""

@@ -110,8 +110,8 @@ SCENE_AUTOENCODER = {
     "rooms": _ROOMS,
     "rooms128": replace(
         _ROOMS,
-        # A decoder one level deeper, so that there are as many rays as for 64 pixels.
-        network={**_ROOMS.network, "feature_stride": 4, "decoder_channels": (64, 32, 24)},
+        # As many rays as for 64 pixels, and one level more behind them.
+        network={**_ROOMS.network, "feature_stride": 4, "decoder_upsampling_channels": 32},
         max_num_iterations=4000,
         image_size=128,
     ),

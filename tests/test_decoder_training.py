@@ -21,7 +21,7 @@ from torch.multiprocessing import start_processes
 
 from nfldm_ns.autoencoder.checkpoints import load_scene_autoencoder, read_training_record
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
-from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder, shrink_views
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
 from nfldm_ns.commands import train_decoder as command
 from nfldm_ns.diffusion import decoder_examples
@@ -35,6 +35,7 @@ from nfldm_ns.diffusion.decoder_examples import (
     GeneratedVoxels,
     Neighbours,
     quantised_share,
+    require_same_places,
     require_same_voxels,
 )
 from nfldm_ns.diffusion.decoder_training import (
@@ -52,14 +53,14 @@ from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.method_configs.latent_presets import DECODER_PRESETS, DIFFUSION_PRESETS
-from nfldm_ns.scenes.collection import read_json
-from nfldm_ns.scenes.views import Views, camera_rays, index_cameras, make_cameras, with_poses
+from nfldm_ns.scenes.collection import SceneCollection, read_json
+from nfldm_ns.scenes.views import Views, camera_rays, index_cameras, make_cameras, resize_cameras, with_poses
 from nfldm_ns.training import loop
 from nfldm_ns.training.run import read_metrics
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
 from tests.small_models import small_pipeline, small_scene_autoencoder
-from tests.synthetic import surround_cameras
+from tests.synthetic import make_box_room_collection, surround_cameras
 
 EXAMPLES = ExampleConfig(num_scenes=4, num_views=3, num_inference_steps=4, max_noise=0.8)
 SCHEDULE = Schedule(max_steps=6, batch_size=2, warmup_steps=1, log_every=2, checkpoint_every=2, report_to="none")
@@ -329,7 +330,7 @@ def test_a_tuned_latent_decoder_learns_and_what_encodes_and_renders_does_not(per
 class Plane(torch.nn.Module):
     """Decodes features that are colours already."""
 
-    def forward(self, features: Tensor, accumulation: Tensor) -> Tensor:
+    def forward(self, features: Tensor, accumulation: Tensor, height: int | None = None) -> Tensor:
         return features[:, :3] * 2 - 1
 
 
@@ -538,6 +539,90 @@ def test_a_decoder_grows_is_tuned_and_keeps_its_size(store, pipeline_folder, tmp
     require_same_voxels(store, saved.scene_autoencoder)  # a larger image decoder does not make voxels strange
     with pytest.raises(UserInputError, match="--decoder-blocks is 0"):
         train_decoder(saved, store, tmp_path / "less", replace(PLAIN, decoder_blocks=0))
+
+
+@pytest.fixture(scope="module")
+def larger(store, tmp_path_factory) -> SceneCollection:
+    """The rooms of the store, seen by the same cameras at twice their size."""
+    folder = tmp_path_factory.mktemp("larger") / "rooms"
+    return make_box_room_collection(folder, num_train=3, num_test=1, image_size=64)
+
+
+UPSAMPLING = replace(CONFIG, upsampling_channels=8, losses=replace(CONFIG.losses, window=32))
+
+
+def test_a_new_upsampler_makes_the_same_pictures_larger(store):
+    before, grown = small_scene_autoencoder(), small_scene_autoencoder()
+    grown.grow_decoder(upsampling_channels=8)
+    torch.nn.init.zeros_(grown.decoder.upsampler.out.weight)
+    assert grown.image_size == (64, 64) and grown.config.focal_length == 32.0 and grown.upsampling == 2
+    grid = store.grid(store.splits["train"][:1])
+    small, large = (surround_cameras(2, size, torch.Generator().manual_seed(0)).reshape((1, 2)) for size in (32, 64))
+    expected = before.render(grid, small).rgb
+    assert torch.equal(grown.render(grid, small).rgb, expected)
+    assert grown.render(grid, large).maps.features.shape == before.render(grid, small).maps.features.shape
+    enlarged = torch.nn.functional.interpolate(expected[0], scale_factor=2.0, mode="bilinear")
+    assert torch.allclose(grown.render(grid, large).rgb[0], enlarged, atol=1e-5)
+    with pytest.raises(ValueError, match="upsampler of width 8"):
+        grown.grow_decoder(upsampling_channels=16)
+
+
+def test_larger_views_are_encoded_as_the_smaller_ones(store):
+    before, grown = small_scene_autoencoder(), small_scene_autoencoder()
+    grown.grow_decoder(upsampling_channels=8)
+    scene = store.load_collection().load_scene(store.splits["train"][0])
+    small = Views.stack([scene.source])
+    mask = torch.ones_like(small.depths, dtype=torch.bool)
+    mask[..., :5, :] = False
+    small = replace(small, masks=mask)
+
+    def larger(values: Tensor) -> Tensor:
+        return values.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+    cameras = resize_cameras(small.cameras, 64, 64)
+    large = Views(cameras, larger(small.images), larger(small.depths), larger(mask))
+    expected, ours = before.encode(small), grown.encode(large)
+    assert torch.allclose(ours.density, expected.density, atol=1e-5)
+    assert torch.allclose(ours.features, expected.features, atol=1e-5)
+    assert torch.equal(grown.encode(small).features, expected.features)
+    with pytest.raises(ValueError, match="cannot be shrunk"):
+        shrink_views(small, 3)
+
+
+def test_an_upsampler_alone_is_tuned_on_larger_views(store, larger, pipeline_folder, perceptual, tmp_path):
+    before = load_pipeline(pipeline_folder)
+    options = {"perceptual": perceptual, "collection": larger, "on_progress": silent}
+
+    def run(folder: Path, **changes) -> NFLDMPipeline:
+        return train_decoder(load_pipeline(pipeline_folder), store, folder, UPSAMPLING, **{**options, **changes})
+
+    tuned = run(tmp_path / "whole")
+    saved, expected = load_pipeline(tmp_path / "whole" / "pipeline"), weights(tuned)
+    assert_equal(weights(saved), expected)
+    old = weights(before)
+    assert all(torch.equal(expected[name], value) for name, value in old.items())
+    assert all(".decoder.upsampler." in name for name in expected if name not in old)
+    assert expected["scene_autoencoder.decoder.upsampler.out.bias"].any()  # zeros before
+    output = saved(1, generator=torch.Generator().manual_seed(0), num_inference_steps=2)
+    assert int(output.cameras.height.reshape(-1)[0]) == 64 and float(output.cameras.fx.reshape(-1)[0]) == 32.0
+    rgb = saved.scene_autoencoder.render(output.grids, output.cameras).rgb
+    assert rgb.shape[-2:] == (64, 64)
+    require_same_voxels(store, saved.scene_autoencoder)  # what makes pictures larger does not make voxels strange
+    with pytest.raises(Interrupted):
+        run(tmp_path / "resumed", on_progress=interrupt)
+    assert_equal(weights(run(tmp_path / "resumed")), expected)
+    with pytest.raises(UserInputError, match="those of .* have 32 x 32: give the same places at that size with --data"):
+        run(tmp_path / "small", collection=None)
+
+
+def test_larger_views_are_of_the_same_places(store, larger, tmp_path):
+    require_same_places(store, larger)
+    with pytest.raises(UserInputError, match=r"lacks .* and 0 more of the scenes"):
+        few = make_box_room_collection(tmp_path / "few", num_train=1, num_val=0, num_test=1, image_size=64)
+        require_same_places(store, few)
+    others = make_box_room_collection(tmp_path / "others", num_train=3, num_test=1, image_size=64, seed=5)
+    with pytest.raises(UserInputError, match="has other cameras in"):
+        require_same_places(store, others)
 
 
 def test_a_resumed_run_gives_equal_weights(store, pipeline_folder, perceptual, tmp_path):

@@ -58,7 +58,8 @@ def test_rooms128_has_the_rays_voxels_and_latents_of_rooms():
     cameras = [surround_cameras(1, size, generator) for size in (64, 128)]
     assert models[0]._ray_grid(cameras[0]) == models[1]._ray_grid(cameras[1]) == (32, 32)
     assert models[0].grid_shape == models[1].grid_shape
-    assert len(models[1].config.decoder_channels) == len(models[0].config.decoder_channels) + 1
+    assert models[1].upsampling == 2 and models[0].upsampling == 1
+    assert models[1].encoder.stride == models[0].encoder.stride
     assert LATENT_PRESETS["rooms128"] is LATENT_PRESETS["rooms"]
     assert DIFFUSION_PRESETS["rooms128"] is DIFFUSION_PRESETS["rooms"]
 

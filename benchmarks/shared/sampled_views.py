@@ -171,9 +171,13 @@ class SampleJudge:
         pictures = PictureFolder(folder)
         with progress_bars() as show:
             title = show(f"Sampling {settings.num_scenes} scenes")
-            names = judge_generated(SceneJudge(pipeline.to(work_device())), pictures, settings, title)
+            names = judge_generated(self._judge(pipeline), pictures, settings, title)
             title = show(f"Features of {settings.num_images} images")
             return self._features(pictures, "samples", names, settings.views_per_scene, title)
+
+    def _judge(self, pipeline: NFLDMPipeline) -> SceneJudge:
+        width, height = self.collection.image_size
+        return SceneJudge(pipeline.to(work_device()), image_size=(height, width))
 
     def reconstructions(self, pipeline: NFLDMPipeline, folder: Path) -> Features:
         """Features of the real test views rendered from test scenes after both auto-encoders; `folder` as above."""
@@ -181,9 +185,8 @@ class SampleJudge:
         pictures, scenes = PictureFolder(folder), self.scenes[REFERENCE]
         with progress_bars() as show:
             title = show(f"Encoding {len(scenes.scene_ids)} test scenes")
-            judge = SceneJudge(pipeline.to(work_device()))
             with_source = self.settings.with_source_views
-            judge_real(judge, self.collection, pictures, REFERENCE, scenes, with_source, title)
+            judge_real(self._judge(pipeline), self.collection, pictures, REFERENCE, scenes, with_source, title)
             title = show(f"Features of {self.settings.num_images} images")
             return self._features(pictures, "stage2", scenes.scene_ids, scenes.num_views, title)
 

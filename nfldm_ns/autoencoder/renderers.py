@@ -54,7 +54,10 @@ class PlainColours(nn.Module):
         self.stride = stride
 
     def forward(
-        self, features: Float[Tensor, "batch channels h w"], accumulation: Float[Tensor, "batch 1 h w"]
+        self,
+        features: Float[Tensor, "batch channels h w"],
+        accumulation: Float[Tensor, "batch 1 h w"],
+        height: int | None = None,
     ) -> Float[Tensor, "batch 3 height width"]:
         """Images with colours around [-1, 1] (not clamped)."""
         if self.stride == 1:

@@ -16,12 +16,12 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.background import BACKGROUND_MOMENTS, Background, background_code
-from nfldm_ns.autoencoder.decoder import ImageDecoder
+from nfldm_ns.autoencoder.decoder import UPSAMPLING, ImageDecoder
 from nfldm_ns.autoencoder.encoder import ImageEncoder
 from nfldm_ns.autoencoder.lifting import DepthSpacing, Fusion, Splatting, box_exit_depth, depth_bins, fuse_frustums
 from nfldm_ns.autoencoder.refinement import GridRefiner, edge_error, refine_grid
 from nfldm_ns.autoencoder.renderer import FeatureMaps, render_feature_maps
-from nfldm_ns.scenes.views import Views, camera_rays, valid_cells
+from nfldm_ns.scenes.views import Views, camera_rays, resize_cameras, valid_cells
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 REFINEMENT_DEPTH_WEIGHT = 0.1  # of depth errors in metres beside those of colours, as in the presets' losses
@@ -71,6 +71,8 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             fit the other.
         num_samples, num_feature_samples: per rendered ray, see `render_feature_maps`.
         encoder_channels, encoder_blocks, decoder_channels, decoder_blocks: network sizes.
+        decoder_upsampling_channels: width of an `ImageUpsampler` that makes images of `image_size` of images half as
+            large; the encoder looks at images of half the size, too. 0 for none.
         refinement_channels: width of `GridRefiner`; 0 leaves V as it is fused.
         refinement_steps: how often it changes V, unless `encode` is told otherwise.
     """
@@ -103,6 +105,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         encoder_blocks: int = 1,
         decoder_channels: tuple[int, ...] = (48, 24),
         decoder_blocks: int = 1,
+        decoder_upsampling_channels: int = 0,
         refinement_channels: int = 0,
         refinement_steps: int = 2,
     ) -> None:
@@ -127,12 +130,14 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             5 if encoder_input == "rgbd" else 3,
             num_depth_bins if density_from == "views" else 0,
             feature_channels,
-            feature_stride,
+            feature_stride // self.upsampling,
             tuple(encoder_channels),
             encoder_blocks,
             extra_channels=background_channels + (fusion == "attention"),
         )
-        self.decoder = ImageDecoder(feature_channels, feature_stride, tuple(decoder_channels), decoder_blocks)
+        self.decoder = ImageDecoder(
+            feature_channels, feature_stride, tuple(decoder_channels), decoder_blocks, decoder_upsampling_channels
+        )
         self.density_bias = nn.Parameter(torch.tensor(-3.0))
         if density_from == "voxels":
             self.density_head = nn.Sequential(nn.Linear(feature_channels, 32), nn.SiLU(), nn.Linear(32, 1))
@@ -164,6 +169,11 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         return tuple(self.config.image_size)
 
     @property
+    def upsampling(self) -> int:
+        """How many times larger images are than those that the encoder looks at, and that a ray density is of."""
+        return UPSAMPLING if self.config.decoder_upsampling_channels else 1
+
+    @property
     def background_shape(self) -> tuple[int, int]:
         """Of a scene's code of what lies beyond the box."""
         return self.config.background_channels, BACKGROUND_MOMENTS
@@ -173,11 +183,13 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         """Source views of batch shape `[B, N]`, any number of them, to one grid per scene.
 
         Masked pixels have no say in it: the encoder sees a constant in their place, and no feature pixel that holds one
-        becomes a part of V or of the background's code.
+        becomes a part of V or of the background's code. Where an upsampler makes the images, views of their size are
+        shrunk to the size before it.
 
         Args:
             refinement_steps: of learned refinement (`refine`); by default as configured, 0 for none.
         """
+        views = self._as_encoded(views)
         grid = self._encode_fused(views)
         if refinement_steps is None:
             refinement_steps = 0 if self.refiner is None else self.config.refinement_steps
@@ -195,7 +207,14 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             raise RuntimeError("Learned refinement takes gradients, and torch.inference_mode has none: use no_grad.")
         if self.refiner is None:
             raise ValueError("this scene auto-encoder has no refinement: train one with refinement_channels")
+        views = self._as_encoded(views)
         return refine_grid(self.refiner, grid, num_steps, lambda shown: self._view_error(shown, views))
+
+    def _as_encoded(self, views: Views) -> Views:
+        """Views of the size that the encoder was trained on, where they have that of the upsampler's images."""
+        if self.upsampling > 1 and views.image_size[0] >= self.image_size[0]:
+            return shrink_views(views, self.upsampling)
+        return views
 
     def _view_error(self, grid: VoxelGrid, views: Views) -> Float[Tensor, ""]:
         """How far V is from showing these views: colours, edges, and depth where it is known."""
@@ -342,19 +361,37 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
 
         return RenderedViews(rgb, resize(maps.depth), resize(maps.accumulation), maps)
 
-    def grow_decoder(self, num_blocks: int) -> None:
-        """Gives the image decoder more residual blocks per level; they begin as identities: nothing changes yet.
+    def grow_decoder(self, num_blocks: int | None = None, upsampling_channels: int | None = None) -> None:
+        """Gives the image decoder more residual blocks per level, an upsampler, or both.
+
+        New blocks begin as identities, and a new upsampler as an interpolation: images stay what they are. With one
+        `image_size` is twice as large; V is encoded as before.
 
         Raises:
-            ValueError: if it has more already.
+            ValueError: if it has more blocks already, or an upsampler of another width.
         """
         config = self.config
+        num_blocks = config.decoder_blocks if num_blocks is None else num_blocks
         if num_blocks < config.decoder_blocks:
             raise ValueError(f"the image decoder has {config.decoder_blocks} blocks per level already: it only grows")
-        grown = ImageDecoder(config.feature_channels, config.feature_stride, tuple(config.decoder_channels), num_blocks)
+        old = config.decoder_upsampling_channels
+        upsampling_channels = old if upsampling_channels is None else upsampling_channels
+        if old not in (0, upsampling_channels):
+            raise ValueError(f"the image decoder has an upsampler of width {old} already")
+        scale = 1 if old == upsampling_channels else UPSAMPLING
+        stride, sizes = scale * config.feature_stride, (tuple(config.decoder_channels), num_blocks)
+        grown = ImageDecoder(config.feature_channels, stride, *sizes, upsampling_channels)
         grown.load_state_dict({**grown.state_dict(), **self.decoder.state_dict()})
         self.decoder = grown.to(self.decoder.out.weight)
-        self.register_to_config(decoder_blocks=num_blocks)
+        farthest = config.max_focal_length
+        self.register_to_config(
+            decoder_blocks=num_blocks,
+            decoder_upsampling_channels=upsampling_channels,
+            feature_stride=stride,
+            image_size=tuple(scale * size for size in self.image_size),
+            focal_length=scale * config.focal_length,
+            max_focal_length=None if farthest is None else scale * farthest,
+        )
 
 
 def decode_images(
@@ -365,7 +402,7 @@ def decode_images(
     width: int,
 ) -> Float[Tensor, "batch 3 height width"]:
     """What an image decoder makes of rendered features, in [0, 1] but not clamped, at the size that was asked for."""
-    image = decoder(features.contiguous(memory_format=torch.channels_last), accumulation)
+    image = decoder(features.contiguous(memory_format=torch.channels_last), accumulation, height)
     image = (image.float() + 1) / 2
     if image.shape[-2:] == (height, width):
         return image
@@ -382,6 +419,24 @@ def depth_errors(
     """
     depth = downsample_depth(depths, *maps.depth.shape[-2:])
     return (maps.depth - torch.minimum(depth, maps.exit_depth)).abs(), depth > 0
+
+
+def shrink_views(views: Views, scale: int) -> Views:
+    """Views of 1 / `scale` of the size: mean colours, the nearest known depth, masks where all of a pixel is valid.
+
+    Raises:
+        ValueError: for sizes that are no multiple of it.
+    """
+    height, width = (size // scale for size in views.image_size)
+    if (height * scale, width * scale) != tuple(views.image_size):
+        raise ValueError(f"images of {views.image_size} pixels cannot be shrunk to 1 / {scale}")
+    images = F.avg_pool2d(views.images.flatten(0, -4), scale).unflatten(0, views.images.shape[:-3])
+    return Views(
+        resize_cameras(views.cameras, height, width),
+        images,
+        None if views.depths is None else downsample_depth(views.depths, height, width),
+        None if views.masks is None else valid_cells(views.masks, height, width),
+    )
 
 
 def measured_share(views: Views) -> Float[Tensor, "*batch 1 1 1"]:

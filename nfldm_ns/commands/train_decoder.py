@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
     from nfldm_ns.diffusion.decoder_training import DecoderTrainingConfig
     from nfldm_ns.latents.voxel_store import VoxelStore
+    from nfldm_ns.scenes.collection import SceneCollection
 
 
 @dataclass
@@ -64,6 +65,15 @@ class TrainDecoder:
     decoder_blocks: int | None = None
     """Residual blocks per level that the image decoder grows to before it is tuned (the new ones change nothing at
     first); by default it stays as large as it is."""
+    upsampling_channels: int | None = None
+    """Width of an upsampler that makes pictures twice as large as the image decoder does, and learns alone: smaller
+    pictures stay what they are. The preset rooms128 has one. It needs --data."""
+    data: Path | None = None
+    """A collection of the same places with larger images to compare with, from nfldm-collect with the same options but
+    --image-size; by default the one that was encoded."""
+    window: int | None = None
+    """Side in pixels of a square of every picture that the perceptual network and the discriminator look at, drawn anew
+    in each step; by default all of it."""
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)
 
     def run(self) -> None:
@@ -100,17 +110,23 @@ class TrainDecoder:
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         examples = replace(config.examples, **given, seed=self.schedule.seed)
         examples.check()
-        weights = {name: getattr(self, name) for name in ("adversarial_mult", "consistency_mult")}
+        weights = {name: getattr(self, name) for name in ("adversarial_mult", "consistency_mult", "window")}
         losses = replace(config.losses, **{name: value for name, value in weights.items() if value is not None})
         schedule = replace(config.schedule, **self.schedule.given())
+        sizes = {name: getattr(self, name) for name in ("decoder_blocks", "upsampling_channels")}
         return replace(
             config,
             examples=examples,
             losses=losses,
             schedule=schedule,
             tune_latent_decoder=self.tune_latent_decoder,
-            decoder_blocks=self.decoder_blocks,
+            **{name: value for name, value in sizes.items() if value is not None},
         )
+
+    def _collection(self) -> "SceneCollection | None":
+        from nfldm_ns.scenes.collection import SceneCollection
+
+        return None if self.data is None else SceneCollection.open(self.data)
 
     def _tune_generator(self, store: "VoxelStore", config: "DecoderTrainingConfig") -> str:
         from nfldm_ns.diffusion.decoder_training import PIPELINE_FOLDER, train_decoder
@@ -120,7 +136,8 @@ class TrainDecoder:
         if saved.resolve() == begun_from.resolve():
             raise UserInputError(f"{saved} is the generator to begin from: choose another output folder.")
         pipeline = load_pipeline(begun_from)
-        train_decoder(pipeline, store, self.output_dir, config, perceptual=_perceptual_network(config))
+        perceptual = _perceptual_network(config)
+        train_decoder(pipeline, store, self.output_dir, config, perceptual=perceptual, collection=self._collection())
         return f"The pipeline is in {saved}"
 
     def _tune_stage1(self, store: "VoxelStore", config: "DecoderTrainingConfig") -> str:
@@ -132,7 +149,10 @@ class TrainDecoder:
         if saved.resolve() in [scene_autoencoder_folder(path).resolve() for path in theirs]:
             raise UserInputError(f"{saved} is a scene auto-encoder to begin from: choose another output folder.")
         stage1 = load_scene_autoencoder(self.initial_weights) if self.initial_weights else store.load_autoencoder()
-        train_stage1_decoder(stage1, store, self.output_dir, config, perceptual=_perceptual_network(config))
+        perceptual = _perceptual_network(config)
+        train_stage1_decoder(
+            stage1, store, self.output_dir, config, perceptual=perceptual, collection=self._collection()
+        )
         return f"The scene auto-encoder is in {saved}"
 
 

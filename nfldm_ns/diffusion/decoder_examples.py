@@ -25,6 +25,7 @@ from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore
+from nfldm_ns.scenes.collection import SceneCollection, read_transforms
 from nfldm_ns.scenes.views import Views, index_cameras, step_aside
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
@@ -397,7 +398,7 @@ def quantised_share(pipeline: NFLDMPipeline, share: float, config: ExampleConfig
 def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder, whose: str = "the pipeline's") -> None:
     """Raises `UserInputError` unless the scenes were encoded by this stage 1; another image decoder does not matter."""
     theirs, ours = store.load_autoencoder(), scene_autoencoder
-    configs = [{k: v for k, v in public_config(m).items() if not k.startswith(DECODER_SIZES)} for m in (theirs, ours)]
+    configs = [_encoding_config(model) for model in (theirs, ours)]
     weights = [{k: v for k, v in m.state_dict().items() if not k.startswith(DECODER)} for m in (theirs, ours)]
     if configs[0] != configs[1] or not all(
         torch.equal(value, weights[1][name].cpu()) for name, value in weights[0].items()
@@ -406,6 +407,39 @@ def require_same_voxels(store: VoxelStore, scene_autoencoder: SceneAutoencoder, 
             f"The scenes in {store.root} were encoded by another scene auto-encoder than {whose}: give the voxels that "
             "it encoded."
         )
+
+
+def _encoding_config(model: SceneAutoencoder) -> dict[str, Any]:
+    """What says how views become V, whatever shows it: sizes are those before an upsampler."""
+    config = {name: value for name, value in public_config(model).items() if not name.startswith(DECODER_SIZES)}
+    for name in ("feature_stride", "focal_length", "max_focal_length"):
+        value = getattr(model.config, name)
+        config[name] = value and value / model.upsampling
+    config["image_size"] = [size / model.upsampling for size in model.image_size]
+    return config
+
+
+def require_same_places(store: VoxelStore, collection: SceneCollection) -> None:
+    """Raises `UserInputError` unless a collection has the training scenes of a store, seen by the same cameras."""
+    scenes, known = store.splits["train"], set(collection.scene_ids)
+    missing = [scene for scene in scenes if scene not in known]
+    if missing:
+        raise UserInputError(
+            f"{collection.root} lacks {missing[0]} and {len(missing) - 1} more of the scenes in {store.root}: collect "
+            "it by the command of those that were encoded, with another image size."
+        )
+    encoded = store.load_collection()
+    for scene in scenes[:1]:
+        ours, theirs = (read_transforms(found.scene_dir(scene)) for found in (encoded, collection))
+        names = (*ours.source_names, *ours.target_names)
+        same = names == (*theirs.source_names, *theirs.target_names) and torch.allclose(
+            *(t.cameras(names, collection.image_size).camera_to_worlds for t in (ours, theirs)), atol=1e-4
+        )
+        if not same:
+            raise UserInputError(
+                f"Scene {scene} has other cameras in {collection.root} than in {encoded.root}: collect it by the "
+                "command of those that were encoded, with another image size."
+            )
 
 
 def _cameras_beside(cameras: Cameras, draws: ItemDraws) -> Cameras:

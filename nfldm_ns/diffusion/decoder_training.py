@@ -31,6 +31,7 @@ from nfldm_ns.diffusion.decoder_examples import (
     GeneratedVoxels,
     Neighbours,
     VoxelSource,
+    require_same_places,
     require_same_voxels,
 )
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, save_without_origin
@@ -40,6 +41,7 @@ from nfldm_ns.latents.scene_latents import SceneLatents
 from nfldm_ns.latents.voxel_store import VoxelStore
 from nfldm_ns.metrics.consistency import reproject
 from nfldm_ns.reports.galleries import image_grid
+from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import Views, with_poses
 from nfldm_ns.scenes.writing import clear_unfinished
 from nfldm_ns.training.loop import ProgressCallback, keep_result, moving_averages, train
@@ -75,6 +77,10 @@ class DecoderLossConfig:
     """Squared error (m^2) of the depth of V after its own latents, where the latent decoder is tuned, too: what a
     discriminator makes of single views must not bend the room."""
 
+    window: int | None = None
+    """Side in pixels of a square of every image, drawn anew in each step, that the perceptual network looks at, and the
+    discriminator with it: an upsampler's detail is small, and windows cost less than whole images. None: all of it."""
+
     @property
     def needs_perceptual_network(self) -> bool:
         """Whether a loss looks at its features."""
@@ -98,6 +104,9 @@ class DecoderTrainingConfig:
     """Also tune what stage 2 decodes latents with. Latents and codes stay as they are: the denoisers still fit."""
     decoder_blocks: int | None = None
     """Residual blocks per level that the image decoder grows to before it is tuned; None leaves it as it is."""
+    upsampling_channels: int | None = None
+    """Width of an `ImageUpsampler` behind the image decoder, which is the only part that is tuned then: images of the
+    size before it stay as they are. None tunes what there is."""
 
 
 @dataclass
@@ -205,8 +214,9 @@ class DecoderTuning(nn.Module):
         (perceptual,) = self._perceptual
         if perceptual is None:
             return losses
-        real = perceptual.features(batch.real.images * 2 - 1)
-        seen = {kind: perceptual.features(image * 2 - 1) for kind, image in images.items()}
+        window = self._window(batch.real.image_size)
+        real = perceptual.features(batch.real.images[window] * 2 - 1)
+        seen = {kind: perceptual.features(image[window] * 2 - 1) for kind, image in images.items()}
         losses["lpips_loss"] = self.config.lpips_mult * perceptual.distance(seen[paired], real).mean()
         if "denoised" in seen:
             weight = self.config.denoised_lpips_mult * (1 - batch.share)
@@ -214,6 +224,12 @@ class DecoderTuning(nn.Module):
         if self.discriminator is not None:
             losses |= self._adversarial_losses(list(seen.values()), real)
         return losses
+
+    def _window(self, size: tuple[int, int]) -> tuple[Any, ...]:
+        """Where the perceptual network looks in images of a size."""
+        sides = [min(self.config.window or side, side) for side in size]
+        first = [int(torch.randint(whole - side + 1, ())) for whole, side in zip(size, sides, strict=True)]
+        return (..., *(slice(start, start + side) for start, side in zip(first, sides, strict=True)))
 
     def _consistency(self, batch: DecoderBatch, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, ""]:
         """Mean absolute difference of views moved into those beside them, over the pixels that both see."""
@@ -305,6 +321,7 @@ def train_decoder(
     config: DecoderTrainingConfig,
     *,
     perceptual: PerceptualNetwork | None = None,
+    collection: SceneCollection | None = None,
     cache_gib: float = 2.0,
     on_progress: ProgressCallback | None = None,
 ) -> NFLDMPipeline:
@@ -316,6 +333,8 @@ def train_decoder(
         output_dir: becomes a run folder (see `RunFolder`) with the examples in `examples/` and the result in
             `pipeline/`.
         perceptual: needed if the losses look at its features; moved to where it trains.
+        collection: the same places with other views of the same cameras, such as larger ones, to compare with; by
+            default the one that was encoded.
 
     Returns:
         the pipeline with the averaged weights of the tuned decoders, on the CPU.
@@ -327,8 +346,12 @@ def train_decoder(
         raise UserInputError("--sampled-fine is of generators that have f, which this one has not: leave it.")
     tuned_too = pipeline.latent_autoencoder if config.tune_latent_decoder else None
     require_same_voxels(store, pipeline.scene_autoencoder)
-    source = GeneratedVoxels(pipeline)
-    run, accelerator = _tune(source, store, output_dir, config, tuned_too, perceptual, cache_gib, on_progress)
+    source, height = GeneratedVoxels(pipeline), pipeline.scene_autoencoder.image_size[0]
+    run, accelerator = _tune(
+        source, store, output_dir, config, tuned_too, perceptual, collection, cache_gib, on_progress
+    )
+
+    _enlarge_cameras(pipeline, pipeline.scene_autoencoder.image_size[0] / height)
 
     def save(path: Path) -> None:
         save_without_origin(pipeline, path)
@@ -344,6 +367,7 @@ def train_stage1_decoder(
     config: DecoderTrainingConfig,
     *,
     perceptual: PerceptualNetwork | None = None,
+    collection: SceneCollection | None = None,
     cache_gib: float = 2.0,
     on_progress: ProgressCallback | None = None,
 ) -> SceneAutoencoder:
@@ -355,6 +379,8 @@ def train_stage1_decoder(
         output_dir: becomes a run folder (see `RunFolder`) with the examples in `examples/` and the result in
             `scene_autoencoder/`.
         perceptual: needed if the losses look at its features; moved to where it trains.
+        collection: the same places with other views of the same cameras, such as larger ones, to compare with; by
+            default the one that was encoded.
 
     Returns:
         the scene auto-encoder with the averaged weights of the tuned decoder, on the CPU.
@@ -367,7 +393,7 @@ def train_stage1_decoder(
         raise ValueError("tune_latent_decoder is set, but encoded voxels come from no latents")
     require_same_voxels(store, scene_autoencoder, "the one given")
     source = EncodedVoxels(scene_autoencoder)
-    run, accelerator = _tune(source, store, output_dir, config, None, perceptual, cache_gib, on_progress)
+    run, accelerator = _tune(source, store, output_dir, config, None, perceptual, collection, cache_gib, on_progress)
     record = {
         "method": "nfldm-train-decoder",
         "data": store.description["collection"],
@@ -391,6 +417,7 @@ def _tune(
     config: DecoderTrainingConfig,
     latent_autoencoder: LatentAutoencoder | None,
     perceptual: PerceptualNetwork | None,
+    collection: SceneCollection | None,
     cache_gib: float,
     on_progress: ProgressCallback | None,
 ) -> tuple[RunFolder, Accelerator]:
@@ -400,15 +427,20 @@ def _tune(
         latent_autoencoder: the source's, if its decoder is tuned, too.
     """
     output_dir = Path(output_dir)
-    cache = SceneCache(store.load_collection(), cache_gib)
+    if collection is not None:
+        require_same_places(store, collection)
+    cache = SceneCache(collection or store.load_collection(), cache_gib)
     chosen = replace(config.examples, neighbours=bool(config.losses.consistency_mult), kinds=source.kinds)
     config = replace(config, examples=chosen)
     examples = DecoderExamples(output_dir / EXAMPLES_FOLDER, store, cache, config.examples)
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     stage1 = source.scene_autoencoder
-    _grow(stage1, config.decoder_blocks)
-    decoder = copy.deepcopy(stage1.decoder).float().requires_grad_(True)
+    _grow(stage1, config)
+    _require_size(stage1, examples, config)
+    decoder = copy.deepcopy(stage1.decoder).float().requires_grad_(config.upsampling_channels is None)
+    if decoder.upsampler is not None:
+        decoder.upsampler.requires_grad_(True)
     if perceptual is not None:
         perceptual.to(accelerator.device)
     rendering = None
@@ -460,15 +492,36 @@ class DecoderPictures:
         return {"decoder": image_grid({"real": self.batch.real.images, **shown}, names)}
 
 
-def _grow(scene_autoencoder: SceneAutoencoder, decoder_blocks: int | None) -> None:
-    if decoder_blocks is None:
-        return
+def _grow(scene_autoencoder: SceneAutoencoder, config: DecoderTrainingConfig) -> None:
+    sizes = (config.decoder_blocks, config.upsampling_channels)
     try:
-        scene_autoencoder.grow_decoder(decoder_blocks)
+        scene_autoencoder.grow_decoder(*sizes)
     except ValueError as error:
+        options = zip(("--decoder-blocks", "--upsampling-channels"), sizes, strict=True)
+        named = " and ".join(f"{option} is {size}" for option, size in options if size is not None)
+        raise UserInputError(f"{named}, but {error}: give at least as many, or nothing.") from None
+
+
+def _enlarge_cameras(pipeline: NFLDMPipeline, scale: float) -> None:
+    """Has sampled scenes' cameras take images of so many times the size."""
+    config = pipeline.global_denoiser.config
+    size = tuple(round(scale * side) for side in config.image_size)
+    pipeline.global_denoiser.register_to_config(
+        image_size=size, intrinsics=tuple(scale * value for value in config.intrinsics)
+    )
+
+
+def _require_size(
+    scene_autoencoder: SceneAutoencoder, examples: DecoderExamples, config: DecoderTrainingConfig
+) -> None:
+    """Raises `UserInputError` where an upsampler is to be tuned, but the real views are no larger than without it."""
+    collection, (height, width) = examples.cache.collection, scene_autoencoder.image_size
+    if config.upsampling_channels is not None and collection.image_size != (width, height):
+        have = " x ".join(map(str, collection.image_size))
         raise UserInputError(
-            f"--decoder-blocks is {decoder_blocks}, but {error}: give at least as many, or nothing."
-        ) from None
+            f"--upsampling-channels makes images of {width} x {height} pixels, but those of {collection.root} have "
+            f"{have}: give the same places at that size with --data."
+        )
 
 
 def _latent_rendering(
@@ -505,6 +558,10 @@ def _identity(
         del chosen["sampled_fine"]
     if not config.tune_latent_decoder:
         del losses["depth_mult"]
+    if config.losses.window is None:
+        del losses["window"]
+    if config.upsampling_channels is not None:
+        tuned |= {"upsampling_channels": config.upsampling_channels}
     if not config.losses.consistency_mult:
         del losses["consistency_mult"], chosen["neighbours"]
     if "denoised" not in source.kinds:

@@ -76,7 +76,8 @@ def evaluate_pipeline(
     processes.wait()
     folder = PictureFolder(output_dir)
     filmed = _filmed_scenes(real, settings)
-    judge = SceneJudge(pipeline, i3d)
+    width, height = collection.image_size
+    judge = SceneJudge(pipeline, i3d, (height, width))
     with progress_bars(processes.is_first) as show:
         title = show(f"Sampling {settings.num_scenes} scenes")
         names = judge_generated(judge, folder, settings, title, len(filmed["test"]), processes)
@@ -141,11 +142,12 @@ def check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: Ev
         )
     if settings.fvd and cameras < 2:
         raise UserInputError("Sampled trajectories have one camera, which is no path for FVD: add --fvd no.")
-    size = tuple(pipeline.global_denoiser.config.image_size)
     width, height = collection.image_size
-    if size != (height, width):
+    sizes = [tuple(side // scale for side in autoencoder.image_size) for scale in {1, autoencoder.upsampling}]
+    if (height, width) not in sizes:
+        known = " or ".join(f"{size[1]} x {size[0]}" for size in sorted(sizes))
         raise UserInputError(
-            f"Generated images have {size[1]} x {size[0]} pixels, but those of {collection.root} {width} x {height}: "
+            f"Generated images have {known} pixels, but those of {collection.root} {width} x {height}: "
             "give the collection it was trained on."
         )
     collection.require_train_and_test()

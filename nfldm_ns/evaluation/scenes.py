@@ -25,7 +25,7 @@ from nfldm_ns.metrics.image_sets import write_pictures
 from nfldm_ns.metrics.videos import STANDARD_FRAMES, extract_video_features
 from nfldm_ns.processes import ALONE, Processes
 from nfldm_ns.scenes.collection import Scene, SceneCollection
-from nfldm_ns.scenes.views import Views, camera_rays, index_cameras
+from nfldm_ns.scenes.views import Views, camera_rays, index_cameras, resize_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import atomic_path
 
@@ -37,8 +37,13 @@ Record = dict[str, Tensor]
 Progress = Callable[[float], None]
 
 
-def render_sampled_views(pipeline: NFLDMPipeline, output: NFLDMPipelineOutput, views: int) -> list[RenderedViews]:
+def render_sampled_views(
+    pipeline: NFLDMPipeline, output: NFLDMPipelineOutput, views: int, image_size: tuple[int, int] | None = None
+) -> list[RenderedViews]:
     """What `views` evenly chosen cameras of each generated scene's own trajectory see.
+
+    Args:
+        image_size: (height, width) of the views, by default that of the cameras.
 
     Returns:
         one `RenderedViews` of batch shape `[1, views]` per scene.
@@ -49,6 +54,8 @@ def render_sampled_views(pipeline: NFLDMPipeline, output: NFLDMPipelineOutput, v
         for i in range(output.grids.batch_size):
             chosen = torch.tensor(evenly(range(output.cameras.shape[1]), views))
             cameras = index_cameras(output.cameras, ([i], chosen[None]))
+            if image_size is not None:
+                cameras = resize_cameras(cameras, *image_size)
             rendered.append(pipeline.scene_autoencoder.render(output.grids[i], cameras))
     return rendered
 
@@ -101,14 +108,19 @@ class SceneJudge:
     Args:
         pipeline: on the device to work on.
         i3d: the network of FVD, on the same device; None makes no videos.
+        image_size: (height, width) of all pictures, by default that of the pipeline's.
     """
 
-    def __init__(self, pipeline: NFLDMPipeline, i3d: nn.Module | None = None) -> None:
+    def __init__(
+        self, pipeline: NFLDMPipeline, i3d: nn.Module | None = None, image_size: tuple[int, int] | None = None
+    ) -> None:
         self.pipeline = pipeline
         self.i3d = i3d
         self.device = pipeline.scene_autoencoder.device
         size, config = pipeline.scene_autoencoder.image_size, pipeline.scene_autoencoder.config
-        self.cameras = surround_cameras(FIXED_VIEWS, size, float(config.focal_length)).to(self.device)
+        self.image_size = image_size or size
+        fixed = surround_cameras(FIXED_VIEWS, size, float(config.focal_length))
+        self.cameras = resize_cameras(fixed, *self.image_size).to(self.device)
         aabb = pipeline.scene_autoencoder.aabb
         self.far = float((aabb[1] - aabb[0]).norm())
         self.turns = 4 if _can_turn(pipeline.scene_autoencoder.grid_shape, aabb) else 1
@@ -221,11 +233,13 @@ def judge_generated(
             generators = scene_generators(settings.seed + first, len(batch))
             output = pipeline(len(batch), generators, num_inference_steps=settings.num_inference_steps)
             assert output.grids is not None
-            for i, rendered in enumerate(render_sampled_views(pipeline, output, settings.views_per_scene)):
+            views = render_sampled_views(pipeline, output, settings.views_per_scene, judge.image_size)
+            for i, rendered in enumerate(views):
                 grid = output.grids[i]
                 record = {**judge.record(grid, judge.turns), "depth": judge.rendered_depth(rendered)}
                 if first + i < num_videos:
-                    record.update(judge.video(grid, index_cameras(output.cameras, i)))
+                    path = resize_cameras(index_cameras(output.cameras, i), *judge.image_size)
+                    record.update(judge.video(grid, path))
                 folder.write("generated", {"samples": rendered.rgb[0]}, judge.fixed_views(grid), record, batch[i])
         on_progress((done + 1) / len(firsts))
     return names

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
+from nfldm_ns.autoencoder.decoder import UPSAMPLING_BLOCKS
 from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.scenes.views import make_cameras
@@ -140,7 +141,11 @@ def decoder_reach(autoencoder: SceneAutoencoder) -> int:
     """Feature cells from an image's border at which the decoder no longer notices it."""
     config = autoencoder.config
     blocks = sum(2 * config.decoder_blocks / 2**level for level in range(len(config.decoder_channels)))
-    return math.ceil(1 + blocks + 1 / config.feature_stride)
+    reach = 1 + blocks + 1 / (config.feature_stride / autoencoder.upsampling)
+    if autoencoder.upsampling > 1:
+        small, large = 1 + 2 * UPSAMPLING_BLOCKS, 2 * UPSAMPLING_BLOCKS + 1  # convolutions of 3 x 3 at either size
+        reach += small / (config.feature_stride / autoencoder.upsampling) + large / config.feature_stride
+    return math.ceil(reach)
 
 
 def resampling_weights(

@@ -60,6 +60,8 @@ class SceneNetworkConfig:
     """widths of the image decoder, one per doubling of the size and one before"""
     decoder_blocks: int = 1
     """residual blocks per width"""
+    decoder_upsampling_channels: int = 0
+    """width of what makes images twice as large as the widths above do; 0 leaves it out"""
     refinement_channels: int = 0
     """width of the learned refinement of voxels; 0 leaves it out"""
     refinement_steps: int = 2
