@@ -25,8 +25,9 @@ from tests.synthetic import AABB, NEAR, level_cameras
 REACH = 3.0  # metres; colours are positions divided by it
 
 
-def painting_autoencoder() -> SceneAutoencoder:
-    """One whose decoder shows the first three features and nothing else, at 32 x 32 pixels and 90 degrees."""
+def painting_autoencoder(upsampled: bool = False) -> SceneAutoencoder:
+    """One whose decoder shows the first three features and nothing else, at 32 x 32 pixels and 90 degrees, or twice as
+    many."""
     torch.manual_seed(0)
     box = {"grid_shape": (32, 48, 48), "aabb": AABB, "near": NEAR}
     sizes = {"feature_channels": 4, "image_size": (32, 32), "focal_length": 16.0, "num_samples": 192}
@@ -35,6 +36,9 @@ def painting_autoencoder() -> SceneAutoencoder:
     for layer in (model.decoder.out, last_of_background):
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
+    if upsampled:
+        model.grow_decoder(upsampling_channels=8)
+        nn.init.zeros_(model.decoder.upsampler.out.weight)
     return model
 
 
@@ -55,9 +59,11 @@ def smooth_grid() -> VoxelGrid:
     return VoxelGrid((3 * noise[:, :1]).clamp(min=0), noise[:, 1:], torch.tensor(AABB))
 
 
-def lively_autoencoder() -> SceneAutoencoder:
+def lively_autoencoder(upsampled: bool = False) -> SceneAutoencoder:
     """A small one whose untrained decoder adds detail that can be seen."""
     model = small_scene_autoencoder()
+    if upsampled:
+        model.grow_decoder(upsampling_channels=8)
     with torch.no_grad():
         for name, parameter in model.decoder.named_parameters():
             if name.endswith(("conv2.weight", "out.weight")):
@@ -121,6 +127,20 @@ CAMERAS = {
     "equirectangular": equirectangular(128, tilted()),
     "small panorama": equirectangular(32, tilted()),
 }
+
+
+@pytest.fixture(scope="module")
+def larger_room() -> ShownModel:
+    return ShownModel(painting_autoencoder(upsampled=True), room_of_positions())
+
+
+@pytest.mark.parametrize("kind", ["trained", "large", "off centre", "wide", "equirectangular"])
+def test_an_upsampler_shows_every_ray_where_it_was(room, larger_room, kind):
+    before, after = (shown.get_outputs_for_camera(CAMERAS[kind])["rgb"] for shown in (room, larger_room))
+    assert after.shape == before.shape
+    assert float((after - before).abs().mean()) < 0.01
+    if kind == "trained":
+        assert torch.equal(after, before), "it has no say in pictures of the size before it"
 
 
 @pytest.mark.parametrize("kind", CAMERAS)
@@ -202,17 +222,23 @@ def test_resampling_is_that_of_torch(cubic, count):
     torch.testing.assert_close(weights @ image[0, 0] @ weights.T, expected[0, 0], atol=1e-5, rtol=0)
 
 
-def test_pictures_do_not_depend_on_where_their_borders_lie():
+@pytest.mark.parametrize(("upsampled", "scale"), [(False, 1), (True, 1), (True, 2)])
+def test_pictures_do_not_depend_on_where_their_borders_lie(upsampled, scale):
     """Away from borders the decoder is the same everywhere; its normalisation, which sees all, is left out here."""
-    model = lively_autoencoder()
+    model = lively_autoencoder(upsampled)
     for module in list(model.decoder.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.GroupNorm):
                 setattr(module, name, nn.Identity())
     pose = upright()[None]
-    small = render_steadily(model, smooth_grid(), make_cameras(pose, 16.0, 16.0, 8, 8, 16, 16))
-    large = render_steadily(model, smooth_grid(), make_cameras(pose, 16.0, 16.0, 14, 12, 24, 28))
-    torch.testing.assert_close(small, large[:, :, 4:20, 6:22], atol=1e-4, rtol=0)
+
+    def cameras(*sizes: int) -> Cameras:
+        return make_cameras(pose, scale * 16.0, scale * 16.0, *(scale * size for size in sizes))
+
+    small = render_steadily(model, smooth_grid(), cameras(8, 8, 16, 16))
+    large = render_steadily(model, smooth_grid(), cameras(14, 12, 24, 28))
+    rows, columns = slice(4 * scale, 20 * scale), slice(6 * scale, 22 * scale)
+    torch.testing.assert_close(small, large[:, :, rows, columns], atol=1e-4, rtol=0)
 
 
 def test_the_decoders_pattern_does_not_stick_to_the_screen():

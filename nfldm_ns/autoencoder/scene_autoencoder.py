@@ -174,6 +174,12 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         return UPSAMPLING if self.config.decoder_upsampling_channels else 1
 
     @property
+    def encoded_size(self) -> tuple[int, int]:
+        """(height, width) of the images that the encoder was trained on; those of `image_size` are shrunk to it."""
+        height, width = self.image_size
+        return height // self.upsampling, width // self.upsampling
+
+    @property
     def background_shape(self) -> tuple[int, int]:
         """Of a scene's code of what lies beyond the box."""
         return self.config.background_channels, BACKGROUND_MOMENTS
@@ -189,7 +195,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         Args:
             refinement_steps: of learned refinement (`refine`); by default as configured, 0 for none.
         """
-        views = self._as_encoded(views)
+        views = self.as_encoded(views)
         grid = self._encode_fused(views)
         if refinement_steps is None:
             refinement_steps = 0 if self.refiner is None else self.config.refinement_steps
@@ -207,10 +213,10 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
             raise RuntimeError("Learned refinement takes gradients, and torch.inference_mode has none: use no_grad.")
         if self.refiner is None:
             raise ValueError("this scene auto-encoder has no refinement: train one with refinement_channels")
-        views = self._as_encoded(views)
+        views = self.as_encoded(views)
         return refine_grid(self.refiner, grid, num_steps, lambda shown: self._view_error(shown, views))
 
-    def _as_encoded(self, views: Views) -> Views:
+    def as_encoded(self, views: Views) -> Views:
         """Views of the size that the encoder was trained on, where they have that of the upsampler's images."""
         if self.upsampling > 1 and views.image_size[0] >= self.image_size[0]:
             return shrink_views(views, self.upsampling)

@@ -552,7 +552,7 @@ def _identity(
 ) -> dict[str, Any]:
     """What a run is, without settings that have no say in it: runs that were begun before there were any know none."""
     losses, chosen = asdict(config.losses), asdict(config.examples)
-    tuned = {"tune_latent_decoder": True} if config.tune_latent_decoder else {}
+    tuned: dict[str, Any] = {"tune_latent_decoder": True} if config.tune_latent_decoder else {}
     del chosen["kinds"]  # which are the source's
     if not config.examples.sampled_fine:
         del chosen["sampled_fine"]

@@ -143,7 +143,7 @@ def check_fit(pipeline: NFLDMPipeline, collection: SceneCollection, settings: Ev
     if settings.fvd and cameras < 2:
         raise UserInputError("Sampled trajectories have one camera, which is no path for FVD: add --fvd no.")
     width, height = collection.image_size
-    sizes = [tuple(side // scale for side in autoencoder.image_size) for scale in {1, autoencoder.upsampling}]
+    sizes = {autoencoder.encoded_size, autoencoder.image_size}
     if (height, width) not in sizes:
         known = " or ".join(f"{size[1]} x {size[0]}" for size in sorted(sizes))
         raise UserInputError(

@@ -44,7 +44,10 @@ def render_perspective(
         rgb `[H, W, 3]` in [0, 1], depth `[H, W, 1]` in metres along the ray, accumulation `[H, W, 1]`.
     """
     focal, (trained_height, trained_width) = autoencoder.config.focal_length, autoencoder.image_size
-    stride = autoencoder.config.feature_stride
+    if float(camera.fy) <= (base := focal / autoencoder.upsampling):  # an upsampler's detail would not be seen
+        trained_height, trained_width = (side // autoencoder.upsampling for side in (trained_height, trained_width))
+        focal = base
+    stride = _stride(autoencoder, focal)
     height, width = (int(size) for size in (camera.height, camera.width))
     scale_y, scale_x = focal / float(camera.fy), focal / float(camera.fx)
     rows, top = _covering(height * scale_y, stride, trained_height)
@@ -73,6 +76,11 @@ def render_perspective(
     }
 
 
+def _stride(autoencoder: SceneAutoencoder, focal: float) -> int:
+    """Image pixels per feature pixel of cameras of this focal length: that of training, or that before an upsampler."""
+    return round(autoencoder.config.feature_stride * focal / autoencoder.config.focal_length)
+
+
 def _covering(size: float, stride: int, trained: int) -> tuple[int, float]:
     """Whole feature cells that cover `size` decoded pixels and the trained size: their pixels, and those before."""
     pixels = max(trained, math.ceil(size / stride - 1e-3) * stride)
@@ -92,20 +100,23 @@ def render_steadily(
     All views are decoded side by side as one image: the decoder's normalisation is the same for all of them.
 
     Args:
-        cameras: batch shape `[1, M]`; their focal length is that of training, their size whole feature cells.
+        cameras: batch shape `[1, M]`; their focal length is that of training, or as much shorter as an upsampler makes
+            images larger, which then has no say; their size is whole feature cells.
         num_feature_samples: features per ray as in `render_feature_maps`; None reads all.
-        phases: positions of the cells over which the mean is taken; by default all on their diagonal.
+        phases: positions of the cells over which the mean is taken; by default all on their diagonal, in pixels before
+            an upsampler.
 
     Returns:
         colours, expected planar depth in metres and accumulation.
     """
-    stride, views = autoencoder.config.feature_stride, cameras.shape[1]
+    stride, views = _stride(autoencoder, float(cameras.fx.reshape(-1)[0])), cameras.shape[1]
     height, width = (int(size.reshape(-1)[0]) for size in (cameras.height, cameras.width))
-    margin = decoder_reach(autoencoder) * stride
+    margin = decoder_reach(autoencoder, stride == autoencoder.config.feature_stride) * stride
     mean = torch.zeros(views, 5, height, width, device=grid.device)
-    phases = phases or stride
+    positions = autoencoder.config.feature_stride // autoencoder.upsampling
+    phases = phases or positions
     for phase in range(phases):
-        before = margin + phase
+        before = margin + phase * stride // positions
         size = (height + 2 * margin + stride, width + 2 * margin + stride)
         wider = make_cameras(
             cameras.camera_to_worlds,
@@ -115,7 +126,7 @@ def render_steadily(
             cameras.cy[..., 0] + before,
             *size,
         )
-        tiled = _side_by_side(autoencoder, grid, wider, num_feature_samples)
+        tiled = _side_by_side(autoencoder, grid, wider, num_feature_samples, stride)
         decoded = autoencoder.decode(tiled, size[0], size[1] * views)
         images = torch.cat([decoded.rgb, decoded.depth, decoded.accumulation], dim=2)[0, 0]
         images = images.unflatten(-1, (views, size[1])).movedim(-2, 0)
@@ -124,11 +135,10 @@ def render_steadily(
 
 
 def _side_by_side(
-    autoencoder: SceneAutoencoder, grid: VoxelGrid, cameras: Cameras, num_feature_samples: int | None
+    autoencoder: SceneAutoencoder, grid: VoxelGrid, cameras: Cameras, num_feature_samples: int | None, stride: int
 ) -> FeatureMaps:
     """The feature maps of M cameras as one, M times as wide; one camera at a time, to save memory."""
-    config = autoencoder.config
-    rows, columns = (int(size.reshape(-1)[0]) // config.feature_stride for size in (cameras.height, cameras.width))
+    rows, columns = (int(size.reshape(-1)[0]) // stride for size in (cameras.height, cameras.width))
     maps = [
         autoencoder.feature_maps(grid, cameras[:, i : i + 1], rows, columns, num_feature_samples)
         for i in range(cameras.shape[1])
@@ -137,14 +147,19 @@ def _side_by_side(
     return FeatureMaps(*(torch.cat([getattr(view, field) for view in maps], dim=-1) for field in fields))
 
 
-def decoder_reach(autoencoder: SceneAutoencoder) -> int:
-    """Feature cells from an image's border at which the decoder no longer notices it."""
+def decoder_reach(autoencoder: SceneAutoencoder, upsampled: bool = True) -> int:
+    """Feature cells from an image's border at which the decoder no longer notices it.
+
+    Args:
+        upsampled: whether an upsampler, where there is one, has a say.
+    """
     config = autoencoder.config
+    stride = config.feature_stride // autoencoder.upsampling
     blocks = sum(2 * config.decoder_blocks / 2**level for level in range(len(config.decoder_channels)))
-    reach = 1 + blocks + 1 / (config.feature_stride / autoencoder.upsampling)
-    if autoencoder.upsampling > 1:
-        small, large = 1 + 2 * UPSAMPLING_BLOCKS, 2 * UPSAMPLING_BLOCKS + 1  # convolutions of 3 x 3 at either size
-        reach += small / (config.feature_stride / autoencoder.upsampling) + large / config.feature_stride
+    reach = 1 + blocks + 1 / stride
+    if upsampled and autoencoder.upsampling > 1:
+        convolutions = 1 + 2 * UPSAMPLING_BLOCKS  # of 3 x 3, at either size
+        reach += convolutions / stride + convolutions / config.feature_stride
     return math.ceil(reach)
 
 

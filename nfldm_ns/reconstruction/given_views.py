@@ -135,7 +135,7 @@ def _read(path: Path) -> Capture:
 
 
 def _load(capture: Capture, chosen: Sequence[int], autoencoder: SceneAutoencoder, options: PlaceOptions) -> Views:
-    height, width = autoencoder.image_size
+    height, width = autoencoder.encoded_size
     low, high = autoencoder.aabb.tolist()
     settings = ImportOptions(
         image_size=(width, height),
@@ -171,7 +171,8 @@ def fit_to(views: Views, autoencoder: SceneAutoencoder, where: str, centre: bool
             f"the generator's box {[[round(v, 2) for v in corner] for corner in aabb.tolist()]}: add --centre, or set "
             "--metres-per-unit or --up."
         )
-    trained = float(autoencoder.config.focal_length)
+    views = autoencoder.as_encoded(views)
+    trained = float(autoencoder.config.focal_length) / autoencoder.upsampling
     focal = views.cameras.fx.flatten()
     if bool(((focal / trained).log().abs() > math.log(2)).any()):
         raise UserInputError(

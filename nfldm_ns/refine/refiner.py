@@ -19,7 +19,7 @@ from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.refine.shading import Shading
 from nfldm_ns.refine.terms import Conditions, PriorTerm, StartOfScene
 from nfldm_ns.refine.views import ViewSampler
-from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.views import Views, resize_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 EMPTY_OPACITY = 0.05  # of a voxel: less counts as empty
@@ -72,11 +72,12 @@ class Refiner:
         self.config = config
         self.scene_map = None if scene_map is None else scene_map.to(device)
         self.start, self.start_renderer = scene.grid.to(device), scene.renderer.to(device)
-        self.views = ViewSampler(config.views, self.start, scene.cameras)
+        cameras = _cameras_for(priors, scene.cameras, scene.renderer.upsampling)
+        self.views = ViewSampler(config.views, self.start, cameras)
         self.start_opacity = self._opacity(self.start)
         used = self.start.features[self.start.features != 0]
         self.feature_std = used.std() if used.numel() > 1 else self.start.features.new_tensor(1.0)
-        start = StartOfScene(self.start, self.start_renderer, scene.cameras, self.views, seed, observed)
+        start = StartOfScene(self.start, self.start_renderer, cameras, self.views, seed, observed)
         wanted = zip(priors, config.of_priors(), strict=True)
         self.terms = [PriorTerm(prior.to(device), told, start, weight) for prior, (told, weight) in wanted]
         self._drawn: DrawnViews | None = None
@@ -167,3 +168,11 @@ class Refiner:
     def _opacity(grid: VoxelGrid) -> Float[Tensor, "1 1 z y x"]:
         """Of each voxel, along its shortest edge."""
         return 1 - torch.exp(-grid.density * grid.voxel_size.min())
+
+
+def _cameras_for(priors: Sequence[ImagePrior], cameras: Cameras, upsampling: int) -> Cameras:
+    """A scene's cameras, with images of the size before an upsampler where no prior looks at more."""
+    height, width = (int(size.reshape(-1)[0]) // upsampling for size in (cameras.height, cameras.width))
+    if upsampling == 1 or max(prior.image_size for prior in priors) > min(height, width):
+        return cameras
+    return resize_cameras(cameras, height, width)

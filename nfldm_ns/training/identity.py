@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-LATER_OPTIONS = ("bev_", "flow", "known_share", "max_focal_length")
+LATER_OPTIONS = ("bev_", "flow", "known_share", "max_focal_length", "decoder_upsampling_channels")
 
 
 def own_config(model: torch.nn.Module) -> dict[str, Any]:
     """A model's configuration without diffusers' own entries.
 
-    What says that it has no maps, is not trained for flows, is no outpainter or has cameras of one focal length is left
-    out: such models are the same as those made before there were any.
+    What says that it has no maps and no upsampler, is not trained for flows, is no outpainter or has one focal
+    length is left out: such models are the same as those made before there were any.
     """
     config = dict(model.config)  # type: ignore[arg-type]
     return {k: v for k, v in config.items() if not k.startswith("_") and (v or not k.startswith(LATER_OPTIONS))}
