@@ -797,6 +797,19 @@ def test_command(store, pipeline_folder, perceptual, tmp_path, monkeypatch, caps
     assert any(not torch.equal(value, after[name]) for name, value in before.items())
 
 
+def test_command_makes_pictures_larger(store, larger, pipeline_folder, perceptual, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("nfldm_ns.pretrained.weights.load_lpips", lambda net: perceptual.metric)
+    given = [*options(store, pipeline_folder, tmp_path / "run"), "--preset", "rooms128"]
+    with pytest.raises(SystemExit):
+        command.main(given)
+    assert "give the same places at that size with --data" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    command.main([*given, "--data", str(larger.root), "--window", "32"])
+    assert load_pipeline(tmp_path / "run" / "pipeline").scene_autoencoder.image_size == (64, 64)
+    command.main([*stage1_options(store, tmp_path / "one"), "--upsampling-channels", "8", "--data", str(larger.root)])
+    assert load_scene_autoencoder(tmp_path / "one").config.decoder_upsampling_channels == 8
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [

@@ -14,7 +14,8 @@ from torch import nn
 
 from nfldm_ns.choice import evenly
 from nfldm_ns.commands import eval as command
-from nfldm_ns.diffusion.pipeline import scene_generators
+from nfldm_ns.diffusion.decoder_training import enlarge_cameras
+from nfldm_ns.diffusion.pipeline import NFLDMPipeline, scene_generators
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.evaluation import evaluation
 from nfldm_ns.evaluation.evaluation import evaluate_pipeline
@@ -311,6 +312,27 @@ def test_samples_are_those_of_their_seeds(report: Path) -> None:
     write_pictures(report.parent, "expected", image[None])
     found = report / "pictures" / "samples" / "000001_1.png"
     assert (report.parent / "expected_0.png").read_bytes() == found.read_bytes()
+
+
+def test_a_generator_with_an_upsampler_is_judged_at_either_size(
+    report: Path, rooms: SceneCollection, tmp_path: Path
+) -> None:
+    def grown() -> NFLDMPipeline:
+        pipeline = small_pipeline()
+        pipeline.scene_autoencoder.grow_decoder(upsampling_channels=8)
+        enlarge_cameras(pipeline, 2.0)
+        return pipeline
+
+    for size, collection in ((32, rooms), (64, make_box_room_collection(tmp_path / "64", 4, 3, 64))):
+        evaluate_pipeline(grown(), collection, tmp_path / f"out{size}", SETTINGS, MeanColor())
+        for name in ("samples", "stage1", "stage2", "test"):
+            pictures = sorted((tmp_path / f"out{size}" / "pictures" / name).glob("*.png"))
+            assert pictures and {Image.open(path).size for path in pictures} == {(size, size)}
+            before = report / "pictures" / name
+            assert size == 64 or all(path.read_bytes() == (before / path.name).read_bytes() for path in pictures)
+    tiny = make_box_room_collection(tmp_path / "16", 4, 3, 16)
+    with pytest.raises(UserInputError, match="have 32 x 32 or 64 x 64 pixels, but those of .* 16 x 16"):
+        evaluate_pipeline(grown(), tiny, tmp_path / "no", SETTINGS, MeanColor())
 
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_numbers(

@@ -80,6 +80,18 @@ def test_views_are_the_middle_squares_of_the_scenes_own():
     assert 15 < float(pitch.abs().max()) <= 20 + 1e-3
 
 
+@pytest.mark.parametrize(("seen", "side"), [(16, 32), (32, 32), (48, 64)])
+def test_an_upsampler_is_left_out_where_no_prior_sees_what_it_adds(tmp_path, seen, side):
+    autoencoder = small_scene_autoencoder()
+    autoencoder.grow_decoder(upsampling_channels=8)
+    scene = GeneratedScene(room_grid(), renderer_of(autoencoder), surround_cameras(6, (64, 80), 32.0))
+    wanted = tmp_path / "wanted"
+    write_generated_scene(wanted, room_grid(), small_scene_autoencoder(), surround_cameras(6, (32, 32), 16.0))
+    config = RefinementConfig(prior="gaussian", clean_images=wanted)
+    cameras = Refiner(scene, GaussianPrior(seen), config).views(2, torch.Generator())
+    assert int(cameras.width[0, 0]) == side and float(cameras.fx[0, 0]) == side / 2
+
+
 def test_a_scene_without_free_space_is_seen_by_its_own_cameras():
     scene = room_scene()
     full = replace(scene.grid, density=torch.full_like(scene.grid.density, 5.0))

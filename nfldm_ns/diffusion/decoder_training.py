@@ -351,7 +351,7 @@ def train_decoder(
         source, store, output_dir, config, tuned_too, perceptual, collection, cache_gib, on_progress
     )
 
-    _enlarge_cameras(pipeline, pipeline.scene_autoencoder.image_size[0] / height)
+    enlarge_cameras(pipeline, pipeline.scene_autoencoder.image_size[0] / height)
 
     def save(path: Path) -> None:
         save_without_origin(pipeline, path)
@@ -502,7 +502,7 @@ def _grow(scene_autoencoder: SceneAutoencoder, config: DecoderTrainingConfig) ->
         raise UserInputError(f"{named}, but {error}: give at least as many, or nothing.") from None
 
 
-def _enlarge_cameras(pipeline: NFLDMPipeline, scale: float) -> None:
+def enlarge_cameras(pipeline: NFLDMPipeline, scale: float) -> None:
     """Has sampled scenes' cameras take images of so many times the size."""
     config = pipeline.global_denoiser.config
     size = tuple(round(scale * side) for side in config.image_size)
