@@ -22,7 +22,7 @@ from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along
 from nfldm_ns.generated.scene_files import load_generated_scene
 from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig, fine_tune
-from nfldm_ns.reconstruction.given_views import PlaceOptions, photo, posed, views_of_images, views_of_scene
+from nfldm_ns.reconstruction.given_views import PlaceOptions, fit_to, photo, posed, views_of_images, views_of_scene
 from nfldm_ns.reconstruction.poses import (
     PoseConfig,
     estimate_pose,
@@ -41,7 +41,7 @@ from nfldm_ns.reconstruction.rendering_guide import GuidanceConfig, RenderingGui
 from nfldm_ns.reconstruction.scene_code import cameras_around, sample_scene_code, scene_code_of_views
 from nfldm_ns.reconstruction.visibility import Visibility, cameras_inside, seen_voxels
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.scenes.views import Views, view_yaws
+from nfldm_ns.scenes.views import Views, resize_cameras, view_yaws
 from nfldm_ns.scenes.voxel_grid import voxel_centres
 from tests.small_models import random_grid, small_pipeline
 from tests.synthetic import AABB, level_cameras
@@ -459,6 +459,17 @@ def test_lenses_far_from_those_of_the_training_are_refused(pipeline, scene_folde
     folder = moved_scene(scene_folder, tmp_path, lambda frame: frame.update(fl_x=300.0, fl_y=300.0))
     with pytest.raises(UserInputError, match="focal length .* trained with 16"):
         views_of_scene(folder, [0], pipeline.scene_autoencoder, PlaceOptions())
+
+
+def test_generators_with_an_upsampler_look_at_views_of_the_size_before_it(pipeline, scene_folder, given):
+    stage1 = small_pipeline().scene_autoencoder
+    stage1.grow_decoder(upsampling_channels=8)
+    expected = views_of_scene(scene_folder, [0], pipeline.scene_autoencoder, PlaceOptions())
+    found = views_of_scene(scene_folder, [0], stage1, PlaceOptions())
+    assert same(found.images, expected.images) and found.image_size == stage1.encoded_size == (32, 32)
+    cameras = resize_cameras(given.cameras, 64, 64)[0]
+    large = Views(cameras, given.images[0].repeat_interleave(2, -1).repeat_interleave(2, -2))
+    assert torch.allclose(fit_to(large, stage1, "here").images, given.images, atol=1e-6)
 
 
 def test_a_photo_wants_its_lens(pipeline, tmp_path):

@@ -23,7 +23,7 @@ from nfldm_ns.reconstruction.prior_refinement import PriorRefinement, refine_by_
 from nfldm_ns.reconstruction.rendering_guide import GuidanceConfig, RenderingGuide, RenderingLoss
 from nfldm_ns.reconstruction.scene_code import cameras_around, sample_scene_code, scene_code_of_views
 from nfldm_ns.reconstruction.visibility import Visibility, ends_of_rays, seen_voxels
-from nfldm_ns.scenes.views import Views
+from nfldm_ns.scenes.views import Views, resize_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 LOSS = StageOneLossConfig(lpips_mult=0.0, rgb_mult=1.0, depth_mult=0.1, depth_norm="l1")
@@ -197,9 +197,13 @@ def _with_seen(grid: VoxelGrid, seen: SeenPlace, config: ReconstructionConfig) -
 
 
 def _cameras(pipeline: NFLDMPipeline, views: Views) -> Cameras:
-    """The given ones and others around them, `[N]`."""
+    """The given ones and others around them, `[N]`; their images are as large as an upsampler makes them."""
     count = pipeline.global_denoiser.config.num_cameras
-    return cameras_around(views[0].cameras, max(count, views.shape[1]))
+    cameras = cameras_around(views[0].cameras, max(count, views.shape[1]))
+    stage1, size = pipeline.scene_autoencoder, views.image_size
+    if size[0] >= stage1.image_size[0]:
+        return cameras
+    return resize_cameras(cameras, *(stage1.upsampling * side for side in size))
 
 
 def _optimise_voxels(
