@@ -10,13 +10,14 @@ import torch
 from nfldm_ns.autoencoder.checkpoints import load_initial_weights, load_scene_autoencoder
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.novel_views import evaluate_novel_views, reconstruct
+from nfldm_ns.autoencoder.perceptual import convolution_dtype
 from nfldm_ns.autoencoder.refinement import GridRefiner, density_logits, edge_error, refine_grid, unit_gradients
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.commands.encode import main as encode
 from nfldm_ns.editing.scenes import require_pipeline_of
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.scene_files import GeneratedScene, renderer_of
-from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser, reconstruction_distance
+from nfldm_ns.latents.voxel_optimiser import RATES, VoxelOptimiser, reconstruction_distance
 from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch, Views
@@ -142,6 +143,13 @@ class TestAutoencoder:
             load_initial_weights(refining_autoencoder(), state, "here")
 
 
+def test_frozen_networks_convolve_in_bfloat16_where_that_is_fast_alone(monkeypatch) -> None:
+    for tiles, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda tiles=tiles: tiles)
+        assert convolution_dtype("cpu") == dtype
+        assert convolution_dtype("cuda") == torch.float32
+
+
 class TestOptimisedVoxels:
     def optimiser(self, **changes) -> VoxelOptimiser:
         return replace(VoxelOptimiser(None, 6, loss=COLOURS), **changes)
@@ -216,7 +224,7 @@ class TestOptimisedVoxels:
         free = self.optimiser(num_steps=20)(model, grid, [batch.source, batch.target])
         near = self.optimiser(num_steps=20, latent_autoencoder=stage2, latent_mult=5.0)
         held = near(model, grid, [batch.source, batch.target])
-        assert near.describe() == {"steps": 20, "latent_autoencoder": model_hash(stage2), "latent_mult": 5.0}
+        assert near.describe() == {"steps": 20, **RATES, "latent_autoencoder": model_hash(stage2), "latent_mult": 5.0}
         assert float(reconstruction_distance(stage2, held)) < float(reconstruction_distance(stage2, free))
 
 

@@ -15,6 +15,16 @@ PERCEPTUAL_CHANNELS = (64, 128, 256, 512, 512)  # of VGG16, by level, finest fir
 Features = list[Float[Tensor, "batch channels h w"]]
 
 
+def convolution_dtype(device: torch.device | str) -> torch.dtype:
+    """In what a frozen network convolves on a device.
+
+    bfloat16 on CPUs that multiply it in tiles (AMX), where the network takes half the time, and what is optimised by it
+    ends no worse (docs/performance.md); float32 elsewhere.
+    """
+    tiles = torch.device(device).type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if tiles else torch.float32
+
+
 class PerceptualNetwork(nn.Module):
     """LPIPS (Zhang et al. 2018) in two steps, so that a discriminator can look at the same features.
 

@@ -88,13 +88,14 @@ class Encode:
     def _optimiser(self, device: str) -> VoxelOptimiser | None:
         if not self.refine_steps:
             return None
-        from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+        from nfldm_ns.autoencoder.perceptual import PerceptualNetwork, convolution_dtype
         from nfldm_ns.latents.latent_autoencoder import load_latent_autoencoder
         from nfldm_ns.latents.voxel_optimiser import VoxelOptimiser
         from nfldm_ns.pretrained.weights import load_lpips
 
         near = None if self.near is None else load_latent_autoencoder(self.near).to(device).eval().requires_grad_(False)
-        return VoxelOptimiser(PerceptualNetwork(load_lpips("vgg")).to(device), self.refine_steps, near, self.near_mult)
+        perceptual = PerceptualNetwork(load_lpips("vgg"), convolution_dtype(device)).to(device)
+        return VoxelOptimiser(perceptual, self.refine_steps, near, self.near_mult)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -157,10 +157,14 @@ class TrainDecoder:
 
 
 def _perceptual_network(config: "DecoderTrainingConfig") -> "PerceptualNetwork | None":
-    from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
+    import torch
+
+    from nfldm_ns.autoencoder.perceptual import PerceptualNetwork, convolution_dtype
     from nfldm_ns.pretrained.weights import load_lpips
 
-    return PerceptualNetwork(load_lpips("vgg")) if config.losses.needs_perceptual_network else None
+    if not config.losses.needs_perceptual_network:
+        return None
+    return PerceptualNetwork(load_lpips("vgg"), convolution_dtype("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def main(args: list[str] | None = None) -> None:

@@ -7,7 +7,7 @@ descent through the frozen renderer and decoder, on all of their views.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.identity import model_hash
 
+# A few steps want twice the learning rates with which V is optimised to a standstill.
+RATES = {"density_learning_rate": 0.4, "feature_learning_rate": 0.04}
 # The losses of the presets of stage 1, without a discriminator.
 LOSS = StageOneLossConfig(lpips_mult=1.0, rgb_mult=1.0, depth_mult=0.1, depth_norm="l1", opacity_mult=1.0)
 
@@ -46,10 +48,10 @@ class VoxelOptimiser:
 
     def describe(self) -> dict[str, Any]:
         """What tells one run from another."""
-        near = self.latent_autoencoder
+        near, how = self.latent_autoencoder, {"steps": self.num_steps, **RATES}
         if near is None:
-            return {"steps": self.num_steps}
-        return {"steps": self.num_steps, "latent_autoencoder": model_hash(near), "latent_mult": self.latent_mult}
+            return how
+        return {**how, "latent_autoencoder": model_hash(near), "latent_mult": self.latent_mult}
 
     def __call__(self, autoencoder: SceneAutoencoder, grid: VoxelGrid, views: Sequence[Views]) -> VoxelGrid:
         """V of B scenes, optimised for their views.
@@ -57,7 +59,7 @@ class VoxelOptimiser:
         Args:
             views: of batch shape `[B, N]` each; all of them count.
         """
-        config = GridOptimiserConfig(max_steps=self.num_steps, check_every=self.num_steps)
+        config = replace(GridOptimiserConfig(max_steps=self.num_steps, check_every=self.num_steps), **RATES)
         near = self.latent_autoencoder
 
         def anchor(shown: VoxelGrid) -> Tensor:
