@@ -23,7 +23,7 @@ from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.training.identity import model_hash
 
 # A few steps want twice the learning rates with which V is optimised to a standstill.
-RATES = {"density_learning_rate": 0.4, "feature_learning_rate": 0.04}
+FEW_STEPS = GridOptimiserConfig(density_learning_rate=0.4, feature_learning_rate=0.04)
 # The losses of the presets of stage 1, without a discriminator.
 LOSS = StageOneLossConfig(lpips_mult=1.0, rgb_mult=1.0, depth_mult=0.1, depth_norm="l1", opacity_mult=1.0)
 
@@ -48,7 +48,8 @@ class VoxelOptimiser:
 
     def describe(self) -> dict[str, Any]:
         """What tells one run from another."""
-        near, how = self.latent_autoencoder, {"steps": self.num_steps, **RATES}
+        near = self.latent_autoencoder
+        how = {"steps": self.num_steps, "learning_rate": FEW_STEPS.density_learning_rate}
         if near is None:
             return how
         return {**how, "latent_autoencoder": model_hash(near), "latent_mult": self.latent_mult}
@@ -59,7 +60,7 @@ class VoxelOptimiser:
         Args:
             views: of batch shape `[B, N]` each; all of them count.
         """
-        config = replace(GridOptimiserConfig(max_steps=self.num_steps, check_every=self.num_steps), **RATES)
+        config = replace(FEW_STEPS, max_steps=self.num_steps, check_every=self.num_steps)
         near = self.latent_autoencoder
 
         def anchor(shown: VoxelGrid) -> Tensor:
