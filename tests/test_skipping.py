@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -242,6 +244,21 @@ def test_the_compiled_function_sums_any_number_of_channels(monkeypatch, channels
     assert torch.allclose(found.features, expected.features, atol=1e-4)
     assert torch.allclose(found.accumulation, expected.accumulation, atol=1e-5)
     assert torch.allclose(found.depth, expected.depth, atol=1e-4)
+
+
+def test_the_compiled_code_leaves_the_processs_arithmetic_alone():
+    """Linked with -ffast-math it had all of the process flush denormal numbers to zero, which NumPy warned of."""
+    code = """
+import warnings
+from nfldm_ns.autoencoder.compiled_march import compiled
+compiled()
+import numpy as np
+import torch
+warnings.simplefilter("error")
+assert np.finfo(np.float32).smallest_subnormal > 0
+assert float(torch.tensor(1e-40) * 0.5) > 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 def test_a_compiler_that_fails_is_told_and_done_without(monkeypatch, tmp_path):
