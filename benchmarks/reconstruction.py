@@ -48,7 +48,7 @@ from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.reports.galleries import write_png
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.scenes.views import Views, camera_rays, evenly_spread_views, stack_cameras
+from nfldm_ns.scenes.views import Views, camera_rays, evenly_spread_views, resize_cameras, stack_cameras
 from nfldm_ns.scenes.writing import require_writable
 from shared.comparisons import stored, use_threads
 from shared.edited_views import fingerprint_of
@@ -300,6 +300,7 @@ def _sampled_views(places: Places) -> Tensor:
         steps = places.options.config.num_inference_steps
         grid = places.pipeline(1, scene_generators(places.options.seed + i, 1), steps).grids
         cameras = surround_cameras(places.options.num_views, stage1.image_size, float(stage1.config.focal_length))
+        cameras = resize_cameras(cameras, *places.collection.image_size[::-1])
         with torch.no_grad():
             rendered = stage1.render(grid, stack_cameras([cameras]).to(places.device))
         images.append(rendered.rgb[0].clamp(0, 1).cpu())

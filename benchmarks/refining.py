@@ -63,7 +63,7 @@ from nfldm_ns.reports.galleries import image_grid, write_png
 from nfldm_ns.reports.report import Table
 from nfldm_ns.reports.resources import ResourceMeter, device_info
 from nfldm_ns.scenes.collection import SceneCollection
-from nfldm_ns.scenes.views import Views, index_cameras
+from nfldm_ns.scenes.views import Views, index_cameras, resize_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 from nfldm_ns.scenes.writing import write_json
 from shared.comparisons import as_json, fingerprint, stored, use_threads
@@ -220,11 +220,13 @@ def ways(options: Options) -> dict[str, RefinementConfig]:
 # Refining and looking
 
 
-def sample_scene(pipeline: NFLDMPipeline, seed: int, num_inference_steps: int) -> GeneratedScene:
-    """A scene as `nfldm-sample` would write it."""
+def sample_scene(
+    pipeline: NFLDMPipeline, seed: int, num_inference_steps: int, image_size: tuple[int, int]
+) -> GeneratedScene:
+    """A scene as `nfldm-sample` would write it, with images of this (height, width)."""
     output = pipeline(1, scene_generators(seed, 1), num_inference_steps)
     assert output.grids is not None
-    cameras = index_cameras(output.cameras.to("cpu"), 0)
+    cameras = resize_cameras(index_cameras(output.cameras.to("cpu"), 0), *image_size)
     return GeneratedScene(half_precision(output.grids[0]), renderer_of(pipeline.scene_autoencoder), cameras)
 
 
@@ -284,7 +286,8 @@ class Bench:
     folder: PictureFolder
 
     def __post_init__(self) -> None:
-        self.judge = SceneJudge(self.pipeline)
+        width, height = SceneCollection.open(self.options.data).image_size
+        self.judge = SceneJudge(self.pipeline, image_size=(height, width))
         self.loaded: dict[str, ImagePrior] = {}
 
     def priors(self, config: RefinementConfig) -> list[ImagePrior]:
@@ -312,7 +315,7 @@ class Bench:
         missing = {state: c for state, c in self.configurations(index).items() if not self._is_there(state, name)}
         if self._is_there(BEFORE, name) and not missing:
             return name
-        scene = sample_scene(self.pipeline, seed, self.options.num_inference_steps)
+        scene = sample_scene(self.pipeline, seed, self.options.num_inference_steps, self.judge.image_size)
         eye = Eye(self.judge, scene, self.options, seed)
         if not self._is_there(BEFORE, name):
             self._keep(BEFORE, name, eye, scene.grid)

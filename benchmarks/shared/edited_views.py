@@ -193,8 +193,8 @@ class Editor:
 
     def cameras(self, yaws: list[float]) -> Cameras:
         """Level cameras at the origin; yaws in degrees, counter-clockwise from the east."""
-        height, width = self.stage1.image_size
-        focal = float(self.stage1.config.focal_length)
+        height, width = self.stage1.encoded_size
+        focal = float(self.stage1.config.focal_length) / self.stage1.upsampling
         turn = torch.tensor(yaws).deg2rad()
         poses = look_along(torch.zeros(len(yaws), 3), turn, torch.zeros(len(yaws)))
         return make_cameras(poses, focal, focal, width / 2, height / 2, height, width)

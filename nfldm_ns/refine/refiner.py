@@ -72,7 +72,7 @@ class Refiner:
         self.config = config
         self.scene_map = None if scene_map is None else scene_map.to(device)
         self.start, self.start_renderer = scene.grid.to(device), scene.renderer.to(device)
-        cameras = _cameras_for(priors, scene.cameras, scene.renderer.upsampling)
+        cameras = _cameras_for(priors, scene.cameras, scene.renderer)
         self.views = ViewSampler(config.views, self.start, cameras)
         self.start_opacity = self._opacity(self.start)
         used = self.start.features[self.start.features != 0]
@@ -170,9 +170,10 @@ class Refiner:
         return 1 - torch.exp(-grid.density * grid.voxel_size.min())
 
 
-def _cameras_for(priors: Sequence[ImagePrior], cameras: Cameras, upsampling: int) -> Cameras:
+def _cameras_for(priors: Sequence[ImagePrior], cameras: Cameras, renderer: SceneAutoencoder) -> Cameras:
     """A scene's cameras, with images of the size before an upsampler where no prior looks at more."""
-    height, width = (int(size.reshape(-1)[0]) // upsampling for size in (cameras.height, cameras.width))
-    if upsampling == 1 or max(prior.image_size for prior in priors) > min(height, width):
+    height, width = (int(size.reshape(-1)[0]) for size in (cameras.height, cameras.width))
+    size = (height // renderer.upsampling, width // renderer.upsampling)
+    if height <= renderer.encoded_size[0] or max(prior.image_size for prior in priors) > min(size):
         return cameras
-    return resize_cameras(cameras, height, width)
+    return resize_cameras(cameras, *size)
