@@ -29,8 +29,8 @@ from nfldm_ns.scenes.writing import atomic_path
 from nfldm_ns.user_cache import cache_folder
 
 SOURCE = Path(__file__).with_name("march.cpp")
-# The parts of -ffast-math that matter here. The flag itself links code that has the whole process, PyTorch and NumPy, too,
-# flush denormal numbers to zero as soon as the library is loaded.
+# The parts of -ffast-math that matter here. The flag itself links code that has the whole process flush denormal
+# numbers to zero when the library is loaded, in PyTorch and NumPy, too.
 MATHS = ("-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros", "-fassociative-math", "-freciprocal-math")
 FLAGS = ("-std=c++17", "-O3", *MATHS, "-ffinite-math-only", "-march=native", "-shared", "-fPIC", "-pthread")
 _WHOLE, _REAL, _POINTER = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
