@@ -274,7 +274,8 @@ def _patch_colours(
     filled = values[torch.arange(side * side, device=values.device) % count]
     mosaic = filled.reshape(1, side, side, -1).movedim(-1, 1)
     mosaic = mosaic.repeat_interleave(PATCH, dim=-2).repeat_interleave(PATCH, dim=-1)
-    image = renderer.decoder(mosaic[:, :-1].contiguous(memory_format=torch.channels_last), mosaic[:, -1:]).float()
+    features, height = mosaic[:, :-1].contiguous(memory_format=torch.channels_last), mosaic.shape[-2]
+    image = renderer.decoder(features, mosaic[:, -1:], height).float()  # no upsampler: there is no detail to add
     size = image.shape[-1] // side
     patches = image.unflatten(-1, (side, size)).unflatten(-3, (side, size))[0].permute(1, 3, 0, 2, 4)
     middle = slice(size // 4, size - size // 4)
