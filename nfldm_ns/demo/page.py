@@ -73,7 +73,7 @@ def introduction(summary: Mapping[str, Any]) -> str:
         f"{', '.join(data['maps'])} (VizDoom), trained the three stages of NeuralField-LDM on them from scratch, and "
         "sampled new scenes: grids of densities and features that can be seen from anywhere.\n\n"
         f"Nothing is selected: the generated scenes are the first ones of seed {summary['seed']}, the real ones are "
-        f"evenly spaced in the collection. Their views have {width} x {height} pixels and are shown enlarged. FID of the "
+        f"evenly spaced in the collection. Views have {width} x {height} pixels and are shown enlarged. FID of the "
         f"generated views {samples['fid']:.0f}, of the mean image {samples['mean_image_fid']:.0f}, of real views of "
         f"other places {samples['train_vs_test_fid']:.0f} ({samples['num_images']} images each, lower is better)."
     )
