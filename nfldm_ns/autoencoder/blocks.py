@@ -15,6 +15,14 @@ def group_norm(channels: int, group_size: int = 8) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels)
 
 
+def faint_convolution(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A last 3x3 convolution whose outputs begin near zero."""
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+    nn.init.normal_(convolution.weight, std=1e-3)
+    nn.init.zeros_(convolution.bias)  # type: ignore[arg-type]
+    return convolution
+
+
 class ResBlock(nn.Module):
     """Pre-activation residual block of two 3x3 convolutions; the last one starts at zero."""
 

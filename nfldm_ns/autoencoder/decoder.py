@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.blocks import ResBlock, group_norm
+from nfldm_ns.autoencoder.blocks import ResBlock, faint_convolution, group_norm
 
 UPSAMPLING = 2  # image pixels per pixel that an `ImageUpsampler` is given
 UPSAMPLING_BLOCKS = 2  # residual blocks of an `ImageUpsampler` per size
@@ -27,9 +27,7 @@ class ImageUpsampler(nn.Module):
         small, large = ([ResBlock(channels, channels) for _ in range(UPSAMPLING_BLOCKS)] for _ in range(2))
         self.small, self.large = nn.Sequential(*small), nn.Sequential(*large)
         self.norm = group_norm(channels)
-        self.out = nn.Conv2d(channels, 3, 3, padding=1)
-        nn.init.normal_(self.out.weight, std=1e-3)
-        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+        self.out = faint_convolution(channels, 3)
 
     def forward(
         self, hidden: Float[Tensor, "batch channels h w"], images: Float[Tensor, "batch 3 h w"]
@@ -74,9 +72,7 @@ class ImageDecoder(nn.Module):
             self.levels.append(nn.Sequential(*blocks))
             previous = width
         self.norm = group_norm(previous)
-        self.out = nn.Conv2d(previous, 3, 3, padding=1)
-        nn.init.normal_(self.out.weight, std=1e-3)
-        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+        self.out = faint_convolution(previous, 3)
         self.stride = stride
         self.upsampler = ImageUpsampler(channels[-1], upsampling_channels) if upsampling_channels else None
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.blocks import ResBlock, group_norm
+from nfldm_ns.autoencoder.blocks import ResBlock, faint_convolution, group_norm
 
 
 class ImageEncoder(nn.Module):
@@ -51,9 +51,7 @@ class ImageEncoder(nn.Module):
             self.up.append(nn.Sequential(*_blocks(previous + width, width, num_blocks)))
             previous = width
         self.norm = group_norm(previous)
-        self.out = nn.Conv2d(previous, sum(self.outputs), 3, padding=1)
-        nn.init.normal_(self.out.weight, std=1e-3)
-        nn.init.zeros_(self.out.bias)  # type: ignore[arg-type]
+        self.out = faint_convolution(previous, sum(self.outputs))
         self.colours = nn.Conv2d(3, feature_channels, 1)
         nn.init.zeros_(self.colours.weight)
         nn.init.zeros_(self.colours.bias)  # type: ignore[arg-type]

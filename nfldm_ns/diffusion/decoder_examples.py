@@ -429,18 +429,17 @@ def require_same_places(store: VoxelStore, collection: SceneCollection) -> None:
             "it by the command of those that were encoded, with another image size."
         )
     encoded = store.load_collection()
-    for scene in scenes[:1]:
-        ours, theirs = (read_transforms(found.scene_dir(scene)) for found in (encoded, collection))
-        names = [*ours.source_names, *ours.target_names]
-        same = names == [*theirs.source_names, *theirs.target_names]
-        if same:
-            poses = [found.cameras(names, collection.image_size).camera_to_worlds for found in (ours, theirs)]
-            same = torch.allclose(poses[0], poses[1], atol=1e-4)
-        if not same:
-            raise UserInputError(
-                f"Scene {scene} has other cameras in {collection.root} than in {encoded.root}: collect it by the "
-                "command of those that were encoded, with another image size."
-            )
+    ours, theirs = (read_transforms(found.scene_dir(scenes[0])) for found in (encoded, collection))
+    names = [*ours.source_names, *ours.target_names]
+    same = names == [*theirs.source_names, *theirs.target_names]
+    if same:
+        poses = [found.cameras(names, collection.image_size).camera_to_worlds for found in (ours, theirs)]
+        same = torch.allclose(poses[0], poses[1], atol=1e-4)
+    if not same:
+        raise UserInputError(
+            f"Scene {scenes[0]} has other cameras in {collection.root} than in {encoded.root}: collect it by the "
+            "command of those that were encoded, with another image size."
+        )
 
 
 def _cameras_beside(cameras: Cameras, draws: ItemDraws) -> Cameras:

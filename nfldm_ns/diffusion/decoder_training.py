@@ -227,7 +227,9 @@ class DecoderTuning(nn.Module):
 
     def _window(self, size: tuple[int, int]) -> tuple[Any, ...]:
         """Where the perceptual network looks in images of a size."""
-        sides = [min(self.config.window or side, side) for side in size]
+        if self.config.window is None:
+            return (...,)
+        sides = [min(self.config.window, side) for side in size]
         first = [int(torch.randint(whole - side + 1, ())) for whole, side in zip(size, sides, strict=True)]
         return (..., *(slice(start, start + side) for start, side in zip(first, sides, strict=True)))
 
@@ -350,7 +352,6 @@ def train_decoder(
     run, accelerator = _tune(
         source, store, output_dir, config, tuned_too, perceptual, collection, cache_gib, on_progress
     )
-
     enlarge_cameras(pipeline, pipeline.scene_autoencoder.image_size[0] / height)
 
     def save(path: Path) -> None:
@@ -427,12 +428,12 @@ def _tune(
         latent_autoencoder: the source's, if its decoder is tuned, too.
     """
     output_dir = Path(output_dir)
-    if collection is not None:
-        require_same_places(store, collection)
     cache = SceneCache(collection or store.load_collection(), cache_gib)
     chosen = replace(config.examples, neighbours=bool(config.losses.consistency_mult), kinds=source.kinds)
     config = replace(config, examples=chosen)
     examples = DecoderExamples(output_dir / EXAMPLES_FOLDER, store, cache, config.examples)
+    if collection is not None:
+        require_same_places(store, collection)
     accelerator = new_accelerator(config.schedule, output_dir)
     torch.manual_seed(config.schedule.seed)
     stage1 = source.scene_autoencoder
@@ -494,6 +495,8 @@ class DecoderPictures:
 
 def _grow(scene_autoencoder: SceneAutoencoder, config: DecoderTrainingConfig) -> None:
     sizes = (config.decoder_blocks, config.upsampling_channels)
+    if sizes == (None, None):
+        return
     try:
         scene_autoencoder.grow_decoder(*sizes)
     except ValueError as error:

@@ -45,8 +45,7 @@ def render_perspective(
     """
     focal, (trained_height, trained_width) = autoencoder.config.focal_length, autoencoder.image_size
     if float(camera.fy) <= (base := focal / autoencoder.upsampling):  # an upsampler's detail would not be seen
-        trained_height, trained_width = (side // autoencoder.upsampling for side in (trained_height, trained_width))
-        focal = base
+        focal, (trained_height, trained_width) = base, autoencoder.encoded_size
     stride = _stride(autoencoder, focal)
     height, width = (int(size) for size in (camera.height, camera.width))
     scale_y, scale_x = focal / float(camera.fy), focal / float(camera.fx)
