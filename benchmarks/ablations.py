@@ -209,7 +209,7 @@ def score_baselines(
 
 
 def main(options: Options) -> None:
-    options.begin(GROUPS, SCENE_AUTOENCODER)
+    variants = options.begin(GROUPS, SCENE_AUTOENCODER)
     collection = SceneCollection.open(options.data)
     collection.require_train_and_test()
     perceptual = PerceptualNetwork(load_lpips("vgg")).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -227,7 +227,7 @@ def main(options: Options) -> None:
         return {"training": training, "scores": scores.mean(), "num_images": scores.num_images}
 
     rows: list[list[Any]] = [[name, None, *cells(scores)] for name, scores in baselines["scores"].items()]
-    for name, variant in GROUPS[options.group].items():
+    for name, variant in variants.items():
         for seed in options.seeds:
             settings = {**judged, "preset": asdict(preset), "steps": options.steps, "seed": seed, **asdict(variant)}
             path = options.result(name, seed)

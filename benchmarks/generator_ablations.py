@@ -5,9 +5,10 @@
         --denoiser-seconds 60 600 600
 
 `levels` is the paper's ablation of the hierarchy: c alone, c and f, c and f and g. Each has a latent auto-encoder of
-its own, trained from nothing on the same voxels, and denoisers of its own. `weighting` and `prediction` are ways to
-train denoisers over one latent auto-encoder. All else is the preset (`--base`), its schedules cut to `--latent-steps`
-and `--denoiser-steps`.
+its own, trained from nothing on the same voxels, and denoisers of its own. `equivariance` (EQ-VAE) trains the latent
+auto-encoder differently, too, from nothing or from `--initial-latent-autoencoder` on. `weighting`, `prediction` and
+`averages` (of the weights, chosen afterwards as in EDM2; they share one training) are ways to train denoisers over one
+latent auto-encoder. All else is the preset (`--base`), its schedules cut to `--latent-steps` and `--denoiser-steps`.
 
 `joint` compares SSDNeRF's joint training of codes and denoisers (`nfldm-train-diffusion --joint`), and DiffRF's loss
 of renderings, with two stages. Their steps cost more: `--denoiser-seconds` gives all the same time instead.
@@ -71,13 +72,18 @@ class Variant:
 
     Attributes:
         model: of the arguments of `LatentAutoencoder`.
+        losses: of `LatentLossConfig`.
         training: of `DiffusionTrainingConfig`, for all denoisers.
+        profiles: `ema_profiles` of the denoisers' schedules.
     """
 
     model: Change = field(default_factory=settings)
+    losses: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    profiles: tuple[float, ...] = ()
 
 
+EMA_PROFILES = (0.05, 0.1)
 GROUPS: dict[str, dict[str, Variant]] = {
     "levels": {name: Variant(change) for name, change in LATENT_GROUPS["levels"].items()},
     "weighting": {name: Variant(training={"loss_weighting": name}) for name in ("uniform", "min_snr")},
@@ -88,12 +94,25 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "epsilon, some terminal SNR": Variant(training={"prediction_type": "epsilon", "zero_terminal_snr": False}),
         "flow": Variant(training={"prediction_type": "flow"}),
     },
+    "averages": {
+        "usual": Variant(profiles=EMA_PROFILES),
+        **{
+            f"length {length}": Variant(training={"ema_length": length}, profiles=EMA_PROFILES)
+            for length in (0.03, 0.06, 0.12, 0.24)
+        },
+    },
+    "equivariance": {
+        "plain": Variant(),
+        **{f"weight {weight}": Variant(losses={"equivariance_mult": weight}) for weight in (0.25, 1.0)},
+    },
     "joint": {
         "two stages": Variant(),
         "joint": Variant(training={"joint": JointConfig()}),
         "rendering loss": Variant(training={"rendering_mult": 0.3}),
     },
 }
+OF_STAGE_2 = ("levels", "equivariance")
+"""Groups that change the latent auto-encoder."""
 UNTIL_TIME_IS_OVER = 10**7  # steps
 VIEWS_GIB = 1.0  # of memory, for views that codes or estimates are compared with
 PAPER = {"levels": {"c": 46.43, "c + f": 43.52, "c + f + g": 35.69}}
@@ -108,6 +127,8 @@ class Options(VariantOptions, SampleOptions):
     """encoded scenes, from nfldm-encode"""
     latent_autoencoder: Path | None = None
     """a run of nfldm-train-latent-ae to use as it is, in groups that do not change stage 2"""
+    initial_latent_autoencoder: Path | None = None
+    """a run or pipeline whose stage 2 is trained on in the group equivariance; by default it begins from nothing"""
     latent_steps: int | None = None
     """training steps of each latent auto-encoder; by default the preset's"""
     denoiser_steps: tuple[int, int, int] | None = None
@@ -119,10 +140,13 @@ class Options(VariantOptions, SampleOptions):
     temperatures: tuple[float, float, float] | None = None
     """of the initial noise of g, c and f; by default the preset's"""
 
-    def latent_training(self, seed: int) -> LatentTrainingConfig:
+    def latent_training(self, variant: Variant, seed: int) -> LatentTrainingConfig:
         """Training of stage 2."""
         training = LATENT_PRESETS[self.base].training
-        return replace(training, schedule=cut(training.schedule, self.latent_steps, seed))
+        schedule = cut(training.schedule, self.latent_steps, seed)
+        precision = precision_here(None) or schedule.mixed_precision
+        losses = replace(training.losses, **variant.losses)
+        return replace(training, schedule=replace(schedule, mixed_precision=precision), losses=losses)
 
     def denoiser_training(self, variant: Variant, seed: int) -> dict[Stage, DiffusionTrainingConfig]:
         """Trainings of stage 3."""
@@ -131,7 +155,9 @@ class Options(VariantOptions, SampleOptions):
         return {
             stage: replace(
                 training,
-                schedule=self._schedule(training.schedule, steps[stage], seconds[stage], seed),
+                schedule=replace(
+                    self._schedule(training.schedule, steps[stage], seconds[stage], seed), ema_profiles=variant.profiles
+                ),
                 **(variant.training if stage != "global" else without_views(variant.training)),
             )
             for stage, training in DIFFUSION_PRESETS[self.base].training.items()
@@ -165,13 +191,17 @@ class Trainer:
     folder: Path
     _encoded: tuple[tuple[str, bool], LatentMemory] | None = None
 
-    def stage2(self, model_config: dict[str, Any], training: LatentTrainingConfig) -> LatentAutoencoder:
-        """A latent auto-encoder trained from nothing."""
+    def stage2(
+        self, model_config: dict[str, Any], training: LatentTrainingConfig, initial: LatentAutoencoder | None
+    ) -> LatentAutoencoder:
+        """A latent auto-encoder trained from nothing, or from `initial` on."""
         made_with = {"voxels": self.voxels, "model": model_config, "training": asdict(training)}
+        if initial is not None:
+            made_with["initial"] = model_hash(initial)
         run = self._run("stage2", made_with)
         if not (run / MODEL_FOLDER).is_dir():
             lpips = self.lpips if training.losses.lpips_mult else None
-            train_latent_autoencoder(self.store, run, model_config, training, lpips=lpips)
+            train_latent_autoencoder(self.store, run, model_config, training, lpips=lpips, initial=initial)
         return load_latent_autoencoder(run)
 
     def stage3(
@@ -181,17 +211,21 @@ class Trainer:
         training: Mapping[Stage, DiffusionTrainingConfig],
         quarter_turns: bool,
     ) -> Path:
-        """The run with trained denoisers of all latents there are, and the pipeline."""
+        """The run with trained denoisers of all latents there are, and the pipeline.
+
+        Runs that differ in the length of their averages alone are one.
+        """
         stages = stages_of(latent_autoencoder)
         made_with = {
             "voxels": self.voxels,
             "latent_autoencoder": model_hash(latent_autoencoder),
             "models": {stage: models[stage] for stage in stages},
-            "training": {stage: asdict(training[stage]) for stage in stages},
+            "training": {stage: asdict(replace(training[stage], ema_length=None)) for stage in stages},
             "quarter_turns": quarter_turns,
         }
         run = self._run("stage3", made_with)
-        if missing := [stage for stage in stages if load_denoiser(run / stage) is None]:
+        averaged = any(training[stage].schedule.ema_profiles for stage in stages)
+        if missing := [stage for stage in stages if averaged or load_denoiser(run / stage) is None]:
             memory = self._memory(latent_autoencoder, quarter_turns)
             for stage in missing:
                 known, config = memory, training[stage]
@@ -200,7 +234,7 @@ class Trainer:
                 train_denoiser(
                     stage, known, latent_autoencoder, run / stage, models[stage], config, **self._views_for(config)
                 )
-        if not (run / "pipeline").is_dir():
+        if averaged or not (run / "pipeline").is_dir():
             save_pipeline(run, self.store.load_autoencoder(), latent_autoencoder)
         return run
 
@@ -265,24 +299,25 @@ class Comparison:
     judge: SampleJudge
     trainer: Trainer
     latent_autoencoder: LatentAutoencoder | None
+    initial: LatentAutoencoder | None
     temperatures: tuple[float, float, float]
 
     def settings(self, variant: Variant, seed: int) -> dict[str, Any]:
         """Everything that the result of a variant depends on."""
         options, given = self.options, self.latent_autoencoder
         model = model_arguments(LATENT_PRESETS[options.base], variant.model)
+        stage2 = {"model": model, "training": asdict(options.latent_training(variant, seed))}
+        if self.initial is not None:
+            stage2["initial"] = model_hash(self.initial)
         return {
             "voxels": self.trainer.voxels,
-            "latent_autoencoder": model_hash(given) if given else {"model": model, "training": self._stage2(seed)},
+            "latent_autoencoder": model_hash(given) if given else stage2,
             "denoisers": DIFFUSION_PRESETS[options.base].models,
             "training": {name: asdict(config) for name, config in options.denoiser_training(variant, seed).items()},
             "temperatures": self.temperatures,
             "num_inference_steps": options.num_inference_steps,
             "judged": self.judge.protocol,
         }
-
-    def _stage2(self, seed: int) -> dict[str, Any]:
-        return asdict(self.options.latent_training(seed))
 
     def run(self, variant: Variant, seed: int) -> dict[str, Any]:
         """Trains and judges a variant, unless another group did."""
@@ -292,16 +327,16 @@ class Comparison:
         stage2 = self.latent_autoencoder
         if stage2 is None:
             model_config = model_arguments(LATENT_PRESETS[self.options.base], variant.model)
-            stage2 = self.trainer.stage2(model_config, self.options.latent_training(seed))
+            stage2 = self.trainer.stage2(model_config, self.options.latent_training(variant, seed), self.initial)
         run = self.trainer.stage3(stage2, preset.models, training, preset.quarter_turns)
         pipeline = load_pipeline(run / "pipeline")
         pipeline.register_to_config(temperatures=self.temperatures)
         stages = stages_of(stage2)
-        samples, reconstructions = (
-            look(pipeline, run / "judged") for look in (self.judge.samples, self.judge.reconstructions)
-        )
+        judged = run / (f"judged-{variant.training['ema_length']}" if "ema_length" in variant.training else "judged")
+        samples, reconstructions = (look(pipeline, judged) for look in (self.judge.samples, self.judge.reconstructions))
         return {
             "distances": self.judge.distances(samples=samples, stage2=reconstructions),
+            "distances_to_train": self.judge.distances(to="train", samples=samples),
             "held_out": held_out_losses(pipeline, self.store, training),
             "parameters": {s: sum(p.numel() for p in getattr(pipeline, f"{s}_denoiser").parameters()) for s in stages},
             "denoiser_minutes": round(training_minutes(run, stages), 2),
@@ -314,7 +349,6 @@ def prepare(options: Options) -> Comparison:
     Raises:
         UserInputError: for what cannot be.
     """
-    options.begin(GROUPS, LATENT_PRESETS)
     steps = [options.latent_steps, *(options.denoiser_steps or ())]
     if any(not 0 < seconds < float("inf") for seconds in options.denoiser_seconds or ()):
         raise UserInputError("--denoiser-seconds must be finite and above 0: give other numbers.")
@@ -322,23 +356,30 @@ def prepare(options: Options) -> Comparison:
         raise UserInputError("--latent-steps and --denoiser-steps must be at least 1: give larger numbers.")
     given = None
     if options.latent_autoencoder is not None:
-        if options.group == "levels":
+        if options.group in OF_STAGE_2:
             raise UserInputError(
-                "The group levels trains a latent auto-encoder for each variant: leave out --latent-autoencoder."
+                f"The group {options.group} trains a latent auto-encoder for each variant: leave out "
+                "--latent-autoencoder."
             )
         given = load_latent_autoencoder(options.latent_autoencoder)
+    initial = None
+    if options.initial_latent_autoencoder is not None:
+        if options.group != "equivariance":
+            raise UserInputError("--initial-latent-autoencoder is for the group equivariance alone: leave it out.")
+        initial = load_latent_autoencoder(options.initial_latent_autoencoder)
     store = open_store(options.voxels)
     judge = SampleJudge(store.load_collection(), options.output_dir, options.evaluation_settings())
     temperatures = options.temperatures or DIFFUSION_PRESETS[options.base].temperatures
-    return Comparison(options, store, judge, Trainer(store, options.output_dir / "runs"), given, temperatures)
+    return Comparison(options, store, judge, Trainer(store, options.output_dir / "runs"), given, initial, temperatures)
 
 
 def main(options: Options) -> None:
+    variants = options.begin(GROUPS, LATENT_PRESETS)
     comparison = prepare(options)
     judge, published = comparison.judge, PAPER.get(options.group)
     floor = stored(options.output_dir / "floor.json", judge.protocol, judge.floor)
-    rows: list[list[Any]] = [["real training views", None, floor["fid"]["train"], floor["kid"]["train"], *[None] * 6]]
-    for name, variant in GROUPS[options.group].items():
+    rows: list[list[Any]] = [["real training views", None, floor["fid"]["train"], floor["kid"]["train"], *[None] * 7]]
+    for name, variant in variants.items():
         for seed in options.seeds:
             made_with = comparison.settings(variant, seed)
             result = stored(options.result(name, seed), made_with, partial(comparison.run, variant, seed))
@@ -357,6 +398,7 @@ COLUMNS = (
     "seed",
     "FID of samples",
     "KID of samples",
+    "KID to training views",
     "FID of stage 2",
     "KID of stage 2",
     "held-out loss of g",
@@ -364,12 +406,14 @@ COLUMNS = (
     "of f",
     "minutes of stage 3",
 )
-DIGITS = (0, 0, 1, 4, 1, 4, 4, 4, 4, 1)
+DIGITS = (0, 0, 1, 4, 4, 1, 4, 4, 4, 4, 1)
 
 
 def cells(result: dict[str, Any]) -> list[float | None]:
     """A result in the order of the columns."""
-    distances = [result["distances"][metric][name] for name in ("samples", "stage2") for metric in ("fid", "kid")]
+    fid, kid = result["distances"]["fid"], result["distances"]["kid"]
+    to_train = result["distances_to_train"]["kid"]["samples"]
+    distances = [fid["samples"], kid["samples"], to_train, fid["stage2"], kid["stage2"]]
     losses = [result["held_out"].get(stage, {}).get("mean") for stage in STAGES]
     return [*distances, *losses, result["denoiser_minutes"]]
 

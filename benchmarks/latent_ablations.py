@@ -130,7 +130,7 @@ def open_store(folder: Path) -> VoxelStore:
 
 
 def main(options: Options) -> None:
-    options.begin(GROUPS, LATENT_PRESETS)
+    variants = options.begin(GROUPS, LATENT_PRESETS)
     store = open_store(options.voxels)
     scene_ids = evenly(store.splits["test"], options.num_eval_scenes or len(store.splits["test"]))
     scene_autoencoder, collection = store.load_autoencoder(), store.load_collection()
@@ -149,7 +149,7 @@ def main(options: Options) -> None:
         return {"training": measured, "voxels": voxel_errors(model, store, scene_ids), **views}
 
     rows: list[list[Any]] = []
-    for name, change in GROUPS[options.group].items():
+    for name, change in variants.items():
         model_config = model_arguments(preset, change)
         for seed in options.seeds:
             precision = precision_here(None) or preset.training.schedule.mixed_precision

@@ -29,7 +29,7 @@ from nfldm_ns.editing.region import box_region
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along, surround_cameras
 from nfldm_ns.generated.scene_files import GeneratedScene
-from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder, load_latent_autoencoder
 from nfldm_ns.latents.training import LatentTrainingConfig
 from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.method_configs.gan_presets import GAN_PRESETS, GanPreset
@@ -298,6 +298,42 @@ def test_generator_ablations_train_all_levels_and_continue(
     assert {path.name for path in before if before[path] != after[path]} <= {"settings.json"}
     with pytest.raises(UserInputError, match="other settings"):
         ablations.main(replace(options, latent_steps=2))
+
+    # Averages of other lengths come from one training, and differ.
+    trained = {path: load_latent_autoencoder(path).config for path in runs.glob("stage2-*")}
+    stage2 = next(path for path, config in trained.items() if config.use_fine and config.use_global)
+    averages = replace(
+        options,
+        group="averages",
+        latent_autoencoder=stage2,
+        variants=("usual", "length 0.03", "length 0.24"),
+        output_dir=tmp_path / "averages",
+    )
+    ablations.main(averages)
+    lengths = results(averages.output_dir)
+    assert set(lengths) == {"floor", "averages-usual-seed0", "averages-length-0.03-seed0", "averages-length-0.24-seed0"}
+    assert len(list((averages.output_dir / "runs").iterdir())) == 1
+    held_out = [lengths[f"averages-length-{length}-seed0"]["held_out"]["fine"]["mean"] for length in ("0.03", "0.24")]
+    assert held_out[0] != held_out[1]
+    assert set(lengths["averages-usual-seed0"]["distances_to_train"]["kid"]) == {"samples"}
+
+    # Stage 2 may be trained on from another, equivariant or not.
+    equivariance = replace(
+        options,
+        group="equivariance",
+        initial_latent_autoencoder=stage2,
+        variants=("plain", "weight 1.0"),
+        output_dir=tmp_path / "equivariance",
+    )
+    ablations.main(equivariance)
+    assert len(list((equivariance.output_dir / "runs").iterdir())) == 4
+    for change, said in (
+        ({"variants": ("half",)}, "no variant half: choose one of plain, weight 0.25, weight 1.0"),
+        ({"latent_autoencoder": stage2}, "equivariance trains a latent auto-encoder"),
+        ({"group": "averages", "variants": ()}, "for the group equivariance alone"),
+    ):
+        with pytest.raises(UserInputError, match=said):
+            ablations.main(replace(equivariance, **change))
 
     # Denoisers are compared over one latent auto-encoder, and the usual one is that of the levels.
     ablations.main(replace(options, group="weighting"))
@@ -937,19 +973,18 @@ def test_sharpness_compares_encoders_with_refined_and_optimised_voxels(box_room_
     plain.save_pretrained(tmp_path / "plain")
     type(plain)(**{**config, "refinement_channels": 8}).save_pretrained(tmp_path / "refining")
     sharpness = script("sharpness")
-    models = (tmp_path / "plain", tmp_path / "refining")
-    sharpness.main(
-        sharpness.Options(
-            models,
-            box_room_collection.root,
-            tmp_path / "out",
-            num_scenes=1,
-            steps=(1,),
-            optimised_steps=1,
-            all_images=True,
-            threads=torch.get_num_threads(),
-        )
+    options = sharpness.Options(
+        (tmp_path / "plain", tmp_path / "refining"),
+        box_room_collection.root,
+        tmp_path / "out",
+        num_scenes=1,
+        steps=(1,),
+        optimised_steps=1,
+        all_images=True,
+        num_images=11,
+        threads=torch.get_num_threads(),
     )
+    sharpness.main(options)
     rows = json.loads((tmp_path / "out" / "sharpness.json").read_text())["rows"]
     assert list(rows) == [
         "real views of training places",
@@ -963,7 +998,24 @@ def test_sharpness_compares_encoders_with_refined_and_optimised_voxels(box_room_
     for name, values in rows.items():
         assert np.isfinite([*values.values()]).all(), name
     assert rows["refining, 1 steps"]["seconds"] > rows["refining, encoder"]["seconds"]
-    assert "12 views" in capsys.readouterr().out and (tmp_path / "out" / "sharpness.png").is_file()
+    assert "11 views" in capsys.readouterr().out and (tmp_path / "out" / "sharpness.png").is_file()
+
+    # A place whose record is lost is made again, and nothing else is; the numbers are the same.
+    lost = next((tmp_path / "out" / "places" / "plain-encoder").iterdir())
+    kept = {path: path.stat().st_mtime_ns for path in lost.parent.parent.rglob("*.json") if path != lost}
+    lost.unlink()
+    sharpness.main(options)
+    assert lost.is_file() and all(
+        path.stat().st_mtime_ns == time for path, time in kept.items() if "plain" in str(path)
+    )
+    again = json.loads((tmp_path / "out" / "sharpness.json").read_text())["rows"]
+    for values in (*rows.values(), *again.values()):
+        values.pop("seconds", None)
+    assert again == rows
+    with pytest.raises(UserInputError, match="made with other settings"):
+        sharpness.main(replace(options, all_images=False))
+    with pytest.raises(UserInputError, match="Two of --models are called plain"):
+        sharpness.main(replace(options, models=(tmp_path / "plain",) * 2))
 
 
 def test_exports_are_measured(tmp_path, capsys):

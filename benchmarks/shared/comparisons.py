@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.scenes.writing import require_writable, write_json
+
+V = TypeVar("V")
 
 
 @dataclass(kw_only=True)
@@ -23,6 +25,8 @@ class VariantOptions:
     """folder for one JSON per variant"""
     group: str
     """which variants: one of GROUPS"""
+    variants: tuple[str, ...] = ()
+    """of the group; by default all"""
     base: str = "tiny"
     """preset that they change"""
     seeds: tuple[int, ...] = (0,)
@@ -30,18 +34,25 @@ class VariantOptions:
     threads: int = 2
     """CPU threads"""
 
-    def begin(self, groups: Iterable[str], presets: Iterable[str]) -> None:
+    def begin(self, groups: Mapping[str, Mapping[str, V]], presets: Iterable[str]) -> dict[str, V]:
         """Checks what was chosen, and makes the folder.
 
+        Returns:
+            the variants to compare, by name.
+
         Raises:
-            UserInputError: if there is no such group or preset, or nothing to do.
+            UserInputError: if there is no such group, variant or preset, or nothing to do.
         """
         require_choice("group", self.group, groups)
+        group = groups[self.group]
+        for name in self.variants:
+            require_choice("variant", name, group)
         require_choice("preset", self.base, presets)
         if not self.seeds:
             raise UserInputError("--seeds is empty: give at least one.")
         use_threads(self.threads)
         require_writable(self.output_dir)
+        return {name: variant for name, variant in group.items() if name in (self.variants or group)}
 
     def result(self, variant: str, seed: int) -> Path:
         """Where the result of a variant lies."""

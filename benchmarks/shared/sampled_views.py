@@ -190,6 +190,6 @@ class SampleJudge:
             title = show(f"Features of {self.settings.num_images} images")
             return self._features(pictures, "stage2", scenes.scene_ids, scenes.num_views, title)
 
-    def distances(self, **features: Features) -> Distances:
-        """`fid` and `kid` to the real test views, each by the names given."""
-        return set_distances({REFERENCE: self.real[REFERENCE], **features})
+    def distances(self, to: str = REFERENCE, **features: Features) -> Distances:
+        """`fid` and `kid` to the real views of a split, each by the names given."""
+        return set_distances({REFERENCE: self.real[to], **features})

@@ -441,7 +441,8 @@ def _tune(
     _require_size(stage1, examples, config)
     decoder = copy.deepcopy(stage1.decoder).float().requires_grad_(config.upsampling_channels is None)
     if decoder.upsampler is not None:
-        decoder.upsampler.requires_grad_(True)
+        height, width = stage1.encoded_size
+        decoder.upsampler.requires_grad_(examples.cache.collection.image_size != (width, height))
     if perceptual is not None:
         perceptual.to(accelerator.device)
     rendering = None
