@@ -614,6 +614,17 @@ def test_an_upsampler_alone_is_tuned_on_larger_views(store, larger, pipeline_fol
     with pytest.raises(UserInputError, match="those of .* have 32 x 32: give the same places at that size with --data"):
         run(tmp_path / "small", collection=None)
 
+    # How much of the detail counts is chosen afterwards.
+    for detail in (0.5, 0.25):
+        config = replace(UPSAMPLING, upsampling_detail=detail)
+        train_decoder(load_pipeline(pipeline_folder), store, tmp_path / "whole", config, **options)
+        scaled = weights(load_pipeline(tmp_path / "whole" / "pipeline"))
+        for name, value in expected.items():
+            assert torch.equal(scaled[name], detail * value if ".upsampler.out." in name else value)
+    with pytest.raises(UserInputError, match="--upsampling-detail is -1: give a finite number of at least 0"):
+        config = replace(UPSAMPLING, upsampling_detail=-1)
+        train_decoder(load_pipeline(pipeline_folder), store, tmp_path / "none", config, **options)
+
 
 def test_larger_views_are_of_the_same_places(store, larger, tmp_path):
     require_same_places(store, larger)

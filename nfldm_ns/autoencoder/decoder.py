@@ -38,6 +38,12 @@ class ImageUpsampler(nn.Module):
         detail = self.out(F.silu(self.norm(x)))
         return detail + F.interpolate(images, scale_factor=float(UPSAMPLING), mode="bilinear", align_corners=False)
 
+    @torch.no_grad()
+    def scale_detail(self, factor: float) -> None:
+        """Has the network's detail count so many times; 0 leaves images interpolated."""
+        self.out.weight *= factor
+        self.out.bias *= factor
+
 
 class ImageDecoder(nn.Module):
     """Feature maps to images, `stride` times larger, or less by `UPSAMPLING` where its upsampler is not asked for.

@@ -68,6 +68,9 @@ class TrainDecoder:
     upsampling_channels: int | None = None
     """Width of an upsampler that makes pictures twice as large as the image decoder does, and learns alone: smaller
     pictures stay what they are. The preset rooms128 has one. It needs --data."""
+    upsampling_detail: float | None = None
+    """How many times what the new upsampler adds counts in the result: less is softer and swims less. A finished
+    command run again with another number changes its result."""
     data: Path | None = None
     """A collection of the same places with larger images to compare with, from nfldm-collect with the same options but
     --image-size; by default the one that was encoded."""
@@ -113,7 +116,8 @@ class TrainDecoder:
         weights = {name: getattr(self, name) for name in ("adversarial_mult", "consistency_mult", "window")}
         losses = replace(config.losses, **{name: value for name, value in weights.items() if value is not None})
         schedule = replace(config.schedule, **self.schedule.given())
-        sizes = {name: getattr(self, name) for name in ("decoder_blocks", "upsampling_channels")}
+        names = ("decoder_blocks", "upsampling_channels", "upsampling_detail")
+        sizes = {name: getattr(self, name) for name in names}
         return replace(
             config,
             examples=examples,

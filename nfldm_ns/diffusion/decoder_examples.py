@@ -19,6 +19,7 @@ from nfldm_ns.autoencoder.checkpoints import holds_tensors, read_safetensors, st
 from nfldm_ns.autoencoder.renderer import FeatureMaps
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.autoencoder.scene_sampler import SceneCache
+from nfldm_ns.choice import evenly
 from nfldm_ns.diffusion.inpainting import Inpainting
 from nfldm_ns.diffusion.latent_memory import encode_latents
 from nfldm_ns.diffusion.pipeline import COMPONENTS, NFLDMPipeline
@@ -37,6 +38,7 @@ GENERATED = ("round_trip", "denoised")
 MAPS = ("features", "accumulation")
 LATENTS = tuple(part.name for part in fields(SceneLatents))
 POSES = "camera_to_worlds"
+COMPARED_PLACES = 8  # of two collections that should show the same
 NEIGHBOUR_TURN = math.radians(15)  # a step of a flight of 24 views, in which a camera moves about as far as the next
 NEIGHBOUR_DISTANCE = 0.13  # metres, along each axis of the plane
 DECODER = "decoder."  # begins the names of the weights that are tuned
@@ -429,17 +431,21 @@ def require_same_places(store: VoxelStore, collection: SceneCollection) -> None:
             "it by the command of those that were encoded, with another image size."
         )
     encoded = store.load_collection()
-    ours, theirs = (read_transforms(found.scene_dir(scenes[0])) for found in (encoded, collection))
+    for scene in evenly(scenes, COMPARED_PLACES):
+        if not _same_cameras(encoded, collection, scene):
+            raise UserInputError(
+                f"Scene {scene} has other cameras in {collection.root} than in {encoded.root}: collect it by the "
+                "command of those that were encoded, with another image size."
+            )
+
+
+def _same_cameras(first: SceneCollection, second: SceneCollection, scene: str) -> bool:
+    ours, theirs = (read_transforms(found.scene_dir(scene)) for found in (first, second))
     names = [*ours.source_names, *ours.target_names]
-    same = names == [*theirs.source_names, *theirs.target_names]
-    if same:
-        poses = [found.cameras(names, collection.image_size).camera_to_worlds for found in (ours, theirs)]
-        same = torch.allclose(poses[0], poses[1], atol=1e-4)
-    if not same:
-        raise UserInputError(
-            f"Scene {scenes[0]} has other cameras in {collection.root} than in {encoded.root}: collect it by the "
-            "command of those that were encoded, with another image size."
-        )
+    if names != [*theirs.source_names, *theirs.target_names]:
+        return False
+    poses = [found.cameras(names, second.image_size).camera_to_worlds for found in (ours, theirs)]
+    return torch.allclose(poses[0], poses[1], atol=1e-4)
 
 
 def _cameras_beside(cameras: Cameras, draws: ItemDraws) -> Cameras:

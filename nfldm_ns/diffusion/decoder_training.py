@@ -107,6 +107,9 @@ class DecoderTrainingConfig:
     upsampling_channels: int | None = None
     """Width of an `ImageUpsampler` behind the image decoder, which is the only part that is tuned then: images of the
     size before it stay as they are. None tunes what there is."""
+    upsampling_detail: float = 1.0
+    """How many times what such an upsampler learned to add counts in the result. What sharpens single views also swims
+    between them; other values give other results of the same finished training."""
 
 
 @dataclass
@@ -428,6 +431,10 @@ def _tune(
         latent_autoencoder: the source's, if its decoder is tuned, too.
     """
     output_dir = Path(output_dir)
+    if not 0 <= config.upsampling_detail < float("inf"):
+        raise UserInputError(
+            f"--upsampling-detail is {config.upsampling_detail:g}: give a finite number of at least 0."
+        )
     cache = SceneCache(collection or store.load_collection(), cache_gib)
     chosen = replace(config.examples, neighbours=bool(config.losses.consistency_mult), kinds=source.kinds)
     config = replace(config, examples=chosen)
@@ -472,6 +479,8 @@ def _tune(
     )
     ema.copy_to(model.parameters())
     stage1.decoder.load_state_dict(decoder.state_dict())
+    if config.upsampling_channels is not None and stage1.decoder.upsampler is not None:
+        stage1.decoder.upsampler.scale_detail(config.upsampling_detail)
     if rendering is not None and latent_autoencoder is not None:
         latent_autoencoder.load_state_dict(rendering.latent_autoencoder.state_dict())
     return folder, accelerator
