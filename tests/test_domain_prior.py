@@ -34,7 +34,7 @@ from nfldm_ns.refine.images import (
     collection_paths,
     example_images,
     read_square_images,
-    render_paths,
+    render_images,
 )
 from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.refine.prior import pick, repeat, rows_of
@@ -369,7 +369,7 @@ def test_examples_come_from_files_folders_scenes_and_collections(box_room_collec
     one = example_images(scene / "images" / "source_00.png", 32)
     assert one.shape == (1, 3, 32, 32) and one.min() >= 0 and 0.3 < one.max() <= 1
     with pytest.raises(UserInputError, match="no images of generated scenes"):
-        render_paths([scene])
+        render_images([scene], 16)
     with pytest.raises(UserInputError, match="There is no"):
         example_images(tmp_path / "nothing", 16)
     with pytest.raises(UserInputError, match="no images"):

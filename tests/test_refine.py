@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import surround_cameras
-from nfldm_ns.generated.scene_files import GeneratedScene, load_generated_scene, renderer_of
+from nfldm_ns.generated.scene_files import GeneratedScene, half_precision, load_generated_scene, renderer_of
 from nfldm_ns.method_configs.refine import nfldm_refine
 from nfldm_ns.plugin.generated_run import render_views, write_generated_scene
 from nfldm_ns.plugin.refine import RefinedField, RefineTrainer, RefineTrainerConfig, refine_grid
 from nfldm_ns.refine.distillation import DistillationConfig
+from nfldm_ns.refine.images import example_images, read_square_images, render_images
 from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.refine.prior import Condition
 from nfldm_ns.refine.refiner import Refiner
@@ -90,6 +91,20 @@ def test_an_upsampler_is_left_out_where_no_prior_sees_what_it_adds(tmp_path, see
     config = RefinementConfig(prior="gaussian", clean_images=wanted)
     cameras = Refiner(scene, GaussianPrior(seen), config).views(2, torch.Generator())
     assert int(cameras.width[0, 0]) == side and float(cameras.fx[0, 0]) == side / 2
+
+
+def test_renders_of_scenes_with_an_upsampler_are_those_that_refining_shows(tmp_path):
+    autoencoder = small_scene_autoencoder()
+    autoencoder.grow_decoder(upsampling_channels=8)
+    grid, cameras = room_grid(), surround_cameras(2, (64, 64), 32.0)
+    write_generated_scene(tmp_path / "scenes" / "scene_000000", grid, autoencoder, cameras)
+    small, large = (render_images([tmp_path / "scenes"], size) for size in (32, 64))
+    assert small.shape == (10, 3, 32, 32) and large.shape == (10, 3, 64, 64)
+    shown = small_scene_autoencoder().render(half_precision(grid), surround_cameras(2, (32, 32), 16.0).reshape((1, 2)))
+    assert (small[:2] - shown.rgb[0].clamp(0, 1) * 255).abs().max() <= 0.51
+    files = read_square_images(sorted((tmp_path / "scenes" / "scene_000000" / "images").iterdir()), 64)
+    assert torch.equal(large, files)
+    assert torch.equal(example_images(tmp_path / "scenes" / "scene_000000", 32), small / 255)
 
 
 def test_a_scene_without_free_space_is_seen_by_its_own_cameras():

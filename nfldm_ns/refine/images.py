@@ -13,9 +13,12 @@ from torch import Tensor
 
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.generated.scene_files import DESCRIPTION
-from nfldm_ns.scenes.collection import MASK_FOLDER, SceneCollection, read_transforms
+from nfldm_ns.generated.scene_files import DESCRIPTION, load_generated_scene
+from nfldm_ns.refine.views import judged_cameras
+from nfldm_ns.reports.galleries import to_uint8
+from nfldm_ns.scenes.collection import MASK_FOLDER, SceneCollection, read_json, read_transforms
 from nfldm_ns.scenes.image_files import open_image, rgb_image
+from nfldm_ns.scenes.views import index_cameras
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -34,16 +37,17 @@ def read_square_images(paths: Sequence[Path], size: int) -> UInt8[Tensor, "image
     Raises:
         UserInputError: if a file is no readable image.
     """
-    images = []
-    for path in paths:
-        image = rgb_image(open_image(path, "give another one"), path)
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        if side != size:
-            image = image.resize((size, size), Image.Resampling.LANCZOS)
-        images.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
-    return torch.stack(images)
+    images = [rgb_image(open_image(path, "give another one"), path) for path in paths]
+    return torch.stack([_square(image, size) for image in images])
+
+
+def _square(image: Image.Image, size: int) -> UInt8[Tensor, "3 size size"]:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def collection_paths(collection: SceneCollection, split: str) -> list[Path]:
@@ -69,25 +73,42 @@ def _masked(scene: Path) -> UserInputError:
     )
 
 
-def render_paths(folders: Sequence[Path]) -> list[Path]:
-    """The images of generated scenes.
+def render_images(folders: Sequence[Path], size: int) -> UInt8[Tensor, "images 3 size size"]:
+    """The images of generated scenes, as refining shows them to a prior: without what an upsampler adds that it would
+    not see.
 
     Args:
         folders: scenes, or folders of scenes as `nfldm-sample` leaves them.
+        size: side of the images that the prior looks at.
 
     Raises:
-        UserInputError: if one has none.
+        UserInputError: if one has none, or a scene cannot be read.
     """
-    paths: list[Path] = []
+    images: list[UInt8[Tensor, "views 3 size size"]] = []
     for folder in folders:
         scenes = (
             [folder] if (folder / DESCRIPTION).is_file() else sorted(p.parent for p in folder.glob(f"*/{DESCRIPTION}"))
         )
-        found = [path for scene in scenes for path in _images_in(scene / "images")]
+        found = [scene for scene in scenes if _images_in(scene / "images")]
         if not found:
             raise UserInputError(f"There are no images of generated scenes in {folder}: make some with 'nfldm-sample'.")
-        paths += found
-    return paths
+        images += [_scene_images(scene, size) for scene in found]
+    return torch.cat(images)
+
+
+def _scene_images(folder: Path, size: int) -> UInt8[Tensor, "views 3 size size"]:
+    """Those on disk, or rendered again where they are larger than a prior is shown."""
+    if read_json(folder / DESCRIPTION).get("autoencoder", {}).get("decoder_upsampling_channels"):
+        scene, transforms = load_generated_scene(folder), read_transforms(folder)
+        first = next(iter(transforms.frames.values()))
+        names = [*transforms.source_names, *transforms.target_names]
+        cameras = transforms.cameras(names, (int(first["w"]), int(first["h"])))
+        judged = judged_cameras(cameras, scene.renderer, size)
+        if judged is not cameras:
+            with torch.inference_mode():
+                rgb = scene.renderer.render(scene.grid, index_cameras(judged, (None,))).rgb[0]
+            return torch.stack([_square(Image.fromarray(to_uint8(image)), size) for image in rgb])
+    return read_square_images(_images_in(folder / "images"), size)
 
 
 def _images_in(folder: Path) -> list[Path]:
@@ -122,5 +143,8 @@ def example_paths(path: Path | str) -> list[Path]:
 
 
 def example_images(path: Path | str, size: int, most: int = 256) -> Float[Tensor, "images 3 size size"]:
-    """At most `most` images in [0, 1] of what `example_paths` takes."""
-    return read_square_images(evenly(example_paths(path), most), size).float() / 255
+    """At most `most` images in [0, 1] of what `example_paths` takes, of scenes as `render_images` has them."""
+    paths = example_paths(path)
+    if (Path(path) / DESCRIPTION).is_file():
+        return torch.stack(evenly(list(_scene_images(Path(path), size)), most)).float() / 255
+    return read_square_images(evenly(paths, most), size).float() / 255

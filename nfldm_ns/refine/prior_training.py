@@ -36,7 +36,7 @@ from nfldm_ns.refine.domain_prior import (
     colour_moments,
     save_domain_prior,
 )
-from nfldm_ns.refine.images import collection_paths, read_square_images, render_paths
+from nfldm_ns.refine.images import collection_paths, read_square_images, render_images
 from nfldm_ns.refine.observed_views import ObservedViews, map_channels, observed_in
 from nfldm_ns.refine.seen_maps import NOT_SEEN, MapDescription, SeenMaps, maps_seen_in
 from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, make_space
@@ -376,7 +376,7 @@ def train_prior(
 
     paths = collection_paths(collection, "train")
     learned = read(paths if max_images is None else evenly(paths, max_images))
-    renders = read_square_images(render_paths(generated), size) if generated else learned.images[:0]
+    renders = render_images(generated, size) if generated else learned.images[:0]
     split = held_out_split(collection.splits)
     held_out = read(evenly(collection_paths(collection, split), NUM_HELD_OUT))
     preserved = None

@@ -18,8 +18,8 @@ from nfldm_ns.refine.seen_maps import SceneMap
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.refine.shading import Shading
 from nfldm_ns.refine.terms import Conditions, PriorTerm, StartOfScene
-from nfldm_ns.refine.views import ViewSampler
-from nfldm_ns.scenes.views import Views, resize_cameras
+from nfldm_ns.refine.views import ViewSampler, judged_cameras
+from nfldm_ns.scenes.views import Views
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 EMPTY_OPACITY = 0.05  # of a voxel: less counts as empty
@@ -72,7 +72,7 @@ class Refiner:
         self.config = config
         self.scene_map = None if scene_map is None else scene_map.to(device)
         self.start, self.start_renderer = scene.grid.to(device), scene.renderer.to(device)
-        cameras = _cameras_for(priors, scene.cameras, scene.renderer)
+        cameras = judged_cameras(scene.cameras, scene.renderer, max(prior.image_size for prior in priors))
         self.views = ViewSampler(config.views, self.start, cameras)
         self.start_opacity = self._opacity(self.start)
         used = self.start.features[self.start.features != 0]
@@ -168,12 +168,3 @@ class Refiner:
     def _opacity(grid: VoxelGrid) -> Float[Tensor, "1 1 z y x"]:
         """Of each voxel, along its shortest edge."""
         return 1 - torch.exp(-grid.density * grid.voxel_size.min())
-
-
-def _cameras_for(priors: Sequence[ImagePrior], cameras: Cameras, renderer: SceneAutoencoder) -> Cameras:
-    """A scene's cameras, with images of the size before an upsampler where no prior looks at more."""
-    height, width = (int(size.reshape(-1)[0]) for size in (cameras.height, cameras.width))
-    size = (height // renderer.upsampling, width // renderer.upsampling)
-    if height <= renderer.encoded_size[0] or max(prior.image_size for prior in priors) > min(size):
-        return cameras
-    return resize_cameras(cameras, *size)

@@ -11,9 +11,10 @@ from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
+from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.generated.cameras import look_along
-from nfldm_ns.scenes.views import make_cameras
+from nfldm_ns.scenes.views import make_cameras, resize_cameras
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 TRIES = 16  # positions drawn per view until one is in free space
@@ -103,3 +104,16 @@ class ViewSampler:
         pitch = math.radians(self.config.pitch) * (2 * torch.rand(count, generator=generator) - 1)
         poses = look_along(positions, yaw, pitch)[None]
         return make_cameras(poses, *self.intrinsics, self.side, self.side).to(self.grid.device)
+
+
+def judged_cameras(cameras: Cameras, renderer: SceneAutoencoder, image_size: int) -> Cameras:
+    """Cameras with images of the size before the renderer's upsampler, unless a prior looks at more.
+
+    Args:
+        image_size: side of the images that the prior looks at.
+    """
+    height, width = (int(size.reshape(-1)[0]) for size in (cameras.height, cameras.width))
+    size = (height // renderer.upsampling, width // renderer.upsampling)
+    if height <= renderer.encoded_size[0] or image_size > min(size):
+        return cameras
+    return resize_cameras(cameras, *size)
