@@ -93,6 +93,7 @@ GROUPS: dict[str, dict[str, Variant]] = {
         "v, some terminal SNR": Variant(training={"zero_terminal_snr": False}),
         "epsilon, some terminal SNR": Variant(training={"prediction_type": "epsilon", "zero_terminal_snr": False}),
         "flow": Variant(training={"prediction_type": "flow"}),
+        "v, latent perceptual loss": Variant(training={"latent_perceptual_mult": 0.3}),
     },
     "averages": {
         "usual": Variant(profiles=EMA_PROFILES),
@@ -113,6 +114,8 @@ GROUPS: dict[str, dict[str, Variant]] = {
 }
 OF_STAGE_2 = ("levels", "equivariance")
 """Groups that change the latent auto-encoder."""
+VIEWED = ("joint", "rendering_mult", "latent_perceptual_mult")
+"""Of a training, what is of c and f alone."""
 UNTIL_TIME_IS_OVER = 10**7  # steps
 VIEWS_GIB = 1.0  # of memory, for views that codes or estimates are compared with
 PAPER = {"levels": {"c": 46.43, "c + f": 43.52, "c + f + g": 35.69}}
@@ -172,7 +175,7 @@ class Options(VariantOptions, SampleOptions):
 
 def without_views(training: dict[str, Any]) -> dict[str, Any]:
     """What of it concerns psi_g, which looks at no views."""
-    return {name: value for name, value in training.items() if name not in ("joint", "rendering_mult")}
+    return {name: value for name, value in training.items() if name not in VIEWED}
 
 
 def cut(schedule: Schedule, max_steps: int | None, seed: int) -> Schedule:

@@ -153,7 +153,7 @@ def test_the_prior_is_asked_once_and_kept_for_all_steps(stage, memory, latent_au
     timestep, indices = torch.tensor([300, 800]), [1, 2]
     turn = int(ItemDraws(0, range(2)).integers(4)[0])
     before = codes.values.clone()
-    losses.losses_with_rendering(indices, timestep, ItemDraws(0, range(2)))
+    losses.losses_of_estimate(indices, timestep, ItemDraws(0, range(2)))
     assert losses.wrapped.asked == 1
     alpha = losses.scheduler.alphas_cumprod[300]
     weight = min(1.0, float((alpha / (1 - alpha)).sqrt()))
@@ -182,7 +182,7 @@ def test_the_gradient_of_the_views_is_that_of_rendering(memory, latent_autoencod
     turns = ItemDraws(0, range(1)).integers(4)
     row = (2, int(turns[0]))
     values = codes.values[row][None].clone().requires_grad_()
-    found = losses.losses_with_rendering([2], torch.tensor([500]), ItemDraws(0, range(1)))
+    found = losses.losses_of_estimate([2], torch.tensor([500]), ItemDraws(0, range(1)))
     seen = ItemDraws(0, range(1))
     seen.integers(4)
     seen.normal(memory.pick("scene_code", [2], turns, "cpu"))  # noise of the code, then that of the pass
@@ -199,7 +199,7 @@ def test_codes_that_views_pull_at_fit_them_better(memory, latent_autoencoder, re
     rendering = EstimateRendering(denoiser, latent_autoencoder, renderer, memory, *views, num_scenes=1, num_views=12)
     losses, _, _ = joint_losses("fine", memory, latent_autoencoder, config, rendering=rendering)
     found = [
-        float(losses.losses_with_rendering([0], torch.tensor([500]), ItemDraws(0, range(1)))["_code_rendering_loss"])
+        float(losses.losses_of_estimate([0], torch.tensor([500]), ItemDraws(0, range(1)))["_code_rendering_loss"])
         for _ in range(8)
     ]
     assert found[-1] < found[0]

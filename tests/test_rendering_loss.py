@@ -99,7 +99,7 @@ def test_a_perfect_denoiser_has_the_error_of_the_latents_themselves(stage, memor
     noise = draws.normal(clean)
     order = draws.permutation(0, 12)
     oracle.target = losses.scheduler.get_velocity(clean, noise, timestep)
-    found = losses.losses_with_rendering(indices, timestep, ItemDraws(0, range(2)))
+    found = losses.losses_of_estimate(indices, timestep, ItemDraws(0, range(2)))
     assert float(found["loss"]) < 1e-8
 
     latents = {name: memory.pick(name, [1], turns[:1], "cpu") for name in ("coarse", "fine", "scene_code")}

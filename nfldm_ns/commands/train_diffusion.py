@@ -25,6 +25,7 @@ _OF_THE_TEACHER = {  # of a distillation, with what they are where they are not 
     "loss_weighting": None,
     "min_snr_gamma": None,
     "rendering_mult": None,
+    "latent_perceptual_mult": None,
     "joint": False,
     "condition_dropout": None,
     "condition": "none",
@@ -65,6 +66,9 @@ class TrainDiffusion:
     rendering_mult: float | None = None
     """Weight of a further loss of the denoisers of c and f: what their estimates look like, rendered at views of the
     scenes (DiffRF). 0 by default; costs time."""
+    latent_perceptual_mult: float | None = None
+    """Weight of another one: how much what stage 2's decoder makes of their estimates in its hidden layers differs from
+    what it makes of the true latents (latent perceptual loss). 0 by default."""
     joint: bool = False
     """Optimise c and f of the training scenes, too, under rendering and diffusion losses together (SSDNeRF's single
     stage); they begin as the encoder's. Train c before f. Costs time, and space in checkpoints."""
@@ -152,6 +156,7 @@ class TrainDiffusion:
         names = (
             *("prediction_type", "flow_shift", "zero_terminal_snr", "loss_weighting", "min_snr_gamma"),
             *("condition_dropout", "condition", "bev_dropout", "ema_length", "rendering_mult"),
+            "latent_perceptual_mult",
         )
         changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         changes |= {"known_share": self._known_share(), "joint": self._joint_config()}

@@ -71,21 +71,12 @@ class EstimateRendering:
         """
         count = min(self.num_scenes, len(indices))
         chosen, turned = list(indices[:count]), turns[:count]
-        grid = self.latent_autoencoder.decode(self._latents(estimate[:count], chosen, turned))
+        latents = latents_with(self.denoiser, self.latent_autoencoder, self.memory, estimate[:count], chosen, turned)
+        grid = self.latent_autoencoder.decode(latents)
         views = self._views(chosen, turned, draws).to(estimate.device)
         rgb = views.covered(self.renderer.render(grid, views.cameras).rgb)
         error = (rgb - views.images).abs().flatten(1).mean(1)
         return (signal_share[:count].to(error) * error).mean()
-
-    def _latents(self, estimate: Tensor, indices: list[int], turns: Tensor) -> SceneLatents:
-        """The estimate in its own units, with the other latents as they are."""
-        latent = self.denoiser.latent.inverse(estimate)
-        code = self.memory.pick("scene_code", indices, turns, estimate.device)
-        g = code[:, : self.latent_autoencoder.global_dim]
-        if isinstance(self.denoiser, CoarseDenoiser):
-            coarse = latent.unflatten(1, self.latent_autoencoder.coarse_shape[:2])
-            return SceneLatents(g, coarse, self.memory.pick("fine", indices, turns, estimate.device))
-        return SceneLatents(g, self.memory.pick("coarse", indices, turns, estimate.device), latent)
 
     def _views(self, indices: list[int], turns: Tensor, draws: ItemDraws) -> Views:
         found = []
@@ -95,6 +86,23 @@ class EstimateRendering:
             views = views[draws.permutation(i, views.shape[0])[: self.num_views]]
             found.append(replace(views, cameras=rotate_cameras90(views.cameras, turn)))
         return Views.stack(found)
+
+
+def latents_with(
+    denoiser: CoarseDenoiser | FineDenoiser,
+    latent_autoencoder: LatentAutoencoder,
+    memory: LatentMemory,
+    estimate: Float[Tensor, " batch *shape"],
+    indices: Sequence[int],
+    turns: Int[Tensor, " batch"],
+) -> SceneLatents:
+    """A denoiser's latent, given in normalised units, in its own units, with the scenes' other latents as they are."""
+    latent = denoiser.latent.inverse(estimate)
+    g = memory.pick("scene_code", indices, turns, estimate.device)[:, : latent_autoencoder.global_dim]
+    if isinstance(denoiser, CoarseDenoiser):
+        coarse = latent.unflatten(1, latent_autoencoder.coarse_shape[:2])
+        return SceneLatents(g, coarse, memory.pick("fine", indices, turns, estimate.device))
+    return SceneLatents(g, memory.pick("coarse", indices, turns, estimate.device), latent)
 
 
 def signal_share(alpha: Shaped[Tensor, " batch"], sigma: Shaped[Tensor, " batch"]) -> Float[Tensor, " batch"]:

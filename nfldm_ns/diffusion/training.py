@@ -35,6 +35,7 @@ from nfldm_ns.diffusion.joint_training import (
     with_own_codes,
 )
 from nfldm_ns.diffusion.latent_memory import LatentMemory
+from nfldm_ns.diffusion.latent_perceptual_loss import LatentPerceptualLoss
 from nfldm_ns.diffusion.outpainting import drawn_for, to_columns
 from nfldm_ns.diffusion.pipeline import PIPELINE_INDEX, NFLDMPipeline, assemble_pipeline
 from nfldm_ns.diffusion.rendering_loss import EstimateRendering, signal_share
@@ -84,6 +85,9 @@ class DiffusionTrainingConfig:
     """Standard deviation of noise on the normalised c that conditions psi_f."""
     rendering_mult: float = 0.0
     """Weight of the rendering loss of what psi_c and psi_f estimate (DiffRF), see `rendering_loss.py`."""
+    latent_perceptual_mult: float = 0.0
+    """Weight of the difference of what stage 2's decoder makes of what psi_c and psi_f estimate, see
+    `latent_perceptual_loss.py`."""
     joint: JointConfig | None = None
     """Also optimises c, or f, of the training scenes (SSDNeRF), see `joint_training.py`; not of psi_g."""
     condition_dropout: float = 0.0
@@ -286,6 +290,7 @@ class DiffusionLosses:
         share: what this process works on; by default everything.
         with_map: False hides the maps of all scenes from a denoiser that knows maps.
         rendering: for `rendering_mult`.
+        perceptual: for `latent_perceptual_mult`.
     """
 
     def __init__(
@@ -299,8 +304,9 @@ class DiffusionLosses:
         share: BatchShare | None = None,
         with_map: bool = True,
         rendering: EstimateRendering | None = None,
+        perceptual: LatentPerceptualLoss | None = None,
     ) -> None:
-        self.with_map, self.rendering = with_map, rendering
+        self.with_map, self.rendering, self.perceptual = with_map, rendering, perceptual
         self.stage, self.wrapped, self.denoiser = stage, wrapped, denoiser
         self.memory, self.config, self.device = memory, config, device
         self.share = share or batch_share(config.schedule)
@@ -311,24 +317,27 @@ class DiffusionLosses:
         step, part = share.place(number)
         timestep = self.timesteps(share.joint_batch_size, share.seed + step)[part]
         indices, draws = share.items(len(self.memory), number), share.draws(number, self.device)
-        if self.rendering is None:
+        if self.rendering is None and self.perceptual is None:
             return {"loss": self.loss(indices, timestep, draws)}
-        return self.losses_with_rendering(indices, timestep.to(self.device), draws)
+        return self.losses_of_estimate(indices, timestep.to(self.device), draws)
 
-    def losses_with_rendering(
+    def losses_of_estimate(
         self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws
     ) -> dict[str, Tensor]:
-        """The loss of the prediction, and that of what the estimate looks like, of one prediction."""
-        assert self.rendering is not None
+        """The loss of the prediction, and those of the estimate it makes: of its renderings and decoder features."""
         turns = draws.integers(self.memory.num_turns)
         pass_ = self.predict(indices, timestep, draws, turns=turns)
         signal, sigma = signal_and_noise(self.scheduler, timestep)
         estimate = estimated_clean(self.scheduler, pass_.predicted, pass_.noisy, timestep)
-        rendered = self.rendering(estimate, signal_share(signal, sigma), indices, turns, draws)
-        return {
-            "loss": self._error(pass_, timestep),
-            "rendering_loss": self.config.rendering_mult * rendered,
-        }
+        share = signal_share(signal, sigma)
+        losses = {"loss": self._error(pass_, timestep)}
+        if self.rendering is not None:
+            rendered = self.rendering(estimate, share, indices, turns, draws)
+            losses["rendering_loss"] = self.config.rendering_mult * rendered
+        if self.perceptual is not None:
+            error = self.perceptual(estimate, pass_.clean, share, indices, turns)
+            losses["latent_perceptual_loss"] = self.config.latent_perceptual_mult * error
+        return losses
 
     def timesteps(self, count: int, seed: int) -> Shaped[Tensor, " count"]:
         """Timesteps of a batch; those of a flow are no whole numbers."""
@@ -431,7 +440,7 @@ class JointLosses(DiffusionLosses):
         super().__init__(*others, **settings)
         self.codes = codes
 
-    def losses_with_rendering(
+    def losses_of_estimate(
         self, indices: list[int], timestep: Shaped[Tensor, " batch"], draws: ItemDraws
     ) -> dict[str, Tensor]:
         """The loss of the prediction; what the views of the moved codes lost before is logged."""
@@ -632,6 +641,8 @@ def train_denoiser(
         identity["flow_shift"] = config.flow_shift
     if config.rendering_mult and stage != "global":
         identity["rendering_mult"] = config.rendering_mult
+    if config.latent_perceptual_mult and stage != "global":
+        identity["latent_perceptual_mult"] = config.latent_perceptual_mult
     if joint is not None:
         identity |= {"joint": asdict(joint), "codes": tensor_hash(memory.coarse)}
     if config.schedule.ema_profiles:
@@ -668,7 +679,11 @@ def train_denoiser(
             assert joint is not None
             optimiser = CodeOptimiser(trained.denoiser, trained.codes, memory, joint)
             return JointLosses(optimiser, *given, rendering=rendering)
-        return DiffusionLosses(*given, rendering=rendering)
+        perceptual = None
+        if config.latent_perceptual_mult and not isinstance(denoiser, GlobalDenoiser):
+            frozen_stage2 = latent_autoencoder.to(accelerator.device).requires_grad_(False)
+            perceptual = LatentPerceptualLoss(denoiser, frozen_stage2, memory)
+        return DiffusionLosses(*given, rendering=rendering, perceptual=perceptual)
 
     render = None
     if scene_autoencoder is not None and config.schedule.validation_steps:
@@ -762,6 +777,10 @@ def _require_snapshots(config: DiffusionTrainingConfig) -> None:
 def _require_renderings(config: DiffusionTrainingConfig, renderer: SceneAutoencoder | None, views: object) -> None:
     if not 0 <= config.rendering_mult < float("inf"):
         raise UserInputError(f"--rendering-mult is {config.rendering_mult}: give a finite number of at least 0.")
+    if not 0 <= config.latent_perceptual_mult < float("inf"):
+        raise UserInputError(
+            f"--latent-perceptual-mult is {config.latent_perceptual_mult}: give a finite number of at least 0."
+        )
     if config.rendering_mult and (renderer is None or views is None):
         raise ValueError("rendering_mult needs scene_autoencoder and views")
 
@@ -772,9 +791,11 @@ def _require_joint(
     if config.joint is None:
         return
     config.joint.check()
-    if config.rendering_mult or shortening is not None or config.schedule.ema_profiles:
+    others = config.rendering_mult or config.latent_perceptual_mult
+    if others or shortening is not None or config.schedule.ema_profiles:
         raise UserInputError(
-            "Joint training goes without --rendering-mult, --distil and --ema-profiles: leave them out."
+            "Joint training goes without --rendering-mult, --latent-perceptual-mult, --distil and --ema-profiles: "
+            "leave them out."
         )
     if renderer is None or views is None:
         raise ValueError("joint training needs scene_autoencoder and views")

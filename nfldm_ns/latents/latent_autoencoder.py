@@ -332,6 +332,12 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         background = self.background_path.decode(codes.global_latent).float()
         return self._denormalise(self._decode(codes).float(), background)
 
+    def decoder_features(self, latents: SceneLatents) -> list[Float[Tensor, "batch channels y x"]]:
+        """What the decoder makes of latents in its hidden layers, coarsest first; they are quantised first."""
+        codes = self.quantise(latents)
+        fine, coarse = pack_channels_last(codes.fine), pack_channels_last(codes.coarse.flatten(1, 2))
+        return self.decoder.features(codes.global_latent, coarse, fine)
+
     def _denormalise(
         self, voxels: Float[Tensor, "batch folded y x"], background: Float[Tensor, "batch codes 4"]
     ) -> VoxelGrid:
@@ -549,19 +555,31 @@ class _Decoder(nn.Module):
         coarse: Float[Tensor, "batch coarse yc xc"],
         fine: Float[Tensor, "batch fine y x"],
     ) -> Float[Tensor, "batch out y x"]:
+        h = self.features(global_latent, coarse, fine)[-1]
+        if self.norm_out is not None:
+            h = F.silu(self.norm_out(h, global_latent))
+        return self.conv_out(h)
+
+    def features(
+        self,
+        global_latent: Float[Tensor, "batch dim"],
+        coarse: Float[Tensor, "batch coarse yc xc"],
+        fine: Float[Tensor, "batch fine y x"],
+    ) -> list[Tensor]:
+        """Hidden maps: at the resolution of c, after each upsampling, and after f joined."""
         h = self.mid(self.conv_in(coarse), global_latent)
         for block in self.lowest:
             h = block(h, global_latent)
+        found = [h]
         for blocks, upsample in zip(self.levels, self.upsamples, strict=True):
             for block in blocks:  # type: ignore[attr-defined]
                 h = block(h, global_latent)
             h = upsample(h)
+            found.append(h)
         h = self.fusion_in(torch.cat([h, fine.to(h.dtype)], dim=1))
         for block in self.fusion:
             h = block(h, global_latent)
-        if self.norm_out is not None:
-            h = F.silu(self.norm_out(h, global_latent))
-        return self.conv_out(h)
+        return [*found, h]
 
 
 def _blocks(channels: int, condition_dim: int | None, count: int) -> nn.ModuleList:
