@@ -41,8 +41,8 @@ class ImageUpsampler(nn.Module):
     @torch.no_grad()
     def scale_detail(self, factor: float) -> None:
         """Has the network's detail count so many times; 0 leaves images interpolated."""
-        self.out.weight *= factor
-        self.out.bias *= factor
+        for parameter in self.out.parameters():
+            parameter.mul_(factor)
 
 
 class ImageDecoder(nn.Module):

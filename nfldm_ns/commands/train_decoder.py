@@ -116,8 +116,8 @@ class TrainDecoder:
         weights = {name: getattr(self, name) for name in ("adversarial_mult", "consistency_mult", "window")}
         losses = replace(config.losses, **{name: value for name, value in weights.items() if value is not None})
         schedule = replace(config.schedule, **self.schedule.given())
-        names = ("decoder_blocks", "upsampling_channels", "upsampling_detail")
-        sizes = {name: getattr(self, name) for name in names}
+        of_decoder = ("decoder_blocks", "upsampling_channels", "upsampling_detail")
+        sizes = {name: getattr(self, name) for name in of_decoder}
         return replace(
             config,
             examples=examples,

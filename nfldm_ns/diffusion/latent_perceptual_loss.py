@@ -7,8 +7,6 @@ much. As in `rendering_loss.py`, an estimate counts as much as the signal's shar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -40,7 +38,7 @@ class LatentPerceptualLoss:
         estimate: Float[Tensor, " batch *shape"],
         clean: Float[Tensor, " batch *shape"],
         signal_share: Float[Tensor, " batch"],
-        indices: Sequence[int],
+        indices: list[int],
         turns: Int[Tensor, " batch"],
     ) -> Float[Tensor, ""]:
         """Mean squared difference of features in standard deviations of the true ones', weighted.
@@ -62,7 +60,7 @@ class LatentPerceptualLoss:
         error = torch.stack(errors).mean(0)
         return (signal_share.to(error) * error).mean()
 
-    def _features(self, latent: Tensor, indices: Sequence[int], turns: Tensor) -> list[Tensor]:
+    def _features(self, latent: Tensor, indices: list[int], turns: Tensor) -> list[Tensor]:
         latents = latents_with(self.denoiser, self.latent_autoencoder, self.memory, latent, indices, turns)
         return [features.float() for features in self.latent_autoencoder.decoder_features(latents)]
 

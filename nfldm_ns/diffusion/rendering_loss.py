@@ -93,7 +93,7 @@ def latents_with(
     latent_autoencoder: LatentAutoencoder,
     memory: LatentMemory,
     estimate: Float[Tensor, " batch *shape"],
-    indices: Sequence[int],
+    indices: list[int],
     turns: Int[Tensor, " batch"],
 ) -> SceneLatents:
     """A denoiser's latent, given in normalised units, in its own units, with the scenes' other latents as they are."""
