@@ -114,8 +114,8 @@ GROUPS: dict[str, dict[str, Variant]] = {
 }
 OF_STAGE_2 = ("levels", "equivariance")
 """Groups that change the latent auto-encoder."""
-VIEWED = ("joint", "rendering_mult", "latent_perceptual_mult")
-"""Of a training, what is of c and f alone."""
+OF_C_AND_F = ("joint", "rendering_mult", "latent_perceptual_mult")
+"""Of a training, what does not concern psi_g: it has neither views nor a decoder to be judged by."""
 UNTIL_TIME_IS_OVER = 10**7  # steps
 VIEWS_GIB = 1.0  # of memory, for views that codes or estimates are compared with
 PAPER = {"levels": {"c": 46.43, "c + f": 43.52, "c + f + g": 35.69}}
@@ -161,7 +161,7 @@ class Options(VariantOptions, SampleOptions):
                 schedule=replace(
                     self._schedule(training.schedule, steps[stage], seconds[stage], seed), ema_profiles=variant.profiles
                 ),
-                **(variant.training if stage != "global" else without_views(variant.training)),
+                **(variant.training if stage != "global" else of_global(variant.training)),
             )
             for stage, training in DIFFUSION_PRESETS[self.base].training.items()
         }
@@ -173,9 +173,9 @@ class Options(VariantOptions, SampleOptions):
         return replace(cut(schedule, max_steps, seed), mixed_precision=precision, time_budget_s=seconds)
 
 
-def without_views(training: dict[str, Any]) -> dict[str, Any]:
-    """What of it concerns psi_g, which looks at no views."""
-    return {name: value for name, value in training.items() if name not in VIEWED}
+def of_global(training: dict[str, Any]) -> dict[str, Any]:
+    """What of it concerns psi_g."""
+    return {name: value for name, value in training.items() if name not in OF_C_AND_F}
 
 
 def cut(schedule: Schedule, max_steps: int | None, seed: int) -> Schedule:

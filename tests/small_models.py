@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from nfldm_ns.diffusion.flow import make_flow_scheduler
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline, assemble_pipeline
 from nfldm_ns.diffusion.training import make_scheduler
 from nfldm_ns.latents.latent_autoencoder import LatentAutoencoder
+from nfldm_ns.latents.voxel_store import VoxelStore, encode_collection
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
-from tests.synthetic import AABB, BEV_CLASSES, FAR, NEAR
+from tests.synthetic import AABB, BEV_CLASSES, FAR, NEAR, make_box_room_collection
 
 BACKGROUND_CHANNELS = 2
 LATENT_SIZES = {
@@ -56,6 +58,12 @@ def small_scene_autoencoder(seed: int = 0) -> SceneAutoencoder:
         encoder_channels=(8, 8),
         decoder_channels=(8, 8),
     ).eval()
+
+
+def encoded_rooms(root: Path, scene_autoencoder: SceneAutoencoder) -> VoxelStore:
+    """Three box rooms for training and one held out, and their voxels."""
+    rooms = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
+    return encode_collection(rooms, scene_autoencoder, root / "voxels")
 
 
 def small_latent_autoencoder(seed: int = 0, **changes) -> LatentAutoencoder:

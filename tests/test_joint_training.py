@@ -31,13 +31,11 @@ from nfldm_ns.diffusion.training import (
     train_denoiser,
 )
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.training.draws import ItemDraws
 from nfldm_ns.training.identity import model_hash
 from nfldm_ns.training.schedule import Schedule
 from tests.interruption import Interrupted, interrupt
-from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
-from tests.synthetic import make_box_room_collection
+from tests.small_models import DENOISER_SIZES, encoded_rooms, small_latent_autoencoder, small_scene_autoencoder
 
 JOINT = JointConfig(num_scenes=2, num_views=1)
 CONFIG = DiffusionTrainingConfig(
@@ -57,9 +55,7 @@ def renderer():
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, renderer):
-    root = tmp_path_factory.mktemp("scenes")
-    collection = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
-    return encode_collection(collection, renderer, root / "voxels")
+    return encoded_rooms(tmp_path_factory.mktemp("scenes"), renderer)
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,8 @@ from nfldm_ns.diffusion.rendering_loss import latents_with
 from nfldm_ns.diffusion.training import DiffusionLosses, DiffusionTrainingConfig, new_denoiser, train_denoiser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.blocks import pack_channels_last
-from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.training.schedule import Schedule
-from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
-from tests.synthetic import make_box_room_collection
+from tests.small_models import DENOISER_SIZES, encoded_rooms, small_latent_autoencoder, small_scene_autoencoder
 
 CONFIG = DiffusionTrainingConfig(
     schedule=Schedule(max_steps=2, batch_size=2, log_every=1, checkpoint_every=2), latent_perceptual_mult=0.5
@@ -34,9 +32,7 @@ def latent_autoencoder():
 
 @pytest.fixture(scope="module")
 def memory(tmp_path_factory, latent_autoencoder):
-    root = tmp_path_factory.mktemp("scenes")
-    rooms = make_box_room_collection(root / "rooms", num_train=3, num_test=1)
-    store = encode_collection(rooms, small_scene_autoencoder(), root / "voxels")
+    store = encoded_rooms(tmp_path_factory.mktemp("scenes"), small_scene_autoencoder())
     return encode_latents(store, latent_autoencoder, store.splits["train"])
 
 

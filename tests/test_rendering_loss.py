@@ -23,12 +23,10 @@ from nfldm_ns.diffusion.training import (
 )
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.latents.scene_latents import SceneLatents
-from nfldm_ns.latents.voxel_store import encode_collection
 from nfldm_ns.scenes.views import Views, rotate_cameras90
 from nfldm_ns.training.draws import ItemDraws
 from nfldm_ns.training.schedule import Schedule
-from tests.small_models import DENOISER_SIZES, small_latent_autoencoder, small_scene_autoencoder
-from tests.synthetic import make_box_room_collection
+from tests.small_models import DENOISER_SIZES, encoded_rooms, small_latent_autoencoder, small_scene_autoencoder
 
 CONFIG = DiffusionTrainingConfig(
     schedule=Schedule(max_steps=2, batch_size=2, log_every=1, checkpoint_every=2), rendering_mult=0.5
@@ -47,10 +45,7 @@ def renderer():
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, renderer):
-    root = tmp_path_factory.mktemp("scenes")
-    return encode_collection(
-        make_box_room_collection(root / "rooms", num_train=3, num_test=1), renderer, root / "voxels"
-    )
+    return encoded_rooms(tmp_path_factory.mktemp("scenes"), renderer)
 
 
 @pytest.fixture(scope="module")

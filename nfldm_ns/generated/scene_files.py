@@ -188,7 +188,7 @@ def load_generated_scene(folder: Path | str) -> GeneratedScene:
         raise UserInputError(f"{path} and {TENSORS} do not fit together ({error}): sample the scene again.") from None
     cameras = None
     if (folder / "transforms.json").exists():
-        cameras = _cameras(folder)
+        cameras = frame_cameras(folder)
     return GeneratedScene(grid, renderer, cameras, _with_prefix(tensors, "latents."), scene.provenance or {})
 
 
@@ -259,9 +259,15 @@ def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _cameras(folder: Path) -> Cameras:
+def frame_cameras(folder: Path, with_targets: bool = False) -> Cameras:
+    """Cameras of a generated scene's images, batch shape `[N]`: its own, then if wanted those on the way between them.
+
+    Raises:
+        UserInputError: if the file does not tell them.
+    """
     transforms = read_transforms(folder)
     first = transforms.frames[transforms.source_names[0]]
     if "w" not in first or "h" not in first:
         raise UserInputError(f"{transforms.path} lacks w or h of {first['file_path']}: sample the scene again.")
-    return transforms.cameras(transforms.source_names, (int(first["w"]), int(first["h"])))
+    names = [*transforms.source_names, *(transforms.target_names if with_targets else [])]
+    return transforms.cameras(names, (int(first["w"]), int(first["h"])))

@@ -335,8 +335,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
     def decoder_features(self, latents: SceneLatents) -> list[Float[Tensor, "batch channels y x"]]:
         """What the decoder makes of latents in its hidden layers, coarsest first; they are quantised first."""
         codes = self.quantise(latents)
-        fine, coarse = pack_channels_last(codes.fine), pack_channels_last(codes.coarse.flatten(1, 2))
-        return self.decoder.features(codes.global_latent, coarse, fine)
+        return self.decoder.features(codes.global_latent, *_packed(codes))
 
     def _denormalise(
         self, voxels: Float[Tensor, "batch folded y x"], background: Float[Tensor, "batch codes 4"]
@@ -345,7 +344,7 @@ class LatentAutoencoder(ModelMixin, ConfigMixin):
         return replace(grid, background=self.background_path.denormalise(background))
 
     def _decode(self, codes: SceneLatents) -> Float[Tensor, "batch folded y x"]:
-        fine, coarse = pack_channels_last(codes.fine), pack_channels_last(codes.coarse.flatten(1, 2))
+        coarse, fine = _packed(codes)
         voxels = self.decoder(codes.global_latent, coarse, fine)
         return voxels if self.linear is None else voxels + self.linear.decode(coarse, fine)
 
@@ -580,6 +579,11 @@ class _Decoder(nn.Module):
         for block in self.fusion:
             h = block(h, global_latent)
         return [*found, h]
+
+
+def _packed(codes: SceneLatents) -> tuple[Float[Tensor, "batch coarse yc xc"], Float[Tensor, "batch fine y x"]]:
+    """c, its height folded into channels, and f, as the decoder's convolutions are fast with."""
+    return pack_channels_last(codes.coarse.flatten(1, 2)), pack_channels_last(codes.fine)
 
 
 def _blocks(channels: int, condition_dim: int | None, count: int) -> nn.ModuleList:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nfldm_ns.choice import evenly
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.generated.scene_files import DESCRIPTION, load_generated_scene
+from nfldm_ns.generated.scene_files import DESCRIPTION, frame_cameras, load_generated_scene
 from nfldm_ns.refine.views import judged_cameras
 from nfldm_ns.reports.galleries import to_uint8
 from nfldm_ns.scenes.collection import MASK_FOLDER, SceneCollection, read_json, read_transforms
@@ -99,10 +99,7 @@ def render_images(folders: Sequence[Path], size: int) -> UInt8[Tensor, "images 3
 def _scene_images(folder: Path, size: int) -> UInt8[Tensor, "views 3 size size"]:
     """Those on disk, or rendered again where they are larger than a prior is shown."""
     if read_json(folder / DESCRIPTION).get("autoencoder", {}).get("decoder_upsampling_channels"):
-        scene, transforms = load_generated_scene(folder), read_transforms(folder)
-        first = next(iter(transforms.frames.values()))
-        names = [*transforms.source_names, *transforms.target_names]
-        cameras = transforms.cameras(names, (int(first["w"]), int(first["h"])))
+        scene, cameras = load_generated_scene(folder), frame_cameras(folder, with_targets=True)
         judged = judged_cameras(cameras, scene.renderer, size)
         if judged is not cameras:
             with torch.inference_mode():
