@@ -59,6 +59,7 @@ from nfldm_ns.scenes.collection import SceneCollection, read_json
 from nfldm_ns.scenes.views import Views, index_cameras
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
 from nfldm_ns.training.identity import model_hash
+from nfldm_ns.training.options import MixedPrecision, precision_here
 from shared.comparisons import fingerprint, stored, use_threads
 from shared.flights import FlightJudge
 from shared.running import run
@@ -98,6 +99,8 @@ class Options(SampleOptions):
     """a trained stage 1 that shows real scenes for FVD; by default that of --pipeline, and without both no FVD"""
     fvd_scenes: int = 250
     """scenes of each set for FVD; no more than are sampled and than the test split has"""
+    mixed_precision: MixedPrecision | None = None
+    """of the trainings; by default as the preset says, on a CPU single precision"""
     seed: int = 0
     """of the trainings"""
     threads: int = 2
@@ -118,6 +121,8 @@ class Options(SampleOptions):
         """The preset's training within the time, at a learning rate."""
         preset = GAN_PRESETS[self.preset].training
         given: dict[str, Any] = {"time_budget_s": self.seconds, "seed": self.seed, "report_to": "none"}
+        if (precision := precision_here(self.mixed_precision)) is not None:
+            given["mixed_precision"] = precision
         given |= {} if self.max_steps is None else {"max_steps": self.max_steps}
         return replace(
             preset,

@@ -30,7 +30,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from latent_ablations import GROUPS as LATENT_GROUPS
 from latent_ablations import Change, model_arguments, open_store, settings
@@ -59,7 +59,7 @@ from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.report import Table
 from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.training.identity import model_hash
-from nfldm_ns.training.options import precision_here
+from nfldm_ns.training.options import MixedPrecision, precision_here
 from nfldm_ns.training.schedule import Schedule
 from shared.comparisons import VariantOptions, find_result, fingerprint, stored
 from shared.running import run
@@ -138,7 +138,7 @@ class Options(VariantOptions, SampleOptions):
     """training steps of the denoisers of g, c and f; by default the preset's"""
     denoiser_seconds: tuple[float, float, float] | None = None
     """time of the trainings of g, c and f instead of steps, which then depend on the machine"""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    mixed_precision: MixedPrecision | None = None
     """of the denoisers' trainings; by default the preset's"""
     temperatures: tuple[float, float, float] | None = None
     """of the initial noise of g, c and f; by default the preset's"""

@@ -120,7 +120,7 @@ class Options:
     objectives: tuple[ObjectiveName, ...] = ()
     """each with each guidance (csd not without any); by default that of --objective"""
     priors: tuple[str, ...] = ()
-    """each with each guidance and objective; by default that of --prior"""
+    """each with each guidance and objective; by default that of --prior, which by default is the first of these"""
     lights: tuple[Light, ...] = ("plain",)
     """each with all of these: DreamFusion's shaded, and textureless, views for some of all"""
     styles: tuple[Path, ...] = ()
@@ -141,6 +141,10 @@ class Options:
     """learning rates"""
     threads: int = 2
     """CPU threads"""
+
+    def __post_init__(self) -> None:
+        if self.refinement.prior is None and self.priors:
+            self.refinement = replace(self.refinement, prior=self.priors[0])
 
     def check(self) -> None:
         """Raises `UserInputError` for what cannot be, before anything long begins."""
@@ -282,12 +286,10 @@ class Bench:
     """
 
     options: Options
-    pipeline: NFLDMPipeline
+    judge: SceneJudge
     folder: PictureFolder
 
     def __post_init__(self) -> None:
-        width, height = SceneCollection.open(self.options.data).image_size
-        self.judge = SceneJudge(self.pipeline, image_size=(height, width))
         self.loaded: dict[str, ImagePrior] = {}
 
     def priors(self, config: RefinementConfig) -> list[ImagePrior]:
@@ -315,7 +317,7 @@ class Bench:
         missing = {state: c for state, c in self.configurations(index).items() if not self._is_there(state, name)}
         if self._is_there(BEFORE, name) and not missing:
             return name
-        scene = sample_scene(self.pipeline, seed, self.options.num_inference_steps, self.judge.image_size)
+        scene = sample_scene(self.judge.pipeline, seed, self.options.num_inference_steps, self.judge.image_size)
         eye = Eye(self.judge, scene, self.options, seed)
         if not self._is_there(BEFORE, name):
             self._keep(BEFORE, name, eye, scene.grid)
@@ -516,7 +518,8 @@ def main(options: Options) -> None:
     check_fit(pipeline, collection, settings)
     real = SampleJudge(collection, options.output_dir, settings)
     stored(options.output_dir / "settings.json", options.settings() | {"components": fingerprints(pipeline)}, dict)
-    bench = Bench(options, pipeline, PictureFolder(options.output_dir))
+    width, height = collection.image_size
+    bench = Bench(options, SceneJudge(pipeline, image_size=(height, width)), PictureFolder(options.output_dir))
     names = [bench.run(index) for index in range(options.num_scenes)]
     for way in ways(options):
         before_and_after(bench, names, way)

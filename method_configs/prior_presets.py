@@ -52,7 +52,7 @@ PRIOR_PRESETS: dict[PriorPresetName, PriorPreset] = {
                 learning_rate=4e-4,
                 warmup_steps=500,
                 log_every=50,
-                checkpoint_every=1000,
+                checkpoint_every=250,
                 validation_steps=1000,
             ),
             ema_decay=0.9995,

@@ -426,6 +426,8 @@ def test_baselines_are_trained_equally_long_and_compared(
         num_inference_steps=2,
         threads=torch.get_num_threads(),
     )
+    half = replace(options, mixed_precision="bf16").training(1e-3)
+    assert half.schedule.mixed_precision == half.prior_schedule.mixed_precision == "bf16"
     for change, said in (
         ({"methods": ()}, "nothing to train"),
         ({"learning_rates": (0.0,)}, "must be above 0"),
@@ -937,6 +939,8 @@ def test_ways_of_refining_are_all_combinations_by_what_differs() -> None:
     assert last.shading.shaded_share == 0.5 and ways["none"].shading.shaded_share == 0
     with pytest.raises(UserInputError, match="Two of --priors are called second"):
         refining.ways(replace(options, priors=("here/second", "there/second")))
+    listed = replace(options, refinement=RefinementConfig(), lights=("plain",))
+    assert set(refining.ways(listed)) == set(plain)  # the first of them stands in for --prior
 
 
 def test_refining_has_the_defaults_of_the_method() -> None:

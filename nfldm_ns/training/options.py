@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 ReportTo = Literal["tensorboard", "wandb", "all", "none"]
+MixedPrecision = Literal["no", "bf16", "fp16"]
 
 
 @dataclass
@@ -26,7 +27,7 @@ class ScheduleOptions:
     """Passes per optimiser step: a step learns from this many times `--batch-size` (times the processes)."""
     learning_rate: float | None = None
     """Its peak."""
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    mixed_precision: MixedPrecision | None = None
     """By default the preset's, else what `accelerate launch` says; on a CPU single precision, as the presets' bf16 is
     for GPUs, and many times slower there."""
     compile: bool = False
