@@ -56,7 +56,7 @@ from nfldm_ns.reports.report import Table
 from nfldm_ns.reports.resources import device_info
 from nfldm_ns.sampling.scenes import draw_scenes, load_generator
 from nfldm_ns.scenes.collection import SceneCollection, read_json
-from nfldm_ns.scenes.views import Views, index_cameras
+from nfldm_ns.scenes.views import Views, index_cameras, resize_cameras
 from nfldm_ns.scenes.writing import atomic_path, require_writable, write_json
 from nfldm_ns.training.identity import model_hash
 from nfldm_ns.training.options import MixedPrecision, precision_here
@@ -223,6 +223,7 @@ class Comparison:
                 seed = options.first_scene + index
                 scene = draw_scenes(pipeline, 1, seed, num_inference_steps=num_inference_steps, source=str(folder))[0]
                 seconds += time.perf_counter() - begun
+                scene = seen_at(scene, self.collection.image_size)
                 views = sampled_views(scene, options.views_per_scene)
                 write_pictures(pictures, f"{seed:06d}", views)
                 if index < SCENES_SHOWN:
@@ -264,6 +265,14 @@ def flight_judge(options: Options, collection: SceneCollection, judge: SampleJud
     count, made_with = min(options.fvd_scenes, options.num_scenes), {**judge.protocol, "stage1": model_hash(stage1)}
     folder = options.output_dir / f"flights-{fingerprint({**made_with, 'scenes': count})}"
     return FlightJudge(collection, stage1.to(work_device()), ids, count, folder)
+
+
+def seen_at(scene: GeneratedScene, image_size: tuple[int, int]) -> GeneratedScene:
+    """The scene with cameras of (width, height), as the real images have it: models of larger images are not judged
+    by sharper pictures."""
+    assert scene.cameras is not None
+    width, height = image_size
+    return replace(scene, cameras=resize_cameras(scene.cameras, height, width))
 
 
 def sampled_views(scene: GeneratedScene, count: int) -> Float[Tensor, "views 3 height width"]:

@@ -460,6 +460,15 @@ def test_baselines_are_trained_equally_long_and_compared(
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_views_of_baselines_are_of_the_size_of_the_real_images() -> None:
+    baselines = script("gan_baselines")
+    renderer = small_renderer("colours", num_samples=8, feature_stride=1, decoder_channels=(8,))
+    scene = GeneratedScene(random_grid(1, channels=3), renderer, surround_cameras(4, (32, 32), 16.0))
+    seen = baselines.seen_at(scene, (16, 8))
+    assert baselines.sampled_views(seen, 2).shape == (2, 3, 8, 16)
+    assert baselines.sampled_views(scene, 2).shape == (2, 3, 32, 32), "the scene itself stays"
+
+
 def test_views_of_one_surface_agree_and_views_of_none_have_no_number() -> None:
     baselines = script("gan_baselines")
     renderer = small_renderer("colours", num_samples=64, feature_stride=1, decoder_channels=(8,))
