@@ -271,8 +271,7 @@ def seen_at(scene: GeneratedScene, image_size: tuple[int, int]) -> GeneratedScen
     """The scene with cameras of (width, height), as the real images have it: models of larger images are not judged
     by sharper pictures."""
     assert scene.cameras is not None
-    width, height = image_size
-    return replace(scene, cameras=resize_cameras(scene.cameras, height, width))
+    return replace(scene, cameras=resize_cameras(scene.cameras, *image_size[::-1]))
 
 
 def sampled_views(scene: GeneratedScene, count: int) -> Float[Tensor, "views 3 height width"]:

@@ -518,8 +518,7 @@ def main(options: Options) -> None:
     check_fit(pipeline, collection, settings)
     real = SampleJudge(collection, options.output_dir, settings)
     stored(options.output_dir / "settings.json", options.settings() | {"components": fingerprints(pipeline)}, dict)
-    width, height = collection.image_size
-    bench = Bench(options, SceneJudge(pipeline, image_size=(height, width)), PictureFolder(options.output_dir))
+    bench = Bench(options, real.scene_judge(pipeline), PictureFolder(options.output_dir))
     names = [bench.run(index) for index in range(options.num_scenes)]
     for way in ways(options):
         before_and_after(bench, names, way)

@@ -171,11 +171,12 @@ class SampleJudge:
         pictures = PictureFolder(folder)
         with progress_bars() as show:
             title = show(f"Sampling {settings.num_scenes} scenes")
-            names = judge_generated(self._judge(pipeline), pictures, settings, title)
+            names = judge_generated(self.scene_judge(pipeline), pictures, settings, title)
             title = show(f"Features of {settings.num_images} images")
             return self._features(pictures, "samples", names, settings.views_per_scene, title)
 
-    def _judge(self, pipeline: NFLDMPipeline) -> SceneJudge:
+    def scene_judge(self, pipeline: NFLDMPipeline) -> SceneJudge:
+        """What looks at a generator's scenes at the size of the real images."""
         width, height = self.collection.image_size
         return SceneJudge(pipeline.to(work_device()), image_size=(height, width))
 
@@ -186,7 +187,7 @@ class SampleJudge:
         with progress_bars() as show:
             title = show(f"Encoding {len(scenes.scene_ids)} test scenes")
             with_source = self.settings.with_source_views
-            judge_real(self._judge(pipeline), self.collection, pictures, REFERENCE, scenes, with_source, title)
+            judge_real(self.scene_judge(pipeline), self.collection, pictures, REFERENCE, scenes, with_source, title)
             title = show(f"Features of {self.settings.num_images} images")
             return self._features(pictures, "stage2", scenes.scene_ids, scenes.num_views, title)
 
