@@ -41,11 +41,13 @@ from nfldm_ns.metrics.images import nearest_source_view
 from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
 from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.report import Table
-from nfldm_ns.scenes.collection import SceneCollection
+from nfldm_ns.scenes.collection import SceneCollection, read_json
 from nfldm_ns.scenes.views import SceneBatch
 from shared.comparisons import VariantOptions, stored
 from shared.running import run
 from shared.short_training import ShortTraining, make_autoencoder
+
+REFINEMENT = ("refinement_channels", "refinement_steps")
 
 
 @dataclass(frozen=True)
@@ -120,12 +122,15 @@ class Options(VariantOptions):
 def begun(
     collection: SceneCollection, network: dict[str, Any], seed: int, initial_weights: Path | None = None
 ) -> SceneAutoencoder:
-    """An auto-encoder with random weights, or those of a trained one."""
+    """An auto-encoder with random weights, or those of a trained one, with its learned refinement if it has one."""
     torch.manual_seed(seed)
-    model = make_autoencoder(collection, SceneNetworkConfig(**network))
-    if initial_weights is not None:
-        weights = scene_autoencoder_folder(initial_weights) / WEIGHTS
-        load_initial_weights(model, read_safetensors(weights), weights)
+    if initial_weights is None:
+        return make_autoencoder(collection, SceneNetworkConfig(**network))
+    folder = scene_autoencoder_folder(initial_weights)
+    trained = read_json(folder / "config.json")
+    refinement = {name: trained[name] for name in REFINEMENT if name in trained}
+    model = make_autoencoder(collection, SceneNetworkConfig(**{**network, **refinement}))
+    load_initial_weights(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
     return model
 
 
@@ -143,7 +148,9 @@ def train(
     settings = scene_autoencoder_config("ablation", replace(preset, loss=loss)).optimizers
     loss_config = StageOneLossConfig(**loss)
     model = begun(collection, {**preset.network, **variant.network}, seed, initial_weights)
-    model.to(perceptual_device(perceptual), memory_format=torch.channels_last)
+    model.to(perceptual_device(perceptual))
+    for network in (model.encoder, model.decoder):
+        network.to(memory_format=torch.channels_last)
     sampling = SceneSamplerConfig(**{**preset.sampling, **variant.sampling, "seed": seed})
     training = ShortTraining(
         SceneSampler(SceneCache(collection, limit_gib=8.0), collection.split("train"), sampling),

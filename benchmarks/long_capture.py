@@ -1,6 +1,7 @@
 """One long capture in somebody else's format, cut into scenes, checked, and trained on for some hundred steps.
 
-    python benchmarks/long_capture.py --output-dir OUT [--frames 480 --steps 300 --initial-weights vizdoom-stage1]
+    python benchmarks/long_capture.py --output-dir OUT [--frames 480 --steps 300]
+    ... --base rooms --initial-weights vizdoom-stage1 --box -7.5 -7.5 -2.2 7.5 7.5 3.9
 
 There is no capture to download, so one is recorded: a walk through the rooms of a maze, looking left and right, which
 VizDoom renders with exact depth, in ScanNet's layout. From there on nothing knows of Doom: a collection is made of it

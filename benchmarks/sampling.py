@@ -322,8 +322,9 @@ def check(options: Options) -> None:
     use_threads(options.threads)
     if options.repeats < 1:
         raise UserInputError(f"--repeats is {options.repeats}: give at least 1.")
-    for text in (options.reference, *options.samplers):
-        Sampler.parse(text)
+    samplers = [Sampler.parse(text) for text in (options.reference, *options.samplers)]
+    for name in sorted({sampler.pipeline for sampler in samplers} - {""}):
+        load_pipeline(name)
     if any(value < 0 for trial in options.temperatures for value in trial):
         raise UserInputError("--temperatures has a negative number: give three of at least 0 for each trial.")
     if options.data is None and {*options.what} - {"cost"}:

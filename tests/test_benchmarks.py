@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from nfldm_ns.autoencoder.checkpoints import save_scene_autoencoder
 from nfldm_ns.autoencoder.grid_optimisation import GridOptimiserConfig
 from nfldm_ns.autoencoder.lifting import Fusion, Splatting, depth_bins, fuse_frustums
+from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.diffusion.pipeline import NFLDMPipeline
 from nfldm_ns.diffusion.training import STAGES, DiffusionTrainingConfig, make_scheduler
 from nfldm_ns.diffusion.windows import WindowGrid
@@ -40,6 +41,7 @@ from nfldm_ns.metrics.images import kernel_distance
 from nfldm_ns.metrics.layout import LayoutSettings, map_layout
 from nfldm_ns.plugin.generated_run import write_generated_scene
 from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
+from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig
 from nfldm_ns.reconstruction.poses import PoseConfig
 from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig
@@ -175,6 +177,27 @@ def test_ablations_continue_where_they_stopped(
         ablations.main(replace(options, steps=5))
     with pytest.raises(UserInputError, match="no group"):
         ablations.main(replace(options, group="nothing"))
+
+
+def test_trainings_begin_with_the_refinement_of_the_weights_they_begin_from(
+    box_room_collection: SceneCollection, tmp_path: Path, small_preset: None
+) -> None:
+    require_weights("lpips-vgg")
+    ablations = script("ablations")
+    for channels in (0, 4):
+        network = {**SMALL_NETWORK, "refinement_channels": channels}
+        trained = ablations.begun(box_room_collection, network, seed=0)
+        save_scene_autoencoder(trained, tmp_path / str(channels), {})
+        model = ablations.begun(box_room_collection, SMALL_NETWORK, 1, tmp_path / str(channels))
+        assert (model.refiner is None) == (channels == 0)
+        there = model.state_dict()
+        assert all(torch.equal(there[name], value) for name, value in trained.state_dict().items())
+        assert len(there) == len(trained.state_dict())
+    preset, lpips = SCENE_AUTOENCODER["small"], PerceptualNetwork(load_lpips("vgg"))
+    model, _ = ablations.train(
+        box_room_collection, preset, ablations.Variant(SMALL_NETWORK), 1, 0, lpips, tmp_path / "4"
+    )
+    assert not torch.equal(next(model.refiner.parameters()), next(trained.refiner.parameters()))
 
 
 def test_latent_ablations_continue_and_share_what_is_equal(
@@ -541,6 +564,8 @@ def test_sampling_is_timed_and_compared(
     assert both["samplers"][same]["picture_difference"] == 0 < both["samplers"][other]["picture_difference"]
     assert both["samplers"]["dpm++:2"]["kid"] == both["samplers"][same]["kid"] == again["dpm++:2"]["kid"]
     assert both["others"][str(options.pipeline)] == both["components"] != both["others"][str(tmp_path / "other")]
+    with pytest.raises(UserInputError, match="nowhere"):
+        sampling.check(replace(options, samplers=("dpm++:2", "dpm++:2@nowhere")))
     small_pipeline(seed=1).save_pretrained(tmp_path / "pipeline")
     with pytest.raises(UserInputError, match="something else .*: choose another --output-dir"):
         sampling.main(options)
