@@ -87,10 +87,41 @@ def test_what_is_not_learned_stays_to_the_bit(made, start, few):
 
 def test_priors_that_would_forget_their_conditions_are_refused(box_room_collection, start, few, tmp_path):
     made = train_prior(box_room_collection, tmp_path, MODEL, TRAINING, stage1=small_scene_autoencoder(), max_images=12)
-    with pytest.raises(UserInputError, match="without --condition"):
+    with pytest.raises(UserInputError, match="without --condition views"):
         Personalisation(load_domain_prior(made), example_paths(few))
     with pytest.raises(UserInputError, match="--preservation-share"):
         Personalisation(load_domain_prior(start), example_paths(few), 1.0)
+
+
+def test_priors_that_know_maps_keep_them(box_room_collection, few, tmp_path):
+    require_weights("lpips-alex")
+    start = load_domain_prior(train_prior(box_room_collection, tmp_path / "start", MODEL, LONGER, with_maps=True))
+    personal = Personalisation(start, example_paths(few), 0.6)
+    first = {name: value.clone() for name, value in start.denoiser.state_dict().items()}
+    made = train_prior(box_room_collection, tmp_path / "made", {}, LONGER, personal=personal)
+    prior, losses = load_domain_prior(made), told(made)
+    assert prior.maps == start.maps is not None
+    after = prior.denoiser.state_dict()
+    encoder = [name for name in first if name.startswith("map_encoder.")]
+    assert encoder and not all(torch.equal(first[name], after[name]) for name in encoder), "maps are learned further"
+    assert losses["personal_loss"] < 0.9 * losses["personal_loss_before"]
+
+
+def test_priors_that_know_maps_are_personalised_beside_such_maps_only(box_room_collection, few, tmp_path):
+    require_weights("lpips-alex")
+    known = load_domain_prior(
+        train_prior(box_room_collection, tmp_path / "start", MODEL, TRAINING, with_maps=True, max_images=6)
+    )
+    known.maps = replace(known.maps, reach=known.maps.reach + 1)
+    with pytest.raises(UserInputError, match="has other maps than the prior knows"):
+        train_prior(
+            box_room_collection,
+            tmp_path / "made",
+            {},
+            TRAINING,
+            personal=Personalisation(known, example_paths(few)),
+        )
+    assert not (tmp_path / "made" / "prior").exists()
 
 
 def test_the_command_personalises(box_room_collection, start, few, tmp_path, capsys):

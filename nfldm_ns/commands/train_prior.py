@@ -52,7 +52,8 @@ class TrainPrior:
     """A few further images (a file or a folder) that --initial-prior learns, while it keeps what it knows by learning
     on from the collection (DreamBooth). The result refines scenes to these images."""
     initial_prior: str = PRIOR
-    """What is personalised: a prior that was trained without --condition, or the one that comes with this package."""
+    """What is personalised: a prior that was trained without --condition views, or the one that comes with this
+    package."""
     preservation_share: float = 0.5
     """Share of the collection's images among those that it then learns from."""
     schedule: tyro.conf.OmitArgPrefixes[ScheduleOptions] = field(default_factory=ScheduleOptions)

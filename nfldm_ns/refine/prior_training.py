@@ -93,7 +93,7 @@ class Personalisation:
         preservation_share: of the collection's images among those it learns from.
 
     Raises:
-        UserInputError: for a prior whose images have maps or observed views, which further images lack.
+        UserInputError: for a prior that observes views of an image's place, which further images lack.
     """
 
     start: DomainPrior
@@ -101,10 +101,10 @@ class Personalisation:
     preservation_share: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.start.maps is not None or self.start.observes:
+        if self.start.observes:
             raise UserInputError(
-                "A prior that knows maps or observes views would forget them: personalise one that was trained "
-                "without --condition."
+                "A prior that observes views would forget to: personalise one that was trained without --condition "
+                "views."
             )
         if not 0 <= self.preservation_share < 1:
             raise UserInputError(f"--preservation-share is {self.preservation_share}: give a share from 0 to below 1.")
@@ -157,8 +157,8 @@ class PriorLosses:
         seen: what the images see of their scenes' maps; None for a prior without. Renders are learned without a map.
         observed: what was observed of the images' places; None for a prior that observes nothing. The denoiser is then
             told the embedding of the observed views in the place of the image's own; of renders nothing is observed.
-        preserved: `[P, 3, S, S]`, 8 bits, and the share of these among what is learned, where a prior is personalised;
-            its judge then learns nothing.
+        preserved: images of the collection, and the share of these among what is learned, where a prior is
+            personalised; its judge then learns nothing, and images that are not of the collection have no map.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class PriorLosses:
         renders: UInt8[Tensor, "renders 3 size size"] | None = None,
         seen: SeenMaps | None = None,
         observed: ObservedViews | None = None,
-        preserved: tuple[UInt8[Tensor, "preserved 3 size size"], float] | None = None,
+        preserved: tuple[LearnedImages, float] | None = None,
     ) -> None:
         self.seen, self.observed, self.preserved = seen, observed, preserved
         self.renders = images[:0] if renders is None else renders
@@ -211,8 +211,11 @@ class PriorLosses:
         if augment and self.preserved is not None:
             others, share = self.preserved
             kept = draws.uniform().to(self.device) < share
-            known = others[draws.integers(len(others))].to(self.device).float() / 255
+            numbers = draws.integers(len(others.images))
+            known = others.images[numbers].to(self.device).float() / 255
             pixels = torch.where(kept.view(-1, 1, 1, 1), known, pixels)
+            if others.seen is not None:
+                seen = others.seen[numbers].to(self.device).masked_fill(~kept.view(-1, 1, 1), NOT_SEEN)
         if augment and self.config.mirror and self.observed is None:
             mirrored = draws.integers(2).bool().to(self.device)
             pixels = torch.where(mirrored.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
@@ -364,6 +367,8 @@ def train_prior(
     size = int(model_config.get("image_size", 64))
     embedder = ImageEmbedder(config.embedding, size).to(accelerator.device)
     maps = MapDescription.of_collection(collection) if with_maps else None
+    if personal is not None:
+        maps = _known_maps(personal.start, collection)
     if personal is None:
         denoiser = _new_denoiser(model_config, embedder, bool(generated), maps, stage1)
     else:
@@ -385,7 +390,7 @@ def train_prior(
         _fit(denoiser, space, embedder, learned)
     else:
         space = personal.start.space.to(accelerator.device)
-        preserved = (learned.images, personal.preservation_share)
+        preserved = (learned, personal.preservation_share)
         learned = LearnedImages(read_square_images(personal.images, size))
     identity = {
         "kind": "image prior",
@@ -505,12 +510,22 @@ def _free(denoiser: PriorDenoiser) -> PriorDenoiser:
     return denoiser.train()
 
 
+def _known_maps(start: DomainPrior, collection: SceneCollection) -> MapDescription | None:
+    """The maps of a prior that is personalised; raises `UserInputError` if the collection has others, or none."""
+    if start.maps is not None and MapDescription.of_collection(collection) != start.maps:
+        raise UserInputError(
+            f"{collection.root} has other maps than the prior knows (classes, size or box): personalise it beside the "
+            "collection that it was trained on."
+        )
+    return start.maps
+
+
 def _personal_losses(
     judged: PriorLosses, images: UInt8[Tensor, "images 3 size size"], when: str = ""
 ) -> dict[str, float]:
     """On held-out images of the collection and on the few that a prior is personalised to."""
     few = copy(judged)
-    few.images = images
+    few.images, few.seen = images, None
     losses = {"held_out_loss": evaluate_prior(judged), "personal_loss": evaluate_prior(few)}
     return {f"{name}{when}": round(value, 5) for name, value in losses.items()}
 
