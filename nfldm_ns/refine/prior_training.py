@@ -366,12 +366,11 @@ def train_prior(
         model_config = {"image_size": personal.start.image_size}
     size = int(model_config.get("image_size", 64))
     embedder = ImageEmbedder(config.embedding, size).to(accelerator.device)
-    maps = MapDescription.of_collection(collection) if with_maps else None
-    if personal is not None:
-        maps = _known_maps(personal.start, collection)
     if personal is None:
+        maps = MapDescription.of_collection(collection) if with_maps else None
         denoiser = _new_denoiser(model_config, embedder, bool(generated), maps, stage1)
     else:
+        maps = _known_maps(personal.start, collection)
         denoiser = _free(personal.start.denoiser)
     denoiser.to(accelerator.device)
     stage1 = None if stage1 is None else stage1.to(accelerator.device)
