@@ -6,13 +6,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from nfldm_ns.choice import evenly
 from nfldm_ns.commands.train_prior import main
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.generated.cameras import surround_cameras
+from nfldm_ns.generated.cameras import look_along, surround_cameras
 from nfldm_ns.generated.scene_files import GeneratedScene, renderer_of
 from nfldm_ns.method_configs.refine import refine_trainer_config
 from nfldm_ns.reconstruction.prior_refinement import PriorRefinement
@@ -24,19 +25,22 @@ from nfldm_ns.refine.observed_views import (
     MAX_OBSERVED,
     ObservedViewEncoder,
     ObservedViews,
+    draw_observed,
     map_channels,
     middle_squares,
+    most_seen,
     most_similar_place,
     observed_in,
     observed_maps,
     require_box,
+    shared_sight,
     without_depth,
 )
 from nfldm_ns.refine.prior_training import PriorLosses, held_out_losses, train_prior
 from nfldm_ns.refine.refiner import Refiner
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import read_transforms
-from nfldm_ns.scenes.views import Views, index_cameras
+from nfldm_ns.scenes.views import Views, index_cameras, make_cameras
 from tests.pretrained import require_weights
 from tests.small_models import random_grid, small_scene_autoencoder
 from tests.test_domain_prior import MODEL, TRAINING
@@ -116,6 +120,44 @@ def test_images_are_learned_from_other_views_of_their_place(box_room_collection)
         kinds.add(same.index(True))
         assert torch.allclose(found.embeddings[i], source.images[views].mean((2, 3)).mean(0), atol=1e-5)
     assert kinds == {0, 1}
+
+
+def turned(*yaw: float):
+    """Level cameras at the origin with a field of view of 90 degrees; yaw in degrees."""
+    count = len(yaw)
+    poses = look_along(torch.zeros(count, 3), torch.deg2rad(torch.tensor(yaw)), torch.zeros(count))
+    return make_cameras(poses, 16.0, 16.0, 16.0, 16.0, 32, 32)
+
+
+def test_views_share_what_both_have_in_their_images():
+    box = torch.tensor([[-9.0, -9.0, -9.0], [9.0, 9.0, 9.0]])
+    shared = shared_sight(turned(0.0, 45.0), turned(0.0, 45.0, 90.0, 180.0), box)
+    assert torch.allclose(shared[0, [0, 2, 3]], torch.tensor([1.0, 0.0, 0.0])), "itself, and what begins where it ends"
+    assert 0.3 < shared[0, 1] < 0.5, "about half, less in the corners"
+    assert shared[1, [0, 2]].tolist() == pytest.approx([float(shared[0, 1])] * 2, abs=0.02)
+    flat = torch.tensor([[-9.0, -9.0, -0.01], [9.0, 9.0, 0.01]])
+    assert (shared_sight(turned(0.0), turned(0.0, 180.0), flat) == 0).all(), "what lies outside of the box is not seen"
+
+
+def test_observed_views_are_those_in_which_there_is_most_to_see():
+    """Of two sets of views, of which one lacks each; and of several draws, the one that shows most."""
+    shared = shared_sight(turned(*range(0, 360, 45)), turned(*range(0, 360, 45)), torch.tensor([[-9.0] * 3, [9.0] * 3]))
+    found, kept = [], []
+    for seed in range(20):
+        subsets = draw_observed(shared, "place", seed, "here")
+        mean, chosen = most_seen(shared, subsets, range(8))
+        for number, choice in enumerate(chosen):
+            assert number not in subsets[choice]
+            others = [subset for subset in subsets if number not in subset]
+            assert shared[number, subsets[choice]].max() == max(shared[number, subset].max() for subset in others)
+        assert all(1 <= len(subset) <= MAX_OBSERVED for subset in subsets) and not set(subsets[0]) & set(subsets[1])
+        found.append(mean)
+        draw = np.random.default_rng([seed, *b"place"])
+        halves = np.array_split(draw.permutation(8), 2)
+        first = [sorted(half[: draw.integers(1, MAX_OBSERVED + 1)].tolist()) for half in halves]
+        kept.append(most_seen(shared, first, range(8))[0])
+    assert all(best >= first for best, first in zip(found, kept, strict=True))
+    assert np.mean(found) > 1.4 * np.mean(kept)
 
 
 def test_a_place_is_most_like_itself(box_room_collection):

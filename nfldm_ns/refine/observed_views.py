@@ -24,11 +24,13 @@ from nfldm_ns.diffusion.denoisers import Normaliser
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.refine.prior import ImageEmbedding
 from nfldm_ns.scenes.collection import SceneCollection, read_transforms
-from nfldm_ns.scenes.views import Views, index_cameras, make_cameras
+from nfldm_ns.scenes.views import Views, camera_rays, index_cameras, make_cameras, project_points
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
 
 MAX_OBSERVED = 4
 SUBSETS = 2  # of the source views of each training place: with depth, and without
+DRAWS = 8  # of them, of which the one counts in whose views training images have most to see
+SIGHT_CELLS, SIGHT_DEPTHS = 6, (1 / 8, 1 / 4, 1 / 2)  # points of a view: along each side, and shares of the box's reach
 BESIDE_FEATURES = 2  # channels: accumulation, and depth as a share of the box's reach
 VIEW_FEATURES = 32  # channels of what the denoiser sees of a map
 RENDERED_AT_ONCE = 8
@@ -126,8 +128,10 @@ def observed_in(
 ) -> ObservedViews:
     """What 1 to `MAX_OBSERVED` source views of the places of images say at the poses of these images.
 
-    Each place has two draws of observed views, one of them without depth, and each image takes one that it is not in.
-    What is drawn depends on the seed and the place's name alone.
+    Each place has two sets of observed views, one of them without depth, and each image takes that which looks more at
+    the same and which it is not in itself. Of several draws of the two sets that counts in which the place's source
+    views see most of each other: where nothing is seen there is nothing to learn. What is drawn depends on the seed and
+    the place alone.
 
     Args:
         embed: images in [0, 1] to embeddings.
@@ -144,9 +148,12 @@ def observed_in(
         transforms = read_transforms(folder)
         names = [path.relative_to(folder).as_posix() for path in paths]
         source = collection.load_scene(scene_id).source.to(stage1.device)
-        subsets = _subsets(transforms.source_names, scene_id, seed, str(folder))
         cameras = middle_squares(transforms.cameras(names, collection.image_size))
-        chosen = [_without(name, i, subsets, transforms.source_names) for i, name in enumerate(names)]
+        sources = transforms.cameras(transforms.source_names, collection.image_size)
+        box = collection.aabb
+        subsets = draw_observed(shared_sight(sources, sources, box), scene_id, seed, str(folder))
+        numbers = [transforms.source_names.index(name) if name in transforms.source_names else None for name in names]
+        chosen = most_seen(shared_sight(cameras, sources, box), subsets, numbers)[1]
         told = embed(source.images)
         found = torch.empty(len(names), map_channels(stage1), side, side, dtype=torch.float16)
         for number, subset in enumerate(subsets):
@@ -161,23 +168,58 @@ def observed_in(
     return ObservedViews(torch.cat(maps), torch.cat(embeddings), observed)
 
 
-def _subsets(names: Sequence[str], scene_id: str, seed: int, where: str) -> list[list[int]]:
-    """Draws of observed views; together they leave every view out at least once."""
-    if len(names) < 2:
+def shared_sight(cameras: Cameras, others: Cameras, aabb: Float[Tensor, "2 3"]) -> Float[Tensor, "cameras others"]:
+    """How much of what cameras may see others have in their images, too: shares of points of the box, walls or not.
+
+    Args:
+        cameras, others: of batch shapes `[N]` and `[M]`.
+    """
+    reach = float((aabb[1] - aabb[0]).norm()) / 2
+    origins, directions = camera_rays(cameras, SIGHT_CELLS, SIGHT_CELLS)
+    depths = reach * origins.new_tensor(SIGHT_DEPTHS)
+    points = origins[:, None, None, None] + depths[:, None, None, None] * directions[:, None]
+    points = points.reshape(-1, 3)
+    inside = ((points > aabb[0]) & (points < aabb[1])).all(-1).view(len(cameras), -1)
+    columns, rows, ahead = project_points(others, points.expand(len(others), -1, -1))
+    seen = (ahead > 0) & (columns >= 0) & (columns < others.width) & (rows >= 0) & (rows < others.height)
+    shared = seen.view(len(others), len(cameras), -1) & inside
+    return (shared.sum(-1).T / inside.sum(-1, keepdim=True).clamp(min=1)).float()
+
+
+def draw_observed(shared: Float[Tensor, "source source"], scene_id: str, seed: int, where: str) -> list[list[int]]:
+    """The draw of observed views in which source views see most of each other; each is left out by one set at least.
+
+    Args:
+        shared: what source views see of each other, see `shared_sight`.
+    """
+    if len(shared) < 2:
         raise UserInputError(
-            f"{where} has {len(names)} source view, but others than the observed are learned: leave out --condition "
+            f"{where} has {len(shared)} source view, but others than the observed are learned: leave out --condition "
             "views, or give places with more."
         )
     draw = np.random.default_rng([seed, *scene_id.encode()])
-    order = draw.permutation(len(names))
-    halves = np.array_split(order, SUBSETS)
-    return [sorted(half[: draw.integers(1, MAX_OBSERVED + 1)].tolist()) for half in halves]
+    drawn = []
+    for _ in range(DRAWS):
+        halves = np.array_split(draw.permutation(len(shared)), SUBSETS)
+        drawn.append([sorted(half[: draw.integers(1, MAX_OBSERVED + 1)].tolist()) for half in halves])
+    return max(drawn, key=lambda subsets: most_seen(shared, subsets, range(len(shared)))[0])
 
 
-def _without(name: str, number: int, subsets: Sequence[Sequence[int]], source: Sequence[str]) -> int:
-    """The subset that an image is learned with: in turns, but none that it is in."""
-    turn = [(number + i) % len(subsets) for i in range(len(subsets))]
-    return next(i for i in turn if name not in {source[view] for view in subsets[i]})
+def most_seen(
+    shared: Float[Tensor, "images source"], subsets: Sequence[Sequence[int]], numbers: Sequence[int | None]
+) -> tuple[float, list[int]]:
+    """The set of views that each image shares most with, of those that it is not in; and how much that is, as a mean.
+
+    Args:
+        numbers: of the images among the source views; None for others. Equals take the sets in turns.
+    """
+    total, chosen = 0.0, []
+    for row, number in enumerate(numbers):
+        turn = [(row + i) % len(subsets) for i in range(len(subsets))]
+        free = {i: float(shared[row, list(subsets[i])].max()) for i in turn if number not in subsets[i]}
+        chosen.append(max(free, key=lambda i: free[i]))
+        total += free[chosen[-1]]
+    return total / max(len(chosen), 1), chosen
 
 
 def without_depth(views: Views) -> Views:
