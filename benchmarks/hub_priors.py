@@ -150,7 +150,7 @@ class Trainings:
 def train_autoencoder(trainings: Trainings) -> Any:
     """Images to latents of unit variance and back."""
     vae = make_autoencoder()
-    perceptual = PerceptualNetwork(load_lpips("vgg"))
+    perceptual = PerceptualNetwork(load_lpips("alex"))
 
     def losses(wrapped: nn.Module, share: BatchShare) -> Losses:
         return autoencoder_losses(wrapped, trainings.learned, share, perceptual)

@@ -157,7 +157,7 @@ def test_observed_views_are_those_in_which_there_is_most_to_see():
         first = [sorted(half[: draw.integers(1, MAX_OBSERVED + 1)].tolist()) for half in halves]
         kept.append(most_seen(shared, first, range(8))[0])
     assert all(best >= first for best, first in zip(found, kept, strict=True))
-    assert np.mean(found) > 1.4 * np.mean(kept)
+    assert np.mean(found) > 1.2 * np.mean(kept)
 
 
 def test_a_place_is_most_like_itself(box_room_collection):

@@ -37,7 +37,7 @@ from nfldm_ns.training.draws import BatchShare
 
 SIZE, REDUCTION, LATENT_CHANNELS = 64, 4, 4
 WIDTH, TOKENS, NEIGHBOURS = 128, 24, 4
-AUTOENCODER_CHANNELS, UNET_CHANNELS = (32, 64, 64), (64, 128, 128)
+AUTOENCODER_CHANNELS, UNET_CHANNELS = (16, 32, 64), (48, 96, 96)
 KL_MULT, LPIPS_MULT, DROPPED = 1e-6, 0.5, 0.1
 GREY, DARK, BRIGHT = 0.06, 0.28, 0.5  # chroma below which a colour has no name; brightness
 HUES = ("red", "brown", "green", "blue")
@@ -140,7 +140,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_text(folder: Path) -> dict[str, Any]:
-    """A tokenizer that has each of `WORDS` as one token, and an encoder of such words.
+    """A tokenizer that joins the letters of `WORDS` into few tokens, and an encoder of these.
 
     Args:
         folder: where the tokenizer's files are left.
