@@ -3,9 +3,9 @@
     python benchmarks/refining.py --prior PRIOR --data DATA --output-dir OUT [--num-scenes 32] [--styles A B C]
     ... --guidances none negative --objectives sds csd multistep --priors vizdoom-prior outputs/observing
 
-Samples scenes, and refines each with each of `--guidances`, `--objectives`, `--priors` and `--lights`, with the steps,
-learning rates and draws of `ns-train nfldm-refine` and the same seed; all its options can be given. Prints for the
-scenes as they began and for each way
+Samples scenes, and refines each with each of `--guidances`, `--objectives`, `--annealings`, `--priors` and `--lights`,
+with the steps, learning rates and draws of `ns-train nfldm-refine` and the same seed; all its options can be
+given. Prints for the scenes as they began and for each way
 
 - FID and KID to real views of the test split: of cameras of the scenes' own trajectories, and of cameras drawn where
   refining looks, too (the same ones before and after). The relative change of KID stands beside its standard error (a
@@ -52,7 +52,7 @@ from nfldm_ns.metrics.geometry import DepthHistogram, floating_density
 from nfldm_ns.metrics.image_sets import REFERENCE, picture_features, read_picture
 from nfldm_ns.models import GENERATOR
 from nfldm_ns.plugin.refine import refine_grid
-from nfldm_ns.refine.distillation import Guidance, ObjectiveName
+from nfldm_ns.refine.distillation import Guidance, ObjectiveName, TimeAnnealing
 from nfldm_ns.refine.images import example_images
 from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.refine.prior import ImagePrior
@@ -119,6 +119,8 @@ class Options:
     """each refines all scenes"""
     objectives: tuple[ObjectiveName, ...] = ()
     """each with each guidance (csd not without any); by default that of --objective"""
+    annealings: tuple[TimeAnnealing, ...] = ()
+    """each with each guidance and objective; by default that of --time-annealing"""
     priors: tuple[str, ...] = ()
     """each with each guidance and objective; by default that of --prior, which by default is the first of these"""
     lights: tuple[Light, ...] = ("plain",)
@@ -182,6 +184,7 @@ class Options:
         free = (
             "guidances",
             "objectives",
+            "annealings",
             "priors",
             "lights",
             "styles",
@@ -197,24 +200,29 @@ class Options:
 
 
 def ways(options: Options) -> dict[str, RefinementConfig]:
-    """How all scenes are refined, by names of what differs: guidance, then objective, prior and light if not as given.
+    """How all scenes are refined, by names of what differs: guidance, then whatever else is not as given.
 
     Raises:
         UserInputError: if two priors have one name.
     """
     given, found = options.refinement, {}
+    asked = given.distillation
     choices = product(
-        options.priors or (given.prior,), options.objectives or (given.distillation.objective,), options.lights
+        options.priors or (given.prior,),
+        options.objectives or (asked.objective,),
+        options.annealings or (asked.time_annealing,),
+        options.lights,
     )
-    for (prior, objective, light), guidance in product(choices, options.guidances):
+    for (prior, objective, annealing, light), guidance in product(choices, options.guidances):
         if objective == "csd" and guidance == "none":
             continue
-        parts = [guidance, "" if objective == given.distillation.objective else objective]
+        parts = [guidance, "" if objective == asked.objective else objective]
+        parts += ["" if annealing == asked.time_annealing else annealing]
         parts += ["" if prior == given.prior else Path(str(prior)).name, "" if light == "plain" else light]
         name = "-".join(part for part in parts if part)
         if name in found:
             raise UserInputError(f"Two of --priors are called {Path(str(prior)).name}: rename a folder.")
-        distillation = replace(given.distillation, guidance=guidance, objective=objective)
+        distillation = replace(asked, guidance=guidance, objective=objective, time_annealing=annealing)
         shading = given.shading if light == "plain" else LIGHTS[light]
         found[name] = replace(given, prior=prior, distillation=distillation, shading=shading)
         found[name].check()

@@ -973,6 +973,13 @@ def test_ways_of_refining_are_all_combinations_by_what_differs() -> None:
     assert last.shading.shaded_share == 0.5 and ways["none"].shading.shaded_share == 0
     with pytest.raises(UserInputError, match="Two of --priors are called second"):
         refining.ways(replace(options, priors=("here/second", "there/second")))
+    annealed = refining.ways(replace(options, annealings=("uniform", "widening"), lights=("plain",)))
+    widening = [name.replace("-second", "") + "-widening" + "-second" * ("-second" in name) for name in plain]
+    assert set(annealed) == {*plain, *widening}
+    assert annealed["negative-csd-widening-second"].distillation.time_annealing == "widening"
+    assert {ways.distillation.time_annealing for name, ways in annealed.items() if "widening" not in name} == {
+        "uniform"
+    }
     listed = replace(options, refinement=RefinementConfig(), lights=("plain",))
     assert set(refining.ways(listed)) == set(plain)  # the first of them stands in for --prior
 

@@ -24,6 +24,7 @@ from nfldm_ns.refine.prior import Condition, ImagePrior
 
 Guidance = Literal["none", "classifier_free", "negative"]
 ObjectiveName = Literal["sds", "csd", "reconstruction", "multistep"]
+TimeAnnealing = Literal["uniform", "decreasing", "widening"]
 
 
 @dataclass
@@ -48,7 +49,7 @@ class DistillationConfig:
     """Least noise, as a share of the prior's timesteps."""
     max_time: float = 0.4
     """Most noise. In-domain priors change textures; 0.98 also lets a strong prior change what is there."""
-    time_annealing: Literal["uniform", "decreasing", "widening"] = "uniform"
+    time_annealing: TimeAnnealing = "uniform"
     """uniform: any time of the range in every step. decreasing: from the most to the least noise in the course of the
     training, `max - (max - min) sqrt(progress)` (HiFA, Zhu et al. 2024). widening: any time from `max - (max - min)
     progress` up to the most (ReconFusion, Wu et al. 2024)."""
