@@ -22,7 +22,13 @@ from typing import Any, get_args, get_type_hints
 import torch
 from rich.progress import track
 
-from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_initial_weights, read_safetensors, scene_autoencoder_folder
+from nfldm_ns.autoencoder.checkpoints import (
+    WEIGHTS,
+    learned_refinement,
+    load_initial_weights,
+    read_safetensors,
+    scene_autoencoder_folder,
+)
 from nfldm_ns.autoencoder.losses import StageOneLossConfig
 from nfldm_ns.autoencoder.novel_views import (
     MEAN_IMAGE_SCENES,
@@ -41,13 +47,11 @@ from nfldm_ns.metrics.images import nearest_source_view
 from nfldm_ns.plugin.scene_ae_model import SceneNetworkConfig
 from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reports.report import Table
-from nfldm_ns.scenes.collection import SceneCollection, read_json
+from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.scenes.views import SceneBatch
 from shared.comparisons import VariantOptions, stored
 from shared.running import run
 from shared.short_training import ShortTraining, make_autoencoder
-
-REFINEMENT = ("refinement_channels", "refinement_steps")
 
 
 @dataclass(frozen=True)
@@ -126,11 +130,9 @@ def begun(
     torch.manual_seed(seed)
     if initial_weights is None:
         return make_autoencoder(collection, SceneNetworkConfig(**network))
-    folder = scene_autoencoder_folder(initial_weights)
-    trained = read_json(folder / "config.json")
-    refinement = {name: trained[name] for name in REFINEMENT if name in trained}
-    model = make_autoencoder(collection, SceneNetworkConfig(**{**network, **refinement}))
-    load_initial_weights(model, read_safetensors(folder / WEIGHTS), folder / WEIGHTS)
+    path = scene_autoencoder_folder(initial_weights) / WEIGHTS
+    model = make_autoencoder(collection, SceneNetworkConfig(**{**network, **learned_refinement(initial_weights)}))
+    load_initial_weights(model, read_safetensors(path), path)
     return model
 
 
@@ -149,8 +151,6 @@ def train(
     loss_config = StageOneLossConfig(**loss)
     model = begun(collection, {**preset.network, **variant.network}, seed, initial_weights)
     model.to(perceptual_device(perceptual))
-    for network in (model.encoder, model.decoder):
-        network.to(memory_format=torch.channels_last)
     sampling = SceneSamplerConfig(**{**preset.sampling, **variant.sampling, "seed": seed})
     training = ShortTraining(
         SceneSampler(SceneCache(collection, limit_gib=8.0), collection.split("train"), sampling),

@@ -152,7 +152,7 @@ def main(options: Options) -> None:
     if options.load_config is not None:
         base = load_scene_autoencoder(options.load_config)
     else:
-        base = make_autoencoder(collection, SceneNetworkConfig(**PRESET.network)).to(memory_format=torch.channels_last)
+        base = make_autoencoder(collection, SceneNetworkConfig(**PRESET.network))
         seconds = training.run(base)["seconds"] / options.base_steps
         print(f"base: {options.base_steps} steps without a discriminator, {seconds:.3f} s each", flush=True)
 

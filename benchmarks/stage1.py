@@ -169,7 +169,7 @@ class Step:
         focal = size / 2 / 0.625
         self.device, self.precision = device, precision
         model = SceneAutoencoder(**preset.network, image_size=(size, size), focal_length=focal)
-        self.model = model.to(device).to(memory_format=torch.channels_last)
+        self.model = model.to(device).pack_channels_last()
         self.source = random_views(scenes, preset.num_source_views, size).to(device)
         self.target = random_views(scenes, preset.sampling["num_target_views"], size).to(device)
         self.loss = StageOneLossConfig(**preset.loss)

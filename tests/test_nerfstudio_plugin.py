@@ -272,6 +272,22 @@ def test_training_begins_from_given_weights_with_voxels_of_another_shape(run, bo
     assert all(torch.equal(value, begun.state_dict()[key]) for key, value in given.state_dict().items())
 
 
+def test_training_keeps_the_refinement_of_the_weights_it_begins_from(box_room_collection, tmp_path):
+    config = small_config(box_room_collection.root, tmp_path / "first", 1)
+    config.pipeline.model.network = replace(SMALL_NETWORK, refinement_channels=4, refinement_steps=1)
+    first = train(config)
+    config = small_config(box_room_collection.root, tmp_path / "second", 1)
+    config.pipeline.model.initial_weights = first
+    config.optimizers["autoencoder"]["optimizer"].lr = 0.0
+    assert config.pipeline.model.network.refinement_channels == 0
+    second = train(config)
+    begun, given = load_scene_autoencoder(second), load_scene_autoencoder(first)
+    assert (begun.config.refinement_channels, begun.config.refinement_steps) == (4, 1)
+    assert all(torch.equal(value, begun.state_dict()[key]) for key, value in given.state_dict().items())
+    written = yaml.load((second / "config.yml").read_text(), Loader=yaml.Loader)
+    assert written.pipeline.model.network.refinement_channels == 4, "so it can be shown when the first is gone"
+
+
 def test_initial_weights_do_not_replace_those_of_a_resumed_run(run, box_room_collection, tmp_path):
     config = small_config(box_room_collection.root, tmp_path, 2)
     config.load_dir, config.load_step = run / "nerfstudio_models", 3

@@ -33,7 +33,7 @@ def make_autoencoder(collection: SceneCollection, network: SceneNetworkConfig) -
         image_size=(height, width),
         focal_length=float(focal.min()),
         max_focal_length=float(focal.max()),
-    )
+    ).pack_channels_last()
 
 
 @dataclass

@@ -20,6 +20,7 @@ from nfldm_ns.scenes.collection import read_json
 from nfldm_ns.scenes.writing import atomic_path
 
 FOLDER = "scene_autoencoder"
+REFINEMENT = ("refinement_channels", "refinement_steps")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RECORD = "training.json"
 
@@ -169,6 +170,19 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], where: Pa
     """Loads tensors that must be exactly those of the module; `UserInputError` otherwise."""
     check_state(module, state, where)
     module.load_state_dict(dict(state))
+
+
+def learned_refinement(path: Path | str) -> dict[str, int]:
+    """The options of `SceneAutoencoder` that say which refinement a trained one has: for what begins from it.
+
+    Args:
+        path: as `scene_autoencoder_folder` takes it.
+
+    Raises:
+        UserInputError: if there is none.
+    """
+    config = read_json(scene_autoencoder_folder(path) / "config.json")
+    return {name: int(config[name]) for name in REFINEMENT} if config.get(REFINEMENT[0]) else {}
 
 
 def load_initial_weights(autoencoder: SceneAutoencoder, state: Mapping[str, Tensor], where: Path | str) -> None:

@@ -184,6 +184,15 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         """Of a scene's code of what lies beyond the box."""
         return self.config.background_channels, BACKGROUND_MOMENTS
 
+    def pack_channels_last(self) -> SceneAutoencoder:
+        """Lays out the weights of the networks of images as CPUs and GPUs convolve fastest; returns itself.
+
+        The refinement's are of volumes, whose channels this layout does not know.
+        """
+        for network in (self.encoder, self.decoder):
+            network.to(memory_format=torch.channels_last)
+        return self
+
     @apply_forward_hook
     def encode(self, views: Views, refinement_steps: int | None = None) -> VoxelGrid:
         """Source views of batch shape `[B, N]`, any number of them, to one grid per scene.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,13 @@ from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttrib
 from nerfstudio.models.base_model import ModelConfig
 from torch import Tensor, nn
 
-from nfldm_ns.autoencoder.checkpoints import WEIGHTS, load_initial_weights, read_safetensors, scene_autoencoder_folder
+from nfldm_ns.autoencoder.checkpoints import (
+    WEIGHTS,
+    learned_refinement,
+    load_initial_weights,
+    read_safetensors,
+    scene_autoencoder_folder,
+)
 from nfldm_ns.autoencoder.losses import StageOneLossConfig, make_discriminator, stage_one_losses
 from nfldm_ns.autoencoder.perceptual import PerceptualNetwork
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
@@ -84,8 +90,13 @@ class SceneAutoencoderModelConfig(ModelConfig):
     """arithmetic of the convolutions in training"""
     initial_weights: Path | None = None
     """a trained scene auto-encoder to start from: the config.yml of its run, its folder, or its scene_autoencoder
-    folder; the networks' sizes must be its own, but box, voxels and image size may be others, and a
-    refinement of voxels may be new"""
+    folder; the networks' sizes must be its own, but box, voxels and image size may be others; its refinement of
+    voxels is kept, and may be new if it has none"""
+
+    def keep_refinement(self) -> None:
+        """Gives a network without refinement of voxels that which the initial weights have, if they have one."""
+        if self.initial_weights is not None and not self.network.refinement_channels:
+            self.network = replace(self.network, **learned_refinement(self.initial_weights))
 
 
 class SceneAutoencoderModel(VoxelModel):
@@ -101,8 +112,7 @@ class SceneAutoencoderModel(VoxelModel):
             aabb=tuple(tuple(corner) for corner in self.scene_box.aabb.tolist()),
             **{key: data[key] for key in ("near", "far", "image_size", "focal_length", "max_focal_length")},
         )
-        for network in (self.autoencoder.encoder, self.autoencoder.decoder):
-            network.to(memory_format=torch.channels_last)
+        self.autoencoder.pack_channels_last()
         self._perceptual: tuple[PerceptualNetwork, ...] = ()  # a tuple, so that its weights stay out of checkpoints
         self.discriminator = make_discriminator(self.config.loss, data["image_size"])
         self._step = 0

@@ -23,6 +23,7 @@ from torch.optim import Optimizer, lr_scheduler
 
 from nfldm_ns.autoencoder.checkpoints import FOLDER, read_training_record, save_scene_autoencoder
 from nfldm_ns.errors import BAD_INPUT_EXIT_CODE, UserInputError, exit_on_bad_input
+from nfldm_ns.models import resolve_model
 from nfldm_ns.plugin.run_folder import MovableTrainerConfig
 from nfldm_ns.plugin.scene_ae_pipeline import SceneAutoencoderPipeline, diverged
 from nfldm_ns.scenes.writing import atomic_path, clear_unfinished
@@ -115,7 +116,7 @@ class SceneAutoencoderTrainerConfig(MovableTrainerConfig):
         saved = copy.deepcopy(self)
         saved.output_dir = self.output_dir.resolve()
         if saved.pipeline.model.initial_weights is not None:
-            saved.pipeline.model.initial_weights = saved.pipeline.model.initial_weights.resolve()
+            saved.pipeline.model.initial_weights = resolve_model(saved.pipeline.model.initial_weights).resolve()
         manager = saved.pipeline.datamanager
         for holder in (saved, manager, manager.dataparser):
             if holder.data is not None:
@@ -209,7 +210,9 @@ class SceneAutoencoderTrainer(WholeCheckpointTrainer):
     config: SceneAutoencoderTrainerConfig
     pipeline: SceneAutoencoderPipeline
 
+    @exit_on_bad_input()
     def setup(self, *args: Any, **kwargs: Any) -> None:
+        self.config.pipeline.model.keep_refinement()
         super().setup(*args, **kwargs)
         self._start_time = time.monotonic()
 
