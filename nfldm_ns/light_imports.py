@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ SCHEDULERS = "diffusers.schedulers.scheduling_"
 OF_SCIPY = ("scipy.integrate", "scipy.stats")
 TRANSFORMERS = "transformers"
 MODELS = "transformers.modeling_utils"
+PEFT = "peft"
 LATER_CLASSES = ("AutoImageProcessor", "PreTrainedModel")
 _allowed: list[Any] = []  # what diffusers let into graphs before there was a compiler
 
@@ -225,7 +227,13 @@ class _LaterClass(type):
 
 
 def _without_transformers(loader: Loader, module: ModuleType) -> None:
-    """Runs a module that wants classes of transformers only to know their objects, or to read them from files."""
+    """Runs a module that wants classes of transformers only to know their objects, or to read them from files.
+
+    Where peft is installed diffusers imports it, and it makes use of these classes at once: then all is as it is.
+    """
+    if find_spec(PEFT) is not None:
+        loader.exec_module(module)
+        return
     transformers = importlib.import_module(TRANSFORMERS)
     later = {name: _LaterClass(name, (), {}) for name in LATER_CLASSES if name not in vars(transformers)}
     vars(transformers).update(later)

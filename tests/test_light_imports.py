@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -49,11 +50,28 @@ def imported(code: str) -> set[str]:
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.skipif(find_spec("peft") is not None, reason="diffusers imports peft, which imports much")
 def test_sampling_imports_what_it_needs(tmp_path):
     modules = imported(SAMPLING.format(folder=str(tmp_path)))
     assert {"torch", "diffusers", "nfldm_ns.plugin.generated_run"} <= modules
     assert sorted(modules & set(HEAVY)) == []
     assert (tmp_path / "scene_000000" / "config.yml").is_file()
+
+
+def test_an_installed_peft_is_imported_as_diffusers_does(tmp_path):
+    """It makes classes of those of transformers, which is more than to know their objects."""
+    tuners = tmp_path / "peft" / "tuners"
+    tuners.mkdir(parents=True)
+    derived = "import torch, transformers\nclass Tuned(transformers.PreTrainedModel): pass\n"
+    (tmp_path / "peft" / "__init__.py").write_text(f"{derived}assert issubclass(Tuned, torch.nn.Module)\n")
+    (tuners / "__init__.py").write_text("")
+    (tuners / "tuners_utils.py").write_text("class BaseTunerLayer: pass\n")
+    (tmp_path / "peft-0.99.0.dist-info").mkdir()
+    (tmp_path / "peft-0.99.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.99.0\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nimport nfldm_ns\nfrom diffusers.loaders import lora_base"
+    )
+    assert "peft.tuners.tuners_utils" in imported(code)
 
 
 def test_saving_a_model_does_not_ask_for_sharded_tensors(tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
+from rich.progress import track
 from torch import Tensor
 
 from nfldm_ns.choice import evenly
@@ -19,8 +20,10 @@ from nfldm_ns.reports.galleries import to_uint8
 from nfldm_ns.scenes.collection import MASK_FOLDER, SceneCollection, read_json, read_transforms
 from nfldm_ns.scenes.image_files import open_image, rgb_image
 from nfldm_ns.scenes.views import index_cameras
+from nfldm_ns.training.options import is_first_process
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+WORTH_A_BAR = 1000  # images, which take seconds to read
 
 
 def centre_square(image: Float[Tensor, "*batch height width"]) -> Float[Tensor, "*batch side side"]:
@@ -37,8 +40,9 @@ def read_square_images(paths: Sequence[Path], size: int) -> UInt8[Tensor, "image
     Raises:
         UserInputError: if a file is no readable image.
     """
-    images = [rgb_image(open_image(path, "give another one"), path) for path in paths]
-    return torch.stack([_square(image, size) for image in images])
+    silent = len(paths) < WORTH_A_BAR or not is_first_process()
+    shown = track(paths, "Reading images", transient=True, disable=silent)
+    return torch.stack([_square(rgb_image(open_image(path, "give another one"), path), size) for path in shown])
 
 
 def _square(image: Image.Image, size: int) -> UInt8[Tensor, "3 size size"]:

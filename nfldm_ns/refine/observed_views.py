@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
+from rich.progress import track
 from torch import Tensor, nn
 
 from nfldm_ns.autoencoder.scene_autoencoder import SceneAutoencoder
@@ -26,6 +27,7 @@ from nfldm_ns.refine.prior import ImageEmbedding
 from nfldm_ns.scenes.collection import SceneCollection, read_transforms
 from nfldm_ns.scenes.views import Views, camera_rays, index_cameras, make_cameras, project_points
 from nfldm_ns.scenes.voxel_grid import VoxelGrid
+from nfldm_ns.training.options import is_first_process
 
 MAX_OBSERVED = 4
 SUBSETS = 2  # of the source views of each training place: with depth, and without
@@ -143,7 +145,8 @@ def observed_in(
     require_box(collection.aabb, stage1, str(collection.root))
     root = collection.root / "scenes"
     maps, embeddings, observed = [], [], []
-    for scene_id, paths in groupby(images, lambda path: path.relative_to(root).parts[0]):
+    places = [(name, list(paths)) for name, paths in groupby(images, lambda path: path.relative_to(root).parts[0])]
+    for scene_id, paths in track(places, "Observing places", transient=True, disable=not is_first_process()):
         folder = collection.scene_dir(scene_id)
         transforms = read_transforms(folder)
         names = [path.relative_to(folder).as_posix() for path in paths]
