@@ -45,7 +45,11 @@ from nfldm_ns.pretrained.weights import load_lpips
 from nfldm_ns.reconstruction.fine_tuning import FineTuningConfig
 from nfldm_ns.reconstruction.poses import PoseConfig
 from nfldm_ns.reconstruction.reconstruction import ReconstructionConfig
+from nfldm_ns.refine.hub_loading import load_hub_prior
+from nfldm_ns.refine.hub_priors import TextPrior
 from nfldm_ns.refine.settings import RefinementConfig
+from nfldm_ns.refine.view_prior import ViewPrior
+from nfldm_ns.refine.view_prompts import DIRECTIONS
 from nfldm_ns.sampling.world_folders import make_world
 from nfldm_ns.sampling.worlds import WorldSettings
 from nfldm_ns.scenes.collection import BevClass, SceneCollection
@@ -995,6 +999,52 @@ def test_refining_has_the_defaults_of_the_method() -> None:
     options = tyro.cli(refining.Options, args=["--data", "data", "--output-dir", "out", *changed])
     assert options.rates.optimizers()["density"]["optimizer"].lr == 0.5 and options.guidances == ("none",)
     assert options.refinement.distillation.max_time == 0.5 and options.refinement.regularisers.floaters_mult == 3
+
+
+def test_small_pipelines_of_words_and_poses_are_trained_and_are_priors(
+    box_room_collection: SceneCollection,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    require_weights("lpips-alex")
+    hub_priors = script("hub_priors")
+    for name, value in {"SAMPLED": 1, "SAMPLING_STEPS": 2, "JUDGED_PASSES": 1, "HELD_OUT_PLACES": 1}.items():
+        monkeypatch.setattr(hub_priors, name, value)
+    options = hub_priors.Options(
+        data=box_room_collection.root, output_dir=tmp_path, places=2, steps=2, batch_size=4, threads=1
+    )
+    hub_priors.main(options)
+    found = results(tmp_path)["hub_priors"]
+    assert {part: numbers["steps"] for part, numbers in found.items()} == {"autoencoder": 2, "text": 2, "views": 2}
+    assert all(found[part]["held_out_loss"] > 0 for part in ("text", "views")) and found["autoencoder"]["psnr"] > 0
+    assert "| text | 2 |" in capsys.readouterr().out and (tmp_path / "samples.png").is_file()
+    words, views = (load_hub_prior(str(tmp_path / part)) for part in ("text", "views"))
+    learned = hub_priors.Photos.read(box_room_collection, "train", 2)
+    latents = words.encode(learned.images.float() / 255)
+    assert isinstance(words, TextPrior) and isinstance(views, ViewPrior) and words.image_size == 64
+    assert float(latents.std()) == pytest.approx(1, abs=0.02)
+    saved = (tmp_path / "text" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+    hub_priors.main(options)  # which finds all trainings done
+    assert saved == (tmp_path / "text" / "unet" / "diffusion_pytorch_model.safetensors").read_bytes()
+
+
+def test_small_pipelines_learn_words_and_views_of_the_same_place(box_room_collection: SceneCollection) -> None:
+    hub_priors = script("hub_priors")
+    pipelines = sys.modules["shared.small_pipelines"]
+    photos = hub_priors.Photos.read(box_room_collection, "train", 2)
+    per_place = len(photos.images) // 2
+    numbers = torch.arange(len(photos.images))
+    assert (photos.near // per_place == numbers[:, None] // per_place).all() and (photos.near != numbers[:, None]).all()
+    assert photos.directions[[0, per_place]].tolist() == [DIRECTIONS.index("front")] * 2
+    for colour, words in (
+        ((0.2, 0.2, 0.2), "a dark grey room"),
+        ((0.6, 0.5, 0.3), "a brown room"),
+        ((0.6, 0.3, 0.35), "a red room"),
+        ((0.1, 0.2, 0.6), "a blue room"),
+        ((0.5, 0.9, 0.6), "a bright green room"),
+    ):
+        assert pipelines.describe(torch.tensor(colour)[:, None, None].expand(3, 4, 4)) == words
 
 
 def test_the_prior_whose_memory_is_measured_has_the_sizes_of_stable_unclip():
