@@ -31,6 +31,7 @@ from nfldm_ns.refine.domain_prior import (
 )
 from nfldm_ns.refine.images import (
     centre_square,
+    chosen_paths,
     collection_paths,
     example_images,
     read_square_images,
@@ -358,6 +359,17 @@ def test_squares_are_cut_from_the_middle_and_resized(tmp_path):
     assert (read_square_images([tmp_path / "wide.png"], 20) == 200).all()
     assert (read_square_images([tmp_path / "wide.png"], 10) == 200).all()
     assert (centre_square(torch.from_numpy(wide).permute(2, 0, 1)) == 200).all()
+
+
+def test_some_images_are_of_all_scenes_or_all_of_some_scenes(box_room_collection):
+    everything = collection_paths(box_room_collection, "train")
+    assert chosen_paths(box_room_collection, "train", None, whole_scenes=True) == everything
+    assert chosen_paths(box_room_collection, "train", 1000) == everything
+    scenes = [{path.parent.parent.name for path in chosen_paths(box_room_collection, "train", 24, w)} for w in (0, 1)]
+    assert [len(names) for names in scenes] == [3, 2]
+    chosen = chosen_paths(box_room_collection, "train", 24, whole_scenes=True)
+    assert chosen == [path for path in everything if path.parent.parent.name in scenes[1]]
+    assert len(chosen_paths(box_room_collection, "train", 5, whole_scenes=True)) == 12, "one scene at least"
 
 
 def test_examples_come_from_files_folders_scenes_and_collections(box_room_collection, tmp_path):

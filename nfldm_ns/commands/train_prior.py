@@ -34,8 +34,8 @@ class TrainPrior:
     """Generated scenes, or folders of them: the prior also learns their images, and to tell them from clean ones, so
     that negative guidance knows what to move away from."""
     max_images: int | None = None
-    """Learn from this many images, evenly chosen; all are kept in memory (12 KB each at 64 x 64, and about as much for
-    what was observed of their places)."""
+    """Learn from this many images, evenly chosen; with --condition views, from all images of evenly chosen places. All
+    are kept in memory (12 KB each at 64 x 64, and about as much for what was observed of their places)."""
     condition_dropout: float | None = None
     """Share of images whose embedding is hidden, for classifier-free guidance."""
     condition: Literal["none", "bev", "views"] = "none"

@@ -70,6 +70,24 @@ def collection_paths(collection: SceneCollection, split: str) -> list[Path]:
     return paths
 
 
+def chosen_paths(collection: SceneCollection, split: str, most: int | None, whole_scenes: bool = False) -> list[Path]:
+    """At most so many images of a split, evenly chosen; see `collection_paths`.
+
+    Args:
+        most: None for all.
+        whole_scenes: scenes are chosen, at least one, and all images of these taken: for what is worked out by scene.
+    """
+    paths = collection_paths(collection, split)
+    if most is None or most >= len(paths):
+        return paths
+    if not whole_scenes:
+        return evenly(paths, most)
+    scene_ids = list(collection.split(split))
+    kept = set(evenly(scene_ids, max(1, most * len(scene_ids) // len(paths))))
+    root = collection.root / "scenes"
+    return [path for path in paths if path.relative_to(root).parts[0] in kept]
+
+
 def _masked(scene: Path) -> UserInputError:
     return UserInputError(
         f"The scene {scene} has masks, but here masked pixels would count as if they were of it: give a folder of "

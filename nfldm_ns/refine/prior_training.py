@@ -36,7 +36,7 @@ from nfldm_ns.refine.domain_prior import (
     colour_moments,
     save_domain_prior,
 )
-from nfldm_ns.refine.images import collection_paths, read_square_images, render_images
+from nfldm_ns.refine.images import chosen_paths, read_square_images, render_images
 from nfldm_ns.refine.observed_views import ObservedViews, map_channels, observed_in
 from nfldm_ns.refine.seen_maps import NOT_SEEN, MapDescription, SeenMaps, maps_seen_in
 from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, make_space
@@ -346,7 +346,7 @@ def train_prior(
     Args:
         output_dir: becomes a run folder (see `RunFolder`) with the averaged weights in `prior/`.
         model_config: sizes and space of `PriorDenoiser`.
-        max_images: kept in memory, evenly chosen from all scenes; None for all.
+        max_images: kept in memory, evenly chosen from all scenes, with `stage1` all images of some; None for all.
         generated: scenes, or folders of scenes, whose images it learns to tell from clean ones.
         with_maps: it is also conditioned on what an image sees of its scene's semantic map.
         stage1: it is conditioned on what this makes of other views of the place, see `observed_views.py`.
@@ -378,11 +378,11 @@ def train_prior(
     def read(paths: Sequence[Path]) -> LearnedImages:
         return LearnedImages.read(collection, paths, denoiser, embedder, maps, stage1, config.schedule.seed)
 
-    paths = collection_paths(collection, "train")
-    learned = read(paths if max_images is None else evenly(paths, max_images))
+    observes = stage1 is not None
+    learned = read(chosen_paths(collection, "train", max_images, observes))
     renders = render_images(generated, size) if generated else learned.images[:0]
     split = held_out_split(collection.splits)
-    held_out = read(evenly(collection_paths(collection, split), NUM_HELD_OUT))
+    held_out = read(chosen_paths(collection, split, NUM_HELD_OUT, observes))
     preserved = None
     if personal is None:
         space = make_space(denoiser.config.space, size).to(accelerator.device)
