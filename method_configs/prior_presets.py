@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nfldm_ns.refine.prior_training import PriorTrainingConfig
+from nfldm_ns.refine.prior_losses import PriorTrainingConfig
 from nfldm_ns.training.schedule import Schedule
 
 PriorPresetName = Literal["tiny", "small"]

@@ -39,7 +39,8 @@ from nfldm_ns.refine.images import (
 )
 from nfldm_ns.refine.loading import load_prior
 from nfldm_ns.refine.prior import pick, repeat, rows_of
-from nfldm_ns.refine.prior_training import PriorTrainingConfig, train_prior
+from nfldm_ns.refine.prior_losses import PriorTrainingConfig
+from nfldm_ns.refine.prior_training import train_prior
 from nfldm_ns.refine.spaces import FeatureSpace, PixelSpace, space_shape
 from nfldm_ns.scenes.collection import SceneCollection
 from nfldm_ns.training.schedule import Schedule

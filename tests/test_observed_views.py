@@ -36,7 +36,8 @@ from nfldm_ns.refine.observed_views import (
     shared_sight,
     without_depth,
 )
-from nfldm_ns.refine.prior_training import PriorLosses, held_out_losses, train_prior
+from nfldm_ns.refine.prior_losses import PriorLosses, held_out_losses
+from nfldm_ns.refine.prior_training import train_prior
 from nfldm_ns.refine.refiner import Refiner
 from nfldm_ns.refine.settings import RefinementConfig
 from nfldm_ns.scenes.collection import read_transforms

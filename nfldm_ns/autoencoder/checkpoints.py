@@ -172,7 +172,7 @@ def load_exactly(module: torch.nn.Module, state: Mapping[str, Tensor], where: Pa
     module.load_state_dict(dict(state))
 
 
-def learned_refinement(path: Path | str) -> dict[str, int]:
+def learned_refinement(path: Path | str) -> dict[str, Any]:
     """The options of `SceneAutoencoder` that say which refinement a trained one has: for what begins from it.
 
     Args:

@@ -190,7 +190,7 @@ class SceneAutoencoder(ModelMixin, ConfigMixin):
         The refinement's are of volumes, whose channels this layout does not know.
         """
         for network in (self.encoder, self.decoder):
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return self
 
     @apply_forward_hook
