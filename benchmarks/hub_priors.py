@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusers.utils import is_peft_available
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -192,22 +192,18 @@ def scaled_latents(vae: Any, photos: Photos) -> Float[Tensor, "images channels h
 def train_views(trainings: Trainings, vae: Any, unet: Any) -> ViewDenoiser:
     """Zero-1-to-3's parts."""
     denoiser = ViewDenoiser(unet)
-    raw = {name: encode_images(vae, photos.images) for name, photos in _both(trainings).items()}
+    learned, held_out = (encode_images(vae, photos.images) for photos in (trainings.learned, trainings.held_out))
     factor = vae.config.scaling_factor
 
     def losses(wrapped: nn.Module, share: BatchShare) -> Losses:
-        return view_losses(wrapped, trainings.learned, Noise(factor * raw["learned"], share), raw["learned"])
+        return view_losses(wrapped, trainings.learned, Noise(factor * learned, share), learned)
 
     trainings.run("views", denoiser, losses, 1 / 3)
-    noise = Noise(factor * raw["held_out"], trainings.judged_share())
-    judged = view_losses(denoiser, trainings.held_out, noise, raw["held_out"])
+    noise = Noise(factor * held_out, trainings.judged_share())
+    judged = view_losses(denoiser, trainings.held_out, noise, held_out)
     trainings.numbers["views"]["held_out_loss"] = trainings.judge(judged)
     save_views(trainings.options.output_dir / "views", vae, denoiser)
     return denoiser
-
-
-def _both(trainings: Trainings) -> dict[str, Photos]:
-    return {"learned": trainings.learned, "held_out": trainings.held_out}
 
 
 def train_lora(trainings: Trainings, vae: Any, denoiser: WordDenoiser, tokenizer: Any, few: Path) -> None:
@@ -244,7 +240,6 @@ def train_lora(trainings: Trainings, vae: Any, denoiser: WordDenoiser, tokenizer
 def sample_words(options: Options) -> dict[str, Tensor]:
     """What the pipeline makes of words, by diffusers' own sampling."""
     pipeline = StableDiffusionPipeline.from_pretrained(options.output_dir / "text", safety_checker=None)
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     columns = {}
     for words in (ROOM, "a dark brown room", "a bright grey room", prompts_by_direction(ROOM)[-1]):
@@ -280,7 +275,7 @@ def main(options: Options) -> None:
         [part, found["steps"], *(found.get(name) for name in ("psnr", "held_out_loss", "few_loss_before", "few_loss"))]
         for part, found in trainings.numbers.items()
     ]
-    header = ["", "steps", "PSNR (dB)", "loss, held out", "loss on the few before", "after"]
+    header = ["", "steps", "PSNR (dB)", "loss, held out", "half on the few, before", "after"]
     write_tables(options.output_dir / "hub_priors.md", [Table(header, rows)])
 
 
