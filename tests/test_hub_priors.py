@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.utils import logging
 
 from nfldm_ns.errors import UserInputError
 from nfldm_ns.refine.distillation import DistillationConfig, distill
@@ -51,6 +52,17 @@ def test_priors_are_loaded_and_distilled_through_their_encoder(folders, name, ki
     distilled.loss.backward()
     assert distilled.gradient.shape == (2, 4, IMAGE_SIZE // 2, IMAGE_SIZE // 2)
     assert x.grad.isfinite().all() and (x.grad.abs().flatten(1).sum(1) > 0).all()
+
+
+@pytest.mark.parametrize("name", list(SAVERS))
+def test_nothing_is_cast_that_need_not_be(folders, name, caplog):
+    """diffusers warns of every cast of a network, also of one to the precision that it has."""
+    logging.get_logger("diffusers").addHandler(caplog.handler)
+    load_hub_prior(str(folders[name]))
+    logging.get_logger("diffusers").removeHandler(caplog.handler)
+    assert "float32" not in caplog.text
+    half = load_hub_prior(str(folders[name]), torch.bfloat16)
+    assert half.unet.dtype == torch.bfloat16 and half.vae.dtype == torch.float32
 
 
 def test_latents_are_those_of_the_pipeline(folders):

@@ -47,11 +47,11 @@ class HubPrior(ImagePrior):
             scheduler.alphas_cumprod,
             scheduler.config.prediction_type,
         )
-        self.unet, self.vae = unet.to(dtype), vae.float()
+        self.unet, self.vae = in_dtype(unet, dtype), in_dtype(vae, torch.float32)
         self.pipeline = pipeline  # no module: it holds the same networks, tokenizer and image processor
         for name in ("image_encoder", "text_encoder"):
             if isinstance(network := pipeline.components.get(name), torch.nn.Module):
-                setattr(self, name, network.to(dtype))
+                setattr(self, name, in_dtype(network, dtype))
         self.eval().requires_grad_(False)
 
     def encode(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch channels h w"]:
@@ -79,6 +79,11 @@ class HubPrior(ImagePrior):
     def embed_text(self, text: str) -> Float[Tensor, "1 tokens dim"]:
         """Embeddings of words by the pipeline's own encoder."""
         return self.pipeline.encode_prompt(text, self.device, 1, do_classifier_free_guidance=False)[0]
+
+
+def in_dtype(network: Any, dtype: torch.dtype) -> Any:
+    """A network in a precision; left alone if it has it, because diffusers warns of any cast."""
+    return network if network.dtype == dtype else network.to(dtype)
 
 
 class ImageVariationPrior(HubPrior):

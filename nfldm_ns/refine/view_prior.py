@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from nfldm_ns.errors import UserInputError
-from nfldm_ns.refine.hub_priors import HubPrior
+from nfldm_ns.refine.hub_priors import HubPrior, in_dtype
 from nfldm_ns.refine.images import centre_square
 from nfldm_ns.refine.prior import Condition, resize_square
 from nfldm_ns.scenes.views import Views
@@ -109,7 +109,7 @@ class ViewPrior(HubPrior):
                 "another folder."
             )
         super().__init__(pipeline, dtype)
-        self.cc_projection = pipeline.cc_projection.to(dtype).requires_grad_(False).eval()
+        self.cc_projection = in_dtype(pipeline.cc_projection, dtype).requires_grad_(False).eval()
 
     def condition(self, images: Tensor | None = None, text: str | None = None) -> Condition:
         """Nothing: all that it is told is observed."""
