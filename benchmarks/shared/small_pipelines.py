@@ -33,7 +33,7 @@ from nfldm_ns.refine.observed_views import middle_squares
 from nfldm_ns.refine.view_prior import POSE_NUMBERS, PoseProjection, relative_poses
 from nfldm_ns.refine.view_prompts import prompts_by_direction, view_directions
 from nfldm_ns.scenes.collection import SceneCollection, read_transforms
-from nfldm_ns.training.draws import BatchShare
+from nfldm_ns.training.draws import BatchShare, ItemDraws
 
 SIZE, REDUCTION, LATENT_CHANNELS = 64, 4, 4
 WIDTH, TOKENS, NEIGHBOURS = 128, 24, 4
@@ -259,9 +259,8 @@ class Noise:
     def __post_init__(self) -> None:
         self.scheduler = DDPMScheduler.from_config(make_scheduler().config)
 
-    def loss(self, number: int, items: Sequence[int], predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The mean square of what a prediction of (noisy, timestep) is off by."""
-        draws = self.share.draws(number)
+    def loss(self, draws: ItemDraws, items: Sequence[int], predict: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The mean square of what a prediction of (noisy, timestep) is off by; draws are those of the pass."""
         clean = self.latents[list(items)]
         timestep = (draws.uniform() * self.scheduler.config.num_train_timesteps).long()
         noise = draws.normal(clean)
@@ -294,7 +293,7 @@ def word_losses(
                 words = prompts_by_direction(words)[int(photos.directions[item])]
             said.append("" if silent[i] else words)
         tokens = tokenize(tokenizer, said)
-        return {"denoising_loss": noise.loss(number, items, lambda x, t: wrapped(x, t, tokens))}
+        return {"denoising_loss": noise.loss(draws, items, lambda x, t: wrapped(x, t, tokens))}
 
     return losses
 
@@ -319,7 +318,7 @@ def view_losses(
             "known": (draws.uniform() >= DROPPED).float()[:, None],
         }
         pixels = processor(images=list(photos.images[near]), return_tensors="pt").pixel_values
-        return {"denoising_loss": noise.loss(number, items, lambda x, t: wrapped(x, t, pixels, told))}
+        return {"denoising_loss": noise.loss(draws, items, lambda x, t: wrapped(x, t, pixels, told))}
 
     return losses
 
